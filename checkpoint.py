@@ -1,0 +1,169 @@
+"""Published weight names and ours: one table, used when a checkpoint is loaded on the fly and when it is imported.
+
+Published: InternVL2, Mini-InternVL and Mini-Monkey (`vision_model`, `mlp1`, `language_model` with InternLM2, Qwen2, Phi3 or
+Llama), and transformers' own InternVL (`InternVL3-1B-hf`). Ours are the names of transformers' modules.
+
+Knows tensors and names, no files and no model.
+"""
+
+import re
+from typing import Any
+
+import torch
+from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
+
+
+def _in_layer(layers: str, fragment: str) -> str:
+    """A pattern for `fragment` right behind a layer number of `layers`, and nowhere else.
+
+    A language model of another family may use the same words for other things. (Python wants lookbehinds of one width.)
+    """
+    numbers = (r"\d", r"\d\d", r"\d\d\d")
+    return "(?:" + "|".join(f"(?<={layers}{number})" for number in numbers) + ")" + fragment
+
+
+_TEXT_LAYERS = r"language_model\.model\.layers\."
+_VISION_LAYERS = r"vision_model\.encoder\.layers\."
+
+# Applied in this order, each at most once to a name. Patterns are regular expressions, replacements plain text: the
+# same pairs are given to transformers.
+RENAMINGS: tuple[tuple[str, str], ...] = (
+    # InternLM2
+    (_in_layer(_TEXT_LAYERS, r"\.attention\.wo\."), ".self_attn.o_proj."),
+    (_in_layer(_TEXT_LAYERS, r"\.feed_forward\.w1\."), ".mlp.gate_proj."),
+    (_in_layer(_TEXT_LAYERS, r"\.feed_forward\.w3\."), ".mlp.up_proj."),
+    (_in_layer(_TEXT_LAYERS, r"\.feed_forward\.w2\."), ".mlp.down_proj."),
+    (_in_layer(_TEXT_LAYERS, r"\.attention_norm\."), ".input_layernorm."),
+    (_in_layer(_TEXT_LAYERS, r"\.ffn_norm\."), ".post_attention_layernorm."),
+    (r"^language_model\.model\.tok_embeddings\.", "model.language_model.embed_tokens."),
+    (r"^language_model\.output\.", "lm_head."),
+    # every published language model, and transformers' InternVL as it is stored on the Hub
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^vision_tower\.", "model.vision_tower."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    # projector
+    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
+    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
+    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
+    # InternViT
+    (_in_layer(_VISION_LAYERS, r"\.attn\.proj\."), ".attention.projection_layer."),
+    (_in_layer(_VISION_LAYERS, r"\.attn\.q_norm\."), ".attention.q_norm."),
+    (_in_layer(_VISION_LAYERS, r"\.attn\.k_norm\."), ".attention.k_norm."),
+    (_in_layer(_VISION_LAYERS, r"\.norm1\."), ".layernorm_before."),
+    (_in_layer(_VISION_LAYERS, r"\.norm2\."), ".layernorm_after."),
+    (_in_layer(_VISION_LAYERS, r"\.ls1"), ".lambda_1"),
+    (_in_layer(_VISION_LAYERS, r"\.ls2"), ".lambda_2"),
+    (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
+    (r"^vision_model\.embeddings\.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "model.vision_tower.embeddings.patch_embeddings.projection."),
+    (r"^vision_model\.encoder\.layers\.", "model.vision_tower.encoder.layer."),
+)
+FUSED_VISION_QKV = "attn.qkv"
+VISION_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+FUSED_TEXT_QKV = "attention.wqkv"
+TEXT_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def split_wqkv(wqkv: torch.Tensor, text_config) -> list[torch.Tensor]:
+    """InternLM2's fused weight or bias as q, k and v.
+
+    Its rows are grouped by key/value head: for each, all query heads that share it, then its key, then its value.
+
+    Args:
+        wqkv: ((heads + 2 * kv_heads) * head_dim, ...)
+        text_config: Gives `num_attention_heads` and `num_key_value_heads`.
+
+    Returns:
+        q (heads * head_dim, ...), k and v (kv_heads * head_dim, ...)
+
+    Raises:
+        ValueError: The number of rows does not fit the heads.
+    """
+    kv_heads = text_config.num_key_value_heads
+    queries_per_group = text_config.num_attention_heads // kv_heads
+    if wqkv.shape[0] % (kv_heads * (queries_per_group + 2)):
+        raise ValueError(
+            f"A fused q, k, v of {wqkv.shape[0]} rows does not fit {text_config.num_attention_heads} heads and "
+            f"{kv_heads} key/value heads."
+        )
+    grouped = wqkv.unflatten(0, (kv_heads, queries_per_group + 2, -1))
+    parts = grouped.split([queries_per_group, 1, 1], dim=1)
+    return [part.flatten(0, 2).contiguous() for part in parts]
+
+
+def fuse_wqkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text_config) -> torch.Tensor:
+    """The reverse of `split_wqkv`."""
+    kv_heads = text_config.num_key_value_heads
+    head_dim = k.shape[0] // kv_heads
+    return torch.cat([part.unflatten(0, (kv_heads, -1, head_dim)) for part in (q, k, v)], dim=1).flatten(0, 2)
+
+
+class SplitFusedQKV(ConversionOps):
+    """`split_wqkv` as an operation of transformers' weight loading."""
+
+    @torch.no_grad
+    def convert(self, input_dict: dict[str, Any], source_patterns, target_patterns, config, **kwargs):
+        (value,) = input_dict.values()
+        wqkv = value[0] if isinstance(value, list) else value
+        return dict(zip(target_patterns, split_wqkv(wqkv, config.get_text_config())))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FuseQKV()
+
+
+class FuseQKV(ConversionOps):
+    """`fuse_wqkv` as an operation of transformers' weight loading."""
+
+    @torch.no_grad
+    def convert(self, input_dict: dict[str, Any], source_patterns, target_patterns, config, **kwargs):
+        q, k, v = (
+            value[0] if isinstance(value, list) else value
+            for value in (input_dict[pattern] for pattern in source_patterns)
+        )
+        return {target_patterns[0]: fuse_wqkv(q, k, v, config.get_text_config())}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitFusedQKV()
+
+
+def weight_conversions() -> list:
+    """The table as transformers wants it, for `register_checkpoint_conversion_mapping`."""
+    conversions: list = [WeightRenaming(source, target) for source, target in RENAMINGS]
+    for suffix in ("weight", "bias"):
+        conversions.append(
+            WeightConverter(
+                f"{FUSED_VISION_QKV}.{suffix}",
+                [f"{name}.{suffix}" for name in VISION_QKV],
+                operations=[Chunk(dim=0)],
+            )
+        )
+        conversions.append(
+            WeightConverter(
+                f"{FUSED_TEXT_QKV}.{suffix}",
+                [f"{name}.{suffix}" for name in TEXT_QKV],
+                operations=[SplitFusedQKV()],
+            )
+        )
+    return conversions
+
+
+def convert_tensor(name: str, tensor: torch.Tensor, text_config) -> dict[str, torch.Tensor]:
+    """One published tensor as the tensor or tensors of ours that it becomes; names we do not know stay as they are.
+
+    Works on meta tensors, so names and shapes can be checked before a byte is read.
+    """
+    for pattern, replacement in RENAMINGS:
+        name = re.sub(pattern, replacement, name, count=1)
+    if FUSED_TEXT_QKV in name:
+        return {
+            name.replace(FUSED_TEXT_QKV, part): piece for part, piece in zip(TEXT_QKV, split_wqkv(tensor, text_config))
+        }
+    if FUSED_VISION_QKV in name:
+        return {
+            name.replace(FUSED_VISION_QKV, part): piece.contiguous()
+            for part, piece in zip(VISION_QKV, tensor.chunk(3, dim=0))
+        }
+    return {name: tensor}

@@ -1,0 +1,214 @@
+"""What a MiniMonkey is: vision tower, language model, how image tokens are made, and the defaults of SCM.
+
+Reads three formats: its own, the published `config.json` of InternVL2 and Mini-Monkey (`llm_config`, `select_layer`,
+`ps_version`, ...) as it is, and that of transformers' InternVL (`InternVL3-1B-hf` and the like). Imports transformers only.
+
+    >>> MiniMonkeyConfig.from_pretrained("path/of/the/published/Mini-Monkey").text_config.model_type
+    'llama'
+"""
+
+import copy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, InternVLConfig
+
+
+# The published code names its InternLM2 class in `llm_config.architectures`. InternLM2 is Llama with fused q, k, v.
+PUBLISHED_LANGUAGE_MODELS = {
+    "InternLM2ForCausalLM": "llama",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Phi3ForCausalLM": "phi3",
+}
+# The published tokenizers end with nine image tokens, of which <IMG_CONTEXT> is the third.
+PUBLISHED_IMAGE_TOKEN_FROM_END = 7
+
+_PUBLISHED_VISION_NAMES = {
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+    "dropout": "hidden_dropout_prob",
+    "initializer_factor": "layer_scale_init_value",
+}
+_VISION_FIELDS = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act attention_dropout "
+    "initializer_range norm_type layer_norm_eps image_size patch_size num_channels dtype"
+).split()
+# Settings of training, of the old code or of the old tokenizer; none changes what the model computes here.
+_PUBLISHED_IGNORED = (
+    "architectures auto_map dynamic_image_size max_dynamic_patch min_dynamic_patch pad2square use_thumbnail "
+    "use_backbone_lora use_llm_lora hidden_size vision_select_layer mlp_checkpoint transformers_version _commit_hash"
+).split()
+
+
+def vision_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
+    """The `vision_config` of transformers' InternVL vision tower for a published one (InternViT).
+
+    Raises:
+        ValueError: The vision part is not an InternViT.
+    """
+    model_type = published.get("model_type")
+    if model_type != "intern_vit_6b":
+        raise ValueError(f"Unknown published vision model_type {model_type!r}; known is 'intern_vit_6b' (InternViT).")
+    published = {"dtype": published.get("torch_dtype"), **published}
+    config = {name: published[name] for name in _VISION_FIELDS if name in published}
+    config |= {ours: published[theirs] for theirs, ours in _PUBLISHED_VISION_NAMES.items() if theirs in published}
+    return {"model_type": "internvl_vision", "projection_dropout": config.get("hidden_dropout_prob", 0.0), **config}
+
+
+def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
+    """The `text_config` of transformers' own language model for a published `llm_config`.
+
+    Raises:
+        ValueError: An architecture that the published family does not have.
+    """
+    architecture = (published.get("architectures") or [None])[0]
+    if architecture not in PUBLISHED_LANGUAGE_MODELS:
+        raise ValueError(
+            f"Unknown language model {architecture!r} in llm_config.architectures; known are "
+            f"{', '.join(PUBLISHED_LANGUAGE_MODELS)}. Pass any other model that transformers knows as "
+            "`text_config` (with its `model_type`) instead of `llm_config`."
+        )
+    model_type = PUBLISHED_LANGUAGE_MODELS[architecture]
+    # Published files may hold every default of an old release, generation settings among them.
+    fields = {*CONFIG_MAPPING[model_type].__dataclass_fields__, "rope_theta", "rope_scaling", "torch_dtype"}
+    config = {name: value for name, value in published.items() if name in fields - {"architectures"}}
+    config["model_type"] = model_type
+    if architecture == "InternLM2ForCausalLM":
+        config["attention_bias"] = published.get("bias", False)
+    if (config.get("rope_scaling") or {}).get("type") == "su":  # the first name of longrope
+        config["rope_scaling"] = {**config["rope_scaling"], "type": "longrope", "rope_type": "longrope"}
+    config.setdefault("tie_word_embeddings", False)
+    return config
+
+
+def config_from_published(published: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `MiniMonkeyConfig` for a published `config.json`; raises `ValueError` for what it cannot express."""
+    config = {
+        name: value for name, value in published.items() if name not in _PUBLISHED_IGNORED and name != "llm_config"
+    }
+    config["text_config"] = text_config_from_published(published["llm_config"])
+    config["vision_config"] = vision_config_from_published(published.get("vision_config") or {})
+    config["pixel_shuffle_version"] = config.pop("ps_version", "v1")
+    config["vision_feature_layer"] = config.pop("select_layer", -1)
+    config["tile_size"] = config.pop("force_image_size", None)
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"]
+    return config
+
+
+@strict
+class MiniMonkeyConfig(InternVLConfig):
+    r"""
+    Configuration of a MiniMonkey model.
+
+    Args:
+        vision_config: An `InternVLVisionConfig` or a dict of its fields.
+        text_config: The configuration of any causal language model that transformers knows, or a dict with `model_type`.
+        image_token_id (int, *optional*): Id of `<IMG_CONTEXT>`, the token in whose place an image feature is put; by
+            default that of the published tokenizers, the seventh from the end of the vocabulary.
+        tile_size (int, *optional*): Side of a square tile in pixels; the vision tower's image size by default.
+        downsample_ratio (float): Side of the pixel-shuffled grid over that of the patch grid.
+        pixel_shuffle_version (str): "v2", or "v1" for the transposed grid of the first InternVL models.
+        vision_feature_layer (int): Index into the vision tower's hidden states, of which the first is the embeddings.
+        template (str): Name of the chat template in `conversation.TEMPLATES`.
+        system_message (str, *optional*): None is the published default, "" an empty one.
+        scm_keep_ratio (float): Share of an image's detailed tokens that the scale compression mechanism keeps.
+        scm_layer (int): The language-model layer whose attention scores them; 1 is the second.
+        scm_queries (str): "all" scores with adaptive, thumbnail and text tokens, "visual" without text.
+
+    Raises:
+        ValueError: Values that contradict each other or cannot work, with the values.
+    """
+
+    model_type = "minimonkey"
+
+    image_token_id: int | None = None
+    tile_size: int | None = None
+    pixel_shuffle_version: str = "v2"
+    template: str = "internlm2-chat"
+    system_message: str | None = None
+    scm_keep_ratio: float = 0.5
+    scm_layer: int = 1
+    scm_queries: str = "all"
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; a published file is ours to read, so its foreign `model_type` is no reason to warn."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if "llm_config" in config_dict:
+            config_dict = {**config_dict, "model_type": cls.model_type}
+        return config_dict, kwargs
+
+    def __post_init__(self, **kwargs):
+        # The caller's dicts stay as they are: the base class writes into them on some versions.
+        self.vision_config, self.text_config = copy.deepcopy(self.vision_config), copy.deepcopy(self.text_config)
+        if kwargs.get("llm_config") is not None:
+            if not isinstance(self.vision_config, dict):
+                raise ValueError("A published config has both `llm_config` and `vision_config`; the second is missing.")
+            fields = config_from_published({**copy.deepcopy(kwargs), "vision_config": self.vision_config})
+            for name in [name for name in fields if name in type(self).__dataclass_fields__]:
+                setattr(self, name, fields.pop(name))
+            kwargs, self.architectures = fields, None
+        super().__post_init__(**kwargs)
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size - PUBLISHED_IMAGE_TOKEN_FROM_END
+        if self.tile_size is None:
+            self.tile_size = self.vision_config.image_size[0]
+        self.image_seq_length = self._image_tokens_per_tile()
+        self._check_values()
+
+    def _image_tokens_per_tile(self) -> int:
+        """Language-model tokens of one tile; raises `ValueError` if the grid cannot be shuffled."""
+        patch_size = self.vision_config.patch_size
+        if patch_size[0] != patch_size[1] or self.vision_config.image_size[0] != self.vision_config.image_size[1]:
+            raise ValueError(
+                f"Tiles and patches are square, got image_size {tuple(self.vision_config.image_size)} and patch_size "
+                f"{tuple(patch_size)}."
+            )
+        if not 0 < self.downsample_ratio <= 1 or (1 / self.downsample_ratio) % 1:
+            raise ValueError(f"downsample_ratio must be 1, 1/2, 1/3, ..., got {self.downsample_ratio}.")
+        for size, name in ((self.tile_size, "tile_size"), (self.vision_config.image_size[0], "vision image_size")):
+            if size < 1 or size % patch_size[0]:
+                raise ValueError(f"{name} {size} is not a multiple of the patch size {patch_size[0]}.")
+        patches, factor = self.tile_size // patch_size[0], round(1 / self.downsample_ratio)
+        if patches % factor:
+            raise ValueError(
+                f"A tile of {self.tile_size} px has {patches} x {patches} patches of {patch_size[0]} px, which "
+                f"downsample_ratio {self.downsample_ratio} cannot divide; {patches} must be a multiple of {factor}."
+            )
+        return (patches // factor) ** 2
+
+    def _check_values(self) -> None:
+        text, vision = self.text_config, self.vision_config
+        if vision.hidden_size % vision.num_attention_heads:
+            raise ValueError(
+                f"vision hidden_size {vision.hidden_size} is not a multiple of its {vision.num_attention_heads} heads."
+            )
+        if not 0 <= self.image_token_id < text.vocab_size:
+            raise ValueError(f"image_token_id {self.image_token_id} is outside the vocabulary of {text.vocab_size}.")
+        if self.pixel_shuffle_version not in ("v1", "v2"):
+            raise ValueError(f"pixel_shuffle_version must be 'v1' or 'v2', got {self.pixel_shuffle_version!r}.")
+        layer = self.vision_feature_layer
+        if not isinstance(layer, int) or not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
+            raise ValueError(
+                f"vision_feature_layer {layer} does not exist; a vision tower of {vision.num_hidden_layers} layers has "
+                f"the hidden states 0 to {vision.num_hidden_layers} (or -1 to {-vision.num_hidden_layers - 1})."
+            )
+        if not 0 < self.scm_keep_ratio <= 1:
+            raise ValueError(f"scm_keep_ratio must be above 0 and at most 1, got {self.scm_keep_ratio}.")
+        if not 0 <= self.scm_layer < text.num_hidden_layers:
+            raise ValueError(f"scm_layer {self.scm_layer} does not exist in {text.num_hidden_layers} layers.")
+        if self.scm_queries not in ("all", "visual"):
+            raise ValueError(f"scm_queries must be 'all' or 'visual', got {self.scm_queries!r}.")
+        if getattr(text, "tie_word_embeddings", self.tie_word_embeddings) != self.tie_word_embeddings:
+            raise ValueError(
+                f"tie_word_embeddings is {self.tie_word_embeddings} here but {text.tie_word_embeddings} in text_config."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers does, with `tie_word_embeddings` always written out (the base class defaults to True)."""
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+
+
+__all__ = ["MiniMonkeyConfig"]

@@ -1,0 +1,206 @@
+"""Prompts: the published chat templates as data, conversations with history, and their way to token ids.
+
+Knows strings and tokenizers; no images and no model. The same data gives the prompt string of `chat` and the jinja file
+that `apply_chat_template` uses, so the two cannot drift apart.
+
+Text of a user must never act as a control token. `protect` marks every control-token spelling inside such text; `encode`
+then gives tokens only to the spellings that the template itself wrote.
+
+Source: the published `conversation.py` of InternVL2 and Mini-Monkey (MPT style: no newline after a separator).
+"""
+
+import copy
+import json
+import re
+import secrets
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_START, IMAGE_END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
+# In the order of their ids in the published tokenizers, where they follow the vocabulary of the language model.
+IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_TOKEN, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+
+DEFAULT_SYSTEM_MESSAGE = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How the turns of one language-model family are written; a turn is header + text + separator."""
+
+    system_header: str
+    user_header: str
+    assistant_header: str
+    separator: str
+    """Ends every turn and is the end token of an answer."""
+
+
+_CHATML = ChatTemplate("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>")
+TEMPLATES: dict[str, ChatTemplate] = {
+    "internlm2-chat": _CHATML,
+    "Hermes-2": _CHATML,
+    "phi3-chat": ChatTemplate("<|system|>\n", "<|user|>\n", "<|assistant|>\n", "<|end|>"),
+}
+
+
+def get_template(name: str) -> ChatTemplate:
+    """The template called `name`.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(f"Unknown chat template {name!r}; known are {', '.join(TEMPLATES)}.")
+    return TEMPLATES[name]
+
+
+def check_history(history: list[tuple[str, str]] | None) -> list[tuple[str, str]]:
+    """A fresh list of (question, answer) pairs.
+
+    Raises:
+        ValueError: `history` is anything else.
+    """
+    pairs = []
+    for turn in history or []:
+        if isinstance(turn, str) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"`history` is a list of (question, answer) pairs of strings, but one turn is {turn!r}.")
+        pairs.append(tuple(turn))
+    return pairs
+
+
+def build_prompt(
+    template: ChatTemplate, question: str, history: list[tuple[str, str]], system_message: str | None = None
+) -> str:
+    """The prompt up to where the model answers. `system_message` None means the published default, "" an empty one."""
+    system_message = DEFAULT_SYSTEM_MESSAGE if system_message is None else system_message
+    parts = [template.system_header, system_message, template.separator]
+    for asked, answered in history:
+        parts += [template.user_header, asked, template.separator]
+        parts += [template.assistant_header, answered, template.separator]
+    parts += [template.user_header, question, template.separator, template.assistant_header]
+    return "".join(parts)
+
+
+def chat_template_jinja(template: ChatTemplate, system_message: str | None = None, with_bos: bool = True) -> str:
+    """The template in jinja, for `apply_chat_template`: text, images and videos in the order in which they are given.
+
+    Args:
+        system_message: Used when the messages hold no system turn; None means the published default.
+        with_bos: Begin with the tokenizer's `bos_token`, as InternLM2 needs and Qwen2 does not.
+    """
+    system_message = DEFAULT_SYSTEM_MESSAGE if system_message is None else system_message
+
+    def literal(text: str) -> str:
+        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+
+    content = (
+        "{% macro write(content) %}"
+        "{% if content is string %}{{ content }}{% else %}"
+        "{% for item in content %}"
+        "{% if item['type'] == 'text' %}{{ item['text'] }}"
+        "{% elif item['type'] == 'image' %}{{ '" + IMAGE_PLACEHOLDER + "\\n' }}"
+        "{% elif item['type'] == 'video' %}{{ '<video>\\n' }}"
+        "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+    )
+    return "".join(
+        [
+            content,
+            "{{ bos_token }}" if with_bos else "",
+            "{% if messages[0]['role'] != 'system' %}",
+            literal(template.system_header + system_message + template.separator),
+            "{% endif %}",
+            "{% for message in messages %}",
+            "{% if message['role'] == 'system' %}" + literal(template.system_header),
+            "{% elif message['role'] == 'user' %}" + literal(template.user_header),
+            "{% elif message['role'] == 'assistant' %}" + literal(template.assistant_header),
+            "{% else %}{{ raise_exception('Unknown role ' ~ message['role'] ~ '; use system, user or assistant.') }}",
+            "{% endif %}",
+            "{% if message['role'] == 'assistant' %}{% generation %}{{ write(message['content']) }}",
+            literal(template.separator) + "{% endgeneration %}",
+            "{% else %}{{ write(message['content']) }}" + literal(template.separator) + "{% endif %}",
+            "{% endfor %}",
+            "{% if add_generation_prompt %}" + literal(template.assistant_header) + "{% endif %}",
+        ]
+    )
+
+
+# --- token ids -------------------------------------------------------------------------------------------------------
+
+# Nobody can type these: they are drawn anew in every process.
+_MARK = "\ue000" + secrets.token_hex(8) + "\ue001"
+_SECRET_NAME = "\ue002" + secrets.token_hex(8)
+
+
+def control_tokens(tokenizer) -> list[str]:
+    """Every spelling that `tokenizer` turns into an added token, longest first."""
+    return sorted((str(token) for token in tokenizer.get_added_vocab()), key=len, reverse=True)
+
+
+def protect(text: str, spellings: list[str]) -> str:
+    """Mark the control-token `spellings` in text that is not to be trusted."""
+    pattern = "|".join(re.escape(spelling) for spelling in sorted(spellings, key=len, reverse=True))
+    return re.sub(pattern, lambda match: match[0][0] + _MARK + match[0][1:], text) if pattern else text
+
+
+def unprotect(text: str) -> str:
+    """The text as it was before `protect`."""
+    return text.replace(_MARK, "")
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt, nothing added in front or behind; protected spellings are encoded as plain text.
+
+    Raises:
+        ValueError: The text holds protected spellings and the tokenizer is not a fast one.
+    """
+    if _MARK not in text:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "The text spells a control token; to encode it as plain text a fast tokenizer (tokenizer.json) is needed."
+        )
+    renamed, twin = _with_secret_control_tokens(tokenizer)
+    pattern = "|".join(re.escape(spelling) for spelling in sorted(renamed, key=len, reverse=True))
+    trusted = re.sub(pattern, lambda match: renamed[match[0]], text)
+    return twin.encode(unprotect(trusted), add_special_tokens=False).ids
+
+
+def _with_secret_control_tokens(tokenizer) -> tuple[dict[str, str], Tokenizer]:
+    """A twin of `tokenizer` whose added tokens have the same ids and flags but spellings that nobody can type."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    renamed = {token["content"]: f"{_SECRET_NAME}{token['id']}\ue003" for token in state["added_tokens"]}
+    for token in state["added_tokens"]:
+        token["content"] = renamed[token["content"]]
+    vocabulary = state["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        state["model"]["vocab"] = {renamed.get(piece, piece): index for piece, index in vocabulary.items()}
+    else:  # unigram: a list of (piece, score)
+        state["model"]["vocab"] = [[renamed.get(piece, piece), score] for piece, score in vocabulary]
+    if "merges" in state["model"]:  # a control token that is a word of the vocabulary may be the product of merges
+        state["model"]["merges"] = [
+            pair for pair in state["model"]["merges"] if not renamed.keys() & {pair[0], pair[1], "".join(pair)}
+        ]
+    if state["model"].get("unk_token") in renamed:
+        state["model"]["unk_token"] = renamed[state["model"]["unk_token"]]
+    state["post_processor"] = None
+    return renamed, Tokenizer.from_str(json.dumps(state))
+
+
+def protect_messages(messages: list, spellings: list[str]) -> list:
+    """A copy of chat messages (one conversation or a batch of them) in which every text is protected."""
+    if isinstance(messages, (list, tuple)):
+        return [protect_messages(message, spellings) for message in messages]
+    message = copy.copy(messages)
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = protect(content, spellings)
+    elif isinstance(content, (list, tuple)):
+        message["content"] = [
+            {**item, "text": protect(item["text"], spellings)} if isinstance(item.get("text"), str) else item
+            for item in content
+        ]
+    return message

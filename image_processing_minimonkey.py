@@ -1,0 +1,409 @@
+"""Pictures to tiles: decoding, multi-scale adaptive cropping (MSAC) and normalisation.
+
+    processor = AutoImageProcessor.from_pretrained("path/of/this/repository", trust_remote_code=True)
+    inputs = processor("page.png", preset="docvqa", return_tensors="pt")
+
+`backend="pil"` gives the pixels of the published code bit by bit; `backend="torchvision"` (the default) is faster and
+differs by at most one level of 255 before normalisation.
+
+Knows pictures, not prompts. Every picture becomes upright 8-bit RGB first, whatever it was: EXIF orientation is applied,
+transparency is put on white (the published code dropped it, which shows the hidden colours), 16-bit samples keep their
+upper half, of an animation the first frame is taken.
+"""
+
+import base64
+import binascii
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import get_session
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import ImagesKwargs
+
+from .tiling import PRESETS, SINGLE_TILE, check_tile_range, msac_grids, tile_counts
+
+
+BACKGROUND = (255, 255, 255)
+URL_TIMEOUT = 30.0  # seconds
+
+
+class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    min_tiles (`int`, *optional*, defaults to `self.min_tiles`):
+        Least number of tiles of the detailed grid.
+    max_tiles (`int`, *optional*, defaults to `self.max_tiles`):
+        Greatest number of tiles of the detailed grid.
+    adaptive_min_tiles (`int`, *optional*, defaults to `self.adaptive_min_tiles`):
+        Least number of tiles of the adaptive grid.
+    adaptive_max_tiles (`int`, *optional*, defaults to `self.adaptive_max_tiles`):
+        Greatest number of tiles of the adaptive grid.
+    preset (`str`, *optional*):
+        A name of `tiling.PRESETS`, the tile ranges of a published benchmark; sets those of the four that are not given.
+    """
+
+    min_tiles: int
+    max_tiles: int
+    adaptive_min_tiles: int
+    adaptive_max_tiles: int
+    preset: str | None
+
+
+RANGE_NAMES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def load_picture(source: str | Path) -> Image.Image:
+    """Read a picture from a path, a URL, a data URI or a base64 string, as upright 8-bit RGB.
+
+    Raises:
+        ValueError: It cannot be found, read or decoded, or has so many pixels that it may be an attack.
+    """
+    text = str(source)
+    name = text if len(text) < 200 else text[:60] + "..."
+    if text.startswith(("http://", "https://")):
+        data = _download(text)
+    elif isinstance(source, Path) or Path(text[:1024]).is_file():
+        data = source
+    elif text.startswith("data:"):
+        data = _decode_base64(text.partition(",")[2], name)
+    else:
+        data = _decode_base64(text, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+                return to_rgb(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{name} has too many pixels to be opened safely ({error}). If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is empty or not a picture that Pillow can read.") from error
+    except (OSError, SyntaxError) as error:  # Pillow reports some broken PNG files as SyntaxError
+        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def _download(url: str) -> bytes:
+    try:
+        response = get_session().get(url, timeout=URL_TIMEOUT, follow_redirects=True)
+        response.raise_for_status()
+    except Exception as error:  # the HTTP client is huggingface_hub's choice, and so are its exceptions
+        raise ValueError(f"{url} cannot be downloaded: {error}") from error
+    return response.content
+
+
+def _decode_base64(text: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{name!r} is no picture: neither an existing file nor a URL nor base64 data.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL picture of any mode as upright 8-bit RGB, transparency on white, the first frame of an animation.
+
+    Raises:
+        ValueError: Its file is broken.
+    """
+    try:
+        if getattr(image, "is_animated", False) and image.tell() != 0:
+            image = image.copy()
+            image.seek(0)
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"The picture cannot be decoded: {error}") from error
+    if image.mode.startswith("I") or image.mode == "F":
+        return array_to_rgb(np.asarray(image))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+    """An array of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels as 8-bit RGB.
+
+    Integers are taken as 0 to 255, or as 0 to 65535 if one exceeds 255; floats as 0 to 1, or as 0 to 255 if one exceeds 1.
+
+    Raises:
+        ValueError: Another shape, or values that are no colours (a normalised tensor, say).
+    """
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(f"A picture has shape (H, W), (H, W, C) or (C, H, W), got an array of {array.shape}.")
+    if array.ndim == 3:
+        layout = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+        array = np.moveaxis(array, 0, -1) if ChannelDimension(layout) == ChannelDimension.FIRST else array
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    array = _to_uint8(array)
+    if array.ndim == 3 and array.shape[-1] == 4:
+        return to_rgb(Image.fromarray(array, "RGBA"))
+    return Image.fromarray(array).convert("RGB")
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    low, high = float(array.min()), float(array.max())
+    is_float = np.issubdtype(array.dtype, np.floating)
+    if not (low >= 0 and high <= (255 if is_float else 65535)):  # also for NaN
+        raise ValueError(
+            f"Values from {low} to {high} ({array.dtype}) are no colours. Floats go from 0 to 1 or 0 to 255; tiles that "
+            "are normalised already are passed to the model as `pixel_values`."
+        )
+    if is_float:
+        return np.rint(array * 255 if high <= 1 else array).astype(np.uint8)
+    return (array >> 8 if high > 255 else array).astype(np.uint8)
+
+
+# --- MSAC ------------------------------------------------------------------------------------------------------------
+
+
+class _MsacMixin:
+    """What both back ends share: settings, decoding to PIL, and the order of grids and tiles."""
+
+    valid_kwargs = MiniMonkeyImageProcessorKwargs
+    model_input_names = ["pixel_values", "tile_counts", "tile_grids"]
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 448, "width": 448}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = PRESETS["default"]
+    preset = None
+
+    def __init__(self, **kwargs):
+        super().__init__(**expand_preset(kwargs))
+        self._check_settings(**{name: getattr(self, name) for name in (*RANGE_NAMES, "size", "do_resize")})
+
+    def preprocess(self, images: ImageInput, *args, **kwargs) -> BatchFeature:
+        """Cut pictures into tiles.
+
+        Args:
+            images: One picture or a (nested) list: PIL images, arrays, tensors, paths, URLs, data URIs.
+            **kwargs: See `MiniMonkeyImageProcessorKwargs` and transformers' `ImagesKwargs`.
+
+        Returns:
+            pixel_values (T, 3, S, S), the tiles of all pictures: detailed, adaptive, thumbnail of the first and so on;
+            tile_counts (images, 3), how many of each kind; tile_grids (images, 4), columns and rows of the detailed
+            and the adaptive grid.
+
+        Raises:
+            ValueError: A picture that cannot be read, or settings that cannot work.
+        """
+        return super().preprocess(images, *args, **expand_preset(kwargs))
+
+    __call__ = preprocess
+
+    def _validate_preprocess_kwargs(self, **kwargs) -> None:
+        self._check_settings(**{name: kwargs[name] for name in (*RANGE_NAMES, "size", "do_resize")})
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    @staticmethod
+    def _check_settings(min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles, size, do_resize) -> None:
+        check_tile_range(min_tiles, max_tiles, "detailed tile")
+        check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
+        if size is None or size["height"] is None or size["height"] != size["width"] or size["height"] < 1:
+            raise ValueError(f"Tiles are square: size must be {{'height': S, 'width': S}}, got {size}.")
+        if not do_resize:
+            raise ValueError("do_resize=False cannot work: a picture is cut in tiles after it is resized to their grid.")
+
+    def fetch_images(self, image_url_or_urls):
+        """Read every path, URL and data URI in a picture or a (nested) list of pictures; leave the rest as it is."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, Path)):
+            return load_picture(image_url_or_urls)
+        if isinstance(image_url_or_urls, (Image.Image, np.ndarray, torch.Tensor)):
+            return image_url_or_urls
+        raise ValueError(
+            "A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got "
+            f"{type(image_url_or_urls).__name__}."
+        )
+
+    def process_image(self, image, input_data_format=None, **kwargs) -> Image.Image:
+        """One picture of any accepted type as upright 8-bit RGB."""
+        if isinstance(image, Image.Image):
+            return to_rgb(image)
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.detach().cpu().numpy()
+        return array_to_rgb(image, input_data_format)
+
+    def _grids(self, image: Image.Image, settings: dict[str, Any], tile_size: int) -> tuple:
+        return msac_grids(*image.size, *(settings[name] for name in RANGE_NAMES), tile_size)
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """How many tiles a picture of this size gives, thumbnail included, without its pixels."""
+        settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs or {})}
+        tile_size = (settings.get("size") or self.size)["height"]
+        return sum(tile_counts(*msac_grids(width, height, *(settings[name] for name in RANGE_NAMES), tile_size)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; keeps both back ends in `auto_map`, which saving would narrow to one."""
+        settings = super().to_dict()
+        settings.pop("preset", None)
+        settings["image_processor_type"] = "MiniMonkeyImageProcessor"
+        module = "image_processing_minimonkey"
+        settings["auto_map"] = {
+            "AutoImageProcessor": {
+                "torchvision": f"{module}.MiniMonkeyImageProcessor",
+                "pil": f"{module}.MiniMonkeyImageProcessorPil",
+            },
+            "AutoProcessor": "processing_minimonkey.MiniMonkeyProcessor",
+        }
+        return settings
+
+
+def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with the four tile ranges of its `preset`, where they are not given themselves.
+
+    Raises:
+        ValueError: There is no preset of that name.
+    """
+    preset = kwargs.get("preset")
+    if preset is None:
+        return {name: value for name, value in kwargs.items() if name != "preset"}
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
+    given = {name: value for name, value in kwargs.items() if name != "preset" and value is not None}
+    return {**dict(zip(RANGE_NAMES, PRESETS[preset])), **given}
+
+
+def _layers(grids: tuple) -> list[tuple[int, int]]:
+    """The grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; one-tile grids give none."""
+    return [grid for grid in grids if grid != SINGLE_TILE] + [SINGLE_TILE]
+
+
+def _batch(tiles, grids: list[tuple], return_tensors) -> BatchFeature:
+    data = {
+        "pixel_values": tiles,
+        "tile_counts": [tile_counts(*pair) for pair in grids],
+        "tile_grids": [(*detailed, *adaptive) for detailed, adaptive in grids],
+    }
+    return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
+    """MSAC with PIL and NumPy: the pixels of the published code, bit by bit."""
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        size: SizeDict,
+        resample,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        return_tensors=None,
+        **settings,
+    ) -> BatchFeature:
+        tile_size = size.height
+        grids = [self._grids(image, settings, tile_size) for image in images]
+        tiles = np.concatenate(
+            [
+                self._cut(image, grid, tile_size, resample)
+                for image, pair in zip(images, grids)
+                for grid in _layers(pair)
+            ]
+        )  # (T, 3, S, S) uint8
+        if do_rescale and rescale_factor == 1 / 255:
+            tiles = tiles.astype(np.float32) / np.float32(255)  # as ToTensor does; a factor would round differently
+        elif do_rescale:
+            tiles = tiles.astype(np.float32) * np.float32(rescale_factor)
+        if do_normalize:
+            mean, std = (np.asarray(value, dtype=np.float32).reshape(-1, 1, 1) for value in (image_mean, image_std))
+            tiles = (tiles - mean) / std
+        return _batch(tiles, grids, return_tensors)
+
+    @staticmethod
+    def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int, resample) -> np.ndarray:
+        """(columns * rows, 3, S, S) uint8, row by row."""
+        columns, rows = grid
+        resized = np.asarray(image.resize((tile_size * columns, tile_size * rows), resample))
+        tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
+        return tiles.reshape(columns * rows, 3, tile_size, tile_size)
+
+
+class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
+    """MSAC with torchvision: faster than PIL, at most one level of 255 away from it."""
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        size: SizeDict,
+        resample,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        return_tensors=None,
+        device=None,
+        **settings,
+    ) -> BatchFeature:
+        tile_size = size.height
+        grids = [self._grids(image, settings, tile_size) for image in images]
+        layers = [
+            self._cut(image, grid, tile_size, resample, device)
+            for image, pair in zip(images, grids)
+            for grid in _layers(pair)
+        ]
+        tiles = self.rescale_and_normalize(
+            torch.cat(layers), do_rescale, rescale_factor, do_normalize, image_mean, image_std
+        )
+        return _batch(tiles.contiguous(), grids, return_tensors)
+
+    def _cut(self, image: Image.Image, grid: tuple[int, int], tile_size: int, resample, device) -> torch.Tensor:
+        """(columns * rows, 3, S, S) uint8, row by row."""
+        columns, rows = grid
+        resized = self._resize_as_pil(image, tile_size * columns, tile_size * rows, resample, device)
+        tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
+        return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+    def _resize_as_pil(self, image: Image.Image, width: int, height: int, resample, device) -> torch.Tensor:
+        """(3, height, width) uint8, at most one level away from `image.resize`.
+
+        Pillow resizes one direction after the other with 8-bit samples in between. The two kernels differ by a rounding
+        in each pass. Reducing averages that out; enlarging does not, and there Pillow itself is used, whose cost is
+        small for a picture that has to be enlarged.
+        """
+        if width > image.width or height > image.height:
+            return _to_tensor(image.resize((width, height), resample), device)
+        pixels = _to_tensor(image, device)
+        vertical_first = image.height - height > 2 * (image.width - width)  # Pillow's rule
+        between = (height, image.width) if vertical_first else (image.height, width)
+        for rows, columns in (between, (height, width)):
+            pixels = self.resize(pixels, SizeDict(height=rows, width=columns), resample)
+        return pixels
+
+
+def _to_tensor(image: Image.Image, device) -> torch.Tensor:
+    """(3, H, W) uint8 with the channels last in memory, which torch resizes fastest."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+
+
+__all__ = ["MiniMonkeyImageProcessor", "MiniMonkeyImageProcessorPil"]

@@ -1,0 +1,267 @@
+"""Pictures of words with known text: the endless, deterministic training and test material of MiniMonkey-Nano.
+
+Sample `i` is a pure function of (seed, i): nothing is stored, and any worker can make any sample. Words and fonts are
+split once, by name, into a part for training and a part that only evaluation sees.
+
+    apt-get install wamerican fonts-...            the full list is FONT_PACKAGES below
+    python scripts/synthetic/text_images.py sheet.png --split held_out
+"""
+
+import argparse
+import hashlib
+import io
+import math
+import random
+import re
+import string
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+
+FONT_PACKAGES = (
+    "fonts-dejavu-extra fonts-liberation2 fonts-freefont-ttf fonts-noto-core fonts-roboto-unhinted fonts-open-sans "
+    "fonts-lato fonts-crosextra-carlito fonts-crosextra-caladea fonts-inconsolata fonts-hack fonts-firacode "
+    "fonts-comfortaa fonts-cantarell fonts-linuxlibertine fonts-gfs-didot fonts-quicksand fonts-urw-base35 "
+    "fonts-junicode fonts-ebgaramond fonts-mononoki fonts-cabin fonts-play fonts-jura fonts-courier-prime"
+)
+FONT_ROOT = Path("/usr/share/fonts")
+WORD_LIST = Path("/usr/share/dict/words")
+
+# No family on one side has a clone or a direct ancestor on the other (Carlito, say, is drawn after Lato).
+HELD_OUT_FONTS = ("Lato", "Carlito", "Caladea", "Cabin", "EBGaramond", "FiraCode", "Quicksand")
+TRAINING_FONTS = (
+    "DejaVuSans DejaVuSerif LiberationSans LiberationSerif LiberationMono FreeSans FreeSerif FreeMono NotoSans- "
+    "NotoSansMono- NotoSerif- NotoSansDisplay- NotoSerifDisplay- Roboto OpenSans Inconsolata Hack Comfortaa Cantarell "
+    "LinLibertine_R LinBiolinum_R LinBiolinum_B GFSDidot C059 NimbusSans NimbusRoman NimbusMonoPS P052 URWBookman "
+    "URWGothic Z003 JunicodeTwoBeta mononoki Play Jura CourierPrime"
+).split()
+UNREADABLE_STYLES = re.compile(r"Thin|Hairline|ExtraLight|Math|Initials|Keyboard|Beta-.*Condensed")
+
+CHARACTERS = string.ascii_letters + string.digits + ".,:;-!?'\"()/&%$#@+*="
+
+
+@dataclass(frozen=True)
+class CharacterBox:
+    """Where one character stands, in pixels of the picture: left, top, right, bottom."""
+
+    character: str
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class TextImage:
+    """A picture, the text it shows (lines joined by newlines) and the place of every character."""
+
+    image: Image.Image
+    text: str
+    characters: tuple[CharacterBox, ...]
+
+
+def is_held_out(word: str) -> bool:
+    """One word in ten never appears in training, in any case."""
+    return hashlib.sha1(word.lower().encode()).digest()[0] % 10 == 0
+
+
+@lru_cache
+def words(split: str) -> dict[int, list[str]]:
+    """Lower-case dictionary words of `split` ("training" or "held_out"), by length."""
+    if not WORD_LIST.exists():
+        raise FileNotFoundError(f"{WORD_LIST} is missing; it comes with: apt-get install wamerican")
+    by_length: dict[int, list[str]] = {}
+    for word in sorted({line.strip().lower() for line in WORD_LIST.read_text(encoding="utf-8").splitlines()}):
+        if re.fullmatch(r"[a-z]{2,14}", word) and is_held_out(word) == (split == "held_out"):
+            by_length.setdefault(len(word), []).append(word)
+    return by_length
+
+
+@lru_cache
+def font_files(split: str) -> tuple[Path, ...]:
+    """Font files of `split`, sorted by path."""
+    prefixes = tuple(HELD_OUT_FONTS if split == "held_out" else TRAINING_FONTS)
+    found = sorted(
+        path
+        for path in FONT_ROOT.rglob("*")
+        if path.suffix.lower() in (".ttf", ".otf")
+        and path.name.startswith(prefixes)
+        and not UNREADABLE_STYLES.search(path.name)
+    )
+    if len(found) < 10:
+        raise FileNotFoundError(f"{len(found)} {split} fonts in {FONT_ROOT}; run: apt-get install {FONT_PACKAGES}")
+    return tuple(found)
+
+
+@lru_cache
+def _font_families(split: str) -> tuple[tuple[Path, ...], ...]:
+    families: dict[str, list[Path]] = {}
+    for path in font_files(split):
+        families.setdefault(re.split(r"[-_]", path.stem)[0], []).append(path)
+    return tuple(map(tuple, families.values()))
+
+
+def _any_font(rng: random.Random, split: str) -> Path:
+    """Every family is equally likely, however many weights it has."""
+    return rng.choice(rng.choice(_font_families(split)))
+
+
+@lru_cache(maxsize=4096)
+def _font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(path), size)
+
+
+def random_word(rng: random.Random, split: str, max_length: int, dictionary_only: bool = False) -> str:
+    """A dictionary word of at most `max_length` letters; now and then a number or a random string instead."""
+    kind = 1.0 if dictionary_only else rng.random()
+    if kind < 0.08:
+        return "".join(rng.choice(string.digits) for _ in range(rng.randint(1, max_length)))
+    if kind < 0.14:
+        price = f"{rng.randint(0, 999)}.{rng.randint(0, 99):02d}"
+        return rng.choice(("", "$")) + price if len(price) < max_length else str(rng.randint(0, 99))
+    if kind < 0.24:
+        return "".join(rng.choice(CHARACTERS[:62]) for _ in range(rng.randint(1, max_length)))
+    by_length = words(split)
+    lengths = [length for length in by_length if length <= max_length]
+    weights = [len(by_length[length]) ** 0.5 for length in lengths]
+    word = rng.choice(by_length[rng.choices(lengths, weights)[0]])
+    case = rng.random()
+    word = word.upper() if case < 0.25 else word.capitalize() if case < 0.5 else word
+    if not dictionary_only and rng.random() < 0.06:
+        word += rng.choice(".,:!?")
+    return word
+
+
+def _colours(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Background and ink with enough contrast to be readable."""
+    while True:
+        background = tuple(rng.randint(0, 255) for _ in range(3))
+        ink = tuple(rng.randint(0, 255) for _ in range(3))
+        if rng.random() < 0.5:
+            background, ink = tuple(230 + c // 10 for c in background), tuple(c // 4 for c in ink)
+        luminance = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in (background, ink)]
+        if abs(luminance[0] - luminance[1]) > 80:
+            return background, ink
+
+
+def _draw_lines(lines, font, background, ink, margins, spacing) -> tuple[Image.Image, list[CharacterBox]]:
+    """Draw `lines` under each other on a canvas that fits them plus `margins` (left, top, right, bottom; pixels)."""
+    left, top, right, bottom = margins
+    ascent, descent = font.getmetrics()
+    height = ascent + descent
+    pitch = round(height * spacing)
+    width = max(math.ceil(font.getlength(line)) for line in lines)
+    image = Image.new("RGB", (left + width + right, top + pitch * (len(lines) - 1) + height + bottom), background)
+    draw = ImageDraw.Draw(image)
+    characters = []
+    for number, line in enumerate(lines):
+        y = top + number * pitch
+        draw.text((left, y), line, font=font, fill=ink, features=["-liga"] if _has_raqm() else None)
+        for i, character in enumerate(line):
+            if character != " ":
+                x0, x1 = left + font.getlength(line[:i]), left + font.getlength(line[: i + 1])
+                characters.append(CharacterBox(character, (x0, y + 0.1 * ascent, x1, y + ascent + 0.3 * descent)))
+    return image, characters
+
+
+@lru_cache
+def _has_raqm() -> bool:
+    from PIL import features
+
+    return features.check("raqm")
+
+
+def _degrade(image: Image.Image, rng: random.Random, strength: float) -> Image.Image:
+    """Blur, noise and JPEG artefacts, each with probability and size in proportion to `strength` (0 to 1)."""
+    if rng.random() < 0.35 * strength:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+    if rng.random() < 0.35 * strength:
+        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(3, 18), (*image.size[::-1], 1))
+        image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+    if rng.random() < 0.3 * strength:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=rng.randint(30, 90))
+        image = Image.open(buffer).convert("RGB")
+    return image
+
+
+def render(
+    lines: list[str], font_path: Path, rng: random.Random, strength: float = 1.0, margin: float = 1.0
+) -> TextImage:
+    """Render `lines` in one font.
+
+    Args:
+        lines: Text, one string a line.
+        font_path: A TrueType or OpenType file.
+        rng: Decides size, colours, margins and damage.
+        strength: 0 gives clean pictures, 1 the full range of blur, noise, tilt and JPEG artefacts.
+        margin: Largest empty border, in line heights.
+    """
+    size = rng.randint(18, 44)
+    font = _font(font_path, size)
+    background, ink = _colours(rng)
+    margins = tuple(round(rng.uniform(0.05, 0.05 + margin) * size * rng.random()) + 2 for _ in range(4))
+    image, characters = _draw_lines(lines, font, background, ink, margins, spacing=rng.uniform(0.95, 1.4))
+    if rng.random() < 0.3 * strength:
+        image, characters = _rotate(image, characters, rng.uniform(-4, 4), background)
+    return TextImage(_degrade(image, rng, strength), "\n".join(lines), tuple(characters))
+
+
+def _rotate(image, characters, degrees, background):
+    """Rotate about the centre; each character box keeps its size and moves with its centre."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    centre_x, centre_y = image.width / 2, image.height / 2
+    moved = []
+    for item in characters:
+        x0, y0, x1, y1 = item.box
+        dx, dy = (x0 + x1) / 2 - centre_x, (y0 + y1) / 2 - centre_y
+        shift_x, shift_y = dx * cos + dy * sin - dx, -dx * sin + dy * cos - dy
+        moved.append(CharacterBox(item.character, (x0 + shift_x, y0 + shift_y, x1 + shift_x, y1 + shift_y)))
+    return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=background), moved
+
+
+def training_sample(index: int, seed: int, progress: float) -> TextImage:
+    """Sample `index` of a curriculum: `progress` from 0 (short clean words) to 1 (long words, damage, several lines)."""
+    rng = random.Random(f"{seed}/training/{index}")
+    max_length = 4 + round(10 * min(1.0, progress * 2.5)) if rng.random() < 0.8 else 14
+    count = 1
+    if progress > 0.3 and rng.random() < 0.35:
+        count = rng.randint(2, 4)
+    texts = [random_word(rng, "training", max_length if count == 1 else min(max_length, 9)) for _ in range(count)]
+    lines = [texts[0]]
+    for text in texts[1:]:
+        if len(lines[-1]) + len(text) < 12 and rng.random() < 0.6:
+            lines[-1] += " " + text
+        else:
+            lines.append(text)
+    strength = min(1.0, progress * 2)
+    return render(lines, _any_font(rng, "training"), rng, strength, margin=0.3 + min(1.2, 3 * progress))
+
+
+def held_out_word(index: int, seed: int = 0, strength: float = 1.0) -> TextImage:
+    """Sample `index` of the test: one unseen dictionary word in an unseen font."""
+    rng = random.Random(f"{seed}/held_out/{index}")
+    word = random_word(rng, "held_out", max_length=14, dictionary_only=True)
+    return render([word], _any_font(rng, "held_out"), rng, strength)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a sheet of samples, to look at.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--split", choices=("training", "held_out"), default="training")
+    parser.add_argument("--progress", type=float, default=1.0, help="point of the training curriculum, 0 to 1")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    sheet = Image.new("RGB", (5 * 240, 10 * 100), "white")
+    for i in range(50):
+        held_out = args.split == "held_out"
+        sample = held_out_word(i, args.seed) if held_out else training_sample(i, args.seed, args.progress)
+        picture = sample.image.copy()
+        picture.thumbnail((230, 90))
+        sheet.paste(picture, (i % 5 * 240, i // 5 * 100))
+    sheet.save(args.out)
+
+
+if __name__ == "__main__":
+    main()

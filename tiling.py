@@ -1,0 +1,124 @@
+"""Which grids an image is cut in: multi-scale adaptive cropping (MSAC) as pure integers.
+
+Knows sizes and tile counts, no pixels, so that a serving engine can ask how many tokens an image costs before opening it.
+Standard library only.
+
+    >>> msac_grids(1280, 720)
+    ((4, 2), (3, 2))
+
+Source: Mini-Monkey (arXiv 2408.02034), section 3.1, and the published inference code.
+"""
+
+from functools import lru_cache
+
+
+Grid = tuple[int, int]
+"""(columns, rows)"""
+
+TileRanges = tuple[int, int, int, int]
+"""(min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles)"""
+
+# Tile ranges of the published evaluation, by benchmark; "default" is that of the demo, "others" that of every
+# benchmark without a row of its own.
+PRESETS: dict[str, TileRanges] = {
+    "default": (4, 12, 3, 7),
+    "chartqa": (4, 12, 1, 3),
+    "docvqa": (1, 24, 1, 8),
+    "infovqa": (5, 24, 3, 8),
+    "ocrbench": (8, 24, 3, 9),
+    "ccbench": (3, 8, 1, 4),
+    "realworldqa": (3, 12, 1, 4),
+    "mme": (3, 9, 1, 4),
+    "hallusionbench": (3, 9, 1, 4),
+    "pope": (3, 9, 1, 4),
+    "others": (12, 24, 3, 5),
+    "vlmevalkit_ocrbench": (9, 24, 5, 8),
+    "vlmevalkit_docvqa": (14, 23, 5, 15),
+    "vlmevalkit_textvqa": (14, 23, 5, 15),
+    "vlmevalkit_infovqa": (15, 23, 3, 5),
+}
+
+SINGLE_TILE: Grid = (1, 1)
+
+
+@lru_cache
+def grids_in_range(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
+    """Every grid of `min_tiles` to `max_tiles` tiles, in order of its number of tiles (then of its columns)."""
+    grids = (
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    )
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)))
+
+
+def closest_grid(width: int, height: int, grids: tuple[Grid, ...], tile_size: int) -> Grid:
+    """The grid whose aspect ratio is nearest to that of the image; `(1, 1)` if there are none.
+
+    On a tie the later (larger) grid wins if the image has more than half as many pixels as that grid.
+    """
+    best, best_difference = SINGLE_TILE, float("inf")
+    for columns, rows in grids:
+        difference = abs(width / height - columns / rows)
+        is_large_tie = difference == best_difference and width * height > 0.5 * tile_size**2 * columns * rows
+        if difference < best_difference or is_large_tie:
+            best, best_difference = (columns, rows), difference
+    return best
+
+
+def check_tile_range(min_tiles: int, max_tiles: int, name: str = "tile") -> None:
+    """Raise `ValueError` unless 1 <= `min_tiles` <= `max_tiles`, both integers."""
+    for value in (min_tiles, max_tiles):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"The {name} range must be two integers, got {min_tiles!r} to {max_tiles!r}.")
+    if not 1 <= min_tiles <= max_tiles:
+        raise ValueError(
+            f"The {name} range {min_tiles} to {max_tiles} holds no grid; it needs 1 <= minimum <= maximum."
+        )
+
+
+@lru_cache(maxsize=4096)
+def msac_grids(
+    width: int,
+    height: int,
+    min_tiles: int = 4,
+    max_tiles: int = 12,
+    adaptive_min_tiles: int = 3,
+    adaptive_max_tiles: int = 7,
+    tile_size: int = 448,
+) -> tuple[Grid, Grid]:
+    """The detailed and the adaptive grid of an image, as ((columns, rows), (columns, rows)).
+
+    The adaptive grid is chosen among those that do not divide the detailed grid in both directions, so that its seams
+    fall elsewhere. A grid of (1, 1) means that this layer has no tiles: the thumbnail already shows the whole image.
+
+    Args:
+        width, height: Image size in pixels.
+        min_tiles, max_tiles: Number of tiles of the detailed grid.
+        adaptive_min_tiles, adaptive_max_tiles: Number of tiles of the adaptive grid.
+        tile_size: Side of a square tile in pixels.
+
+    Raises:
+        ValueError: A size below 1 or an empty range.
+    """
+    if width < 1 or height < 1 or tile_size < 1:
+        raise ValueError(f"Sizes must be at least 1 pixel, got a {width} x {height} image, tile size {tile_size}.")
+    check_tile_range(min_tiles, max_tiles, "detailed tile")
+    check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
+    detailed = closest_grid(width, height, grids_in_range(min_tiles, max_tiles), tile_size)
+    candidates = tuple(
+        grid
+        for grid in grids_in_range(adaptive_min_tiles, adaptive_max_tiles)
+        if detailed[0] % grid[0] or detailed[1] % grid[1]
+    )
+    return detailed, closest_grid(width, height, candidates, tile_size)
+
+
+def tile_counts(detailed: Grid, adaptive: Grid) -> tuple[int, int, int]:
+    """Number of detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none."""
+
+    def count(grid: Grid) -> int:
+        return 0 if grid == SINGLE_TILE else grid[0] * grid[1]
+
+    return count(detailed), count(adaptive), 1
