@@ -14,6 +14,16 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, InternVLConfig
 
 
+_MODEL = "modeling_minimonkey.MiniMonkeyForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_minimonkey.MiniMonkeyConfig",
+    "AutoProcessor": "processing_minimonkey.MiniMonkeyProcessor",
+    "AutoModel": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForMultimodalLM": _MODEL,
+}
+
 # The published code names its InternLM2 class in `llm_config.architectures`. InternLM2 is Llama with fused q, k, v.
 PUBLISHED_LANGUAGE_MODELS = {
     "InternLM2ForCausalLM": "llama",
@@ -207,8 +217,16 @@ class MiniMonkeyConfig(InternVLConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers does, with `tie_word_embeddings` always written out (the base class defaults to True)."""
-        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+        """As in transformers, with `tie_word_embeddings` and the whole `AUTO_MAP` always written out."""
+        return {**super().to_dict(), **self._always_written()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: see `to_dict`."""
+        return {**super().to_diff_dict(), **self._always_written()}
+
+    def _always_written(self) -> dict[str, Any]:
+        # The base class takes True for a missing tie_word_embeddings, and saving narrows auto_map to the class in use.
+        return {"auto_map": dict(AUTO_MAP), "tie_word_embeddings": self.tie_word_embeddings}
 
 
 __all__ = ["MiniMonkeyConfig"]

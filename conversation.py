@@ -151,13 +151,27 @@ def unprotect(text: str) -> str:
     return text.replace(_MARK, "")
 
 
+def has_protected_text(text: str) -> bool:
+    """Whether `protect` marked anything in this text."""
+    return _MARK in text
+
+
+def begins_with_bos(tokenizer) -> bool:
+    """Whether prompts of this tokenizer begin with its `bos_token`, as those of InternLM2 do."""
+    if tokenizer.bos_token is None:
+        return False
+    if tokenizer.chat_template is not None:
+        return "bos_token" in str(tokenizer.chat_template)
+    return tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a prompt, nothing added in front or behind; protected spellings are encoded as plain text.
 
     Raises:
         ValueError: The text holds protected spellings and the tokenizer is not a fast one.
     """
-    if _MARK not in text:
+    if not has_protected_text(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     if not tokenizer.is_fast:
         raise ValueError(

@@ -35,7 +35,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .tiling import PRESETS, SINGLE_TILE, check_tile_range, msac_grids, tile_counts
+from .tiling import PRESETS, RANGE_NAMES, SINGLE_TILE, check_tile_range, msac_grids, tile_counts
 
 
 BACKGROUND = (255, 255, 255)
@@ -63,7 +63,6 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     preset: str | None
 
 
-RANGE_NAMES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------

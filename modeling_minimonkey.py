@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
 from .chat_minimonkey import ChatMixin
@@ -78,7 +79,7 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
-        """As in transformers, always under transformers' own weight names.
+        """As in transformers, always under transformers' own weight names, with the code that loads the model.
 
         Raises:
             ValueError: `save_original_format=True`; the published names are only read.
@@ -88,6 +89,8 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
                 "MiniMonkey reads the published weight names but writes its own only; leave save_original_format=False."
             )
         super().save_pretrained(save_directory, save_original_format=False, **kwargs)
+        if kwargs.get("is_main_process", True):
+            custom_object_save(self, save_directory)
 
     def encode_images(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_flags: torch.Tensor | None = None

@@ -40,6 +40,8 @@ PRESETS: dict[str, TileRanges] = {
 
 SINGLE_TILE: Grid = (1, 1)
 
+RANGE_NAMES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
+
 
 @lru_cache
 def grids_in_range(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:

@@ -239,6 +239,29 @@ def training_sample(index: int, seed: int, progress: float) -> TextImage:
     return render(lines, _any_font(rng, "training"), rng, strength, margin=0.3 + min(1.2, 3 * progress))
 
 
+def training_page(index: int, seed: int, strength: float, plain_share: float = 0.0) -> TextImage:
+    """Sample `index` of small text in several lines, where one picture shows dozens of letters at about patch size.
+
+    Args:
+        strength: Amount of blur, noise and JPEG artefacts, 0 to 1.
+        plain_share: Share of pages in black on white.
+    """
+    rng = random.Random(f"{seed}/page/{index}")
+    size = rng.randint(13, 36)
+    font = _font(_any_font(rng, "training"), size)
+    background, ink = ((255, 255, 255), (0, 0, 0)) if rng.random() < plain_share else _colours(rng)
+    spacing = rng.uniform(1.0, 1.4)
+    lines = []
+    for _ in range(min(rng.randint(2, 6), max(1, int(112 / (size * 1.2 * spacing))))):
+        line = random_word(rng, "training", 12)
+        if rng.random() < 0.5:
+            line += " " + random_word(rng, "training", 6)
+        lines.append(line)
+    margins = tuple(rng.randint(0, 6) for _ in range(4))
+    image, characters = _draw_lines(lines, font, background, ink, margins, spacing)
+    return TextImage(_degrade(image, rng, strength), "\n".join(lines), tuple(characters))
+
+
 def held_out_word(index: int, seed: int = 0, strength: float = 1.0) -> TextImage:
     """Sample `index` of the test: one unseen dictionary word in an unseen font."""
     rng = random.Random(f"{seed}/held_out/{index}")

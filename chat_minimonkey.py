@@ -1,0 +1,312 @@
+"""`model.chat` and `model.batch_chat`: one call from question to answer, with history.
+
+Three ways to call are in use and all work, by position and by keyword:
+
+    model.chat(processor, images, question, history=None, **generation)
+    model.chat(tokenizer, pixel_values, target_aspect_ratio, question, generation_config, ...)    published Mini-Monkey
+    model.chat(tokenizer, pixel_values, question, generation_config, ...)                         published InternVL
+
+Knows prompts and the model's `generate`; pictures are the processor's business.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from .conversation import IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, IMAGE_TOKEN
+from .conversation import begins_with_bos, build_prompt, check_history, control_tokens, encode, get_template, protect
+from .processing_minimonkey import expand_placeholders
+
+
+DEFAULT_MAX_NEW_TOKENS = 1024
+
+PROCESSOR_ORDER = ("processor", "images", "question", "history")
+MINI_MONKEY_ORDER = (
+    "tokenizer pixel_values target_aspect_ratio question generation_config use_scm history return_history "
+    "num_patches_list IMG_START_TOKEN IMG_END_TOKEN IMG_CONTEXT_TOKEN verbose"
+).split()
+INTERNVL_ORDER = (
+    "tokenizer pixel_values question generation_config history return_history num_patches_list IMG_START_TOKEN "
+    "IMG_END_TOKEN IMG_CONTEXT_TOKEN verbose"
+).split()
+BATCH_ORDER = (
+    "tokenizer pixel_values questions generation_config num_patches_list history return_history IMG_START_TOKEN "
+    "IMG_END_TOKEN IMG_CONTEXT_TOKEN verbose"
+).split()
+BATCH_PROCESSOR_ORDER = ("processor", "images", "questions", "history")
+
+
+@dataclass
+class ChatArguments:
+    """The arguments of a call, whichever way it was made."""
+
+    processor: Any = None
+    tokenizer: Any = None
+    images: Any = None
+    pixel_values: torch.Tensor | None = None
+    question: str | None = None
+    questions: list[str] | None = None
+    history: list | None = None
+    return_history: bool = False
+    generation_config: GenerationConfig | dict | None = None
+    system_message: str | None = None
+    num_patches_list: list[int] | None = None
+    target_aspect_ratio: Any = None
+    tile_order: str = "detailed_first"
+    use_scm: bool = False
+    images_kwargs: dict[str, Any] = field(default_factory=dict)
+    IMG_START_TOKEN: str = IMAGE_START
+    IMG_END_TOKEN: str = IMAGE_END
+    IMG_CONTEXT_TOKEN: str = IMAGE_TOKEN
+    verbose: bool = False
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+def is_processor(candidate) -> bool:
+    """Whether this is a processor and not a bare tokenizer."""
+    return hasattr(candidate, "image_processor")
+
+
+def is_tiles(candidate) -> bool:
+    """Whether this is a tensor of normalised tiles, cut by the caller, and not a picture."""
+    return isinstance(candidate, torch.Tensor) and candidate.ndim == 4 and candidate.is_floating_point()
+
+
+def bind_arguments(args: tuple, kwargs: dict[str, Any], batch: bool = False) -> ChatArguments:
+    """Give each argument its name, from the order in which it was passed.
+
+    Raises:
+        ValueError: Arguments that fit none of the orders, an argument given twice, or pictures with a bare tokenizer.
+    """
+    order = _order(args, kwargs, batch)
+    if len(args) > len(order):
+        raise ValueError(f"chat takes at most {len(order)} positional arguments ({', '.join(order)}), got {len(args)}.")
+    named = dict(zip(order, args))
+    twice = named.keys() & kwargs.keys()
+    if twice:
+        raise ValueError(f"chat got {', '.join(sorted(twice))} twice, by position and by keyword.")
+    named |= kwargs
+    known = {name: named.pop(name) for name in list(named) if name in ChatArguments.__dataclass_fields__}
+    bound = ChatArguments(**known, generation=named)
+    bound.processor = bound.processor if bound.processor is not None else bound.tokenizer
+    if bound.processor is None:
+        raise ValueError("chat needs a processor (or, for tiles or text alone, a tokenizer) as its first argument.")
+    bound.tokenizer = bound.processor.tokenizer if is_processor(bound.processor) else bound.processor
+    if is_tiles(bound.images):
+        bound.pixel_values, bound.images = bound.images, None
+    if bound.pixel_values is not None and not isinstance(bound.pixel_values, torch.Tensor):
+        bound.images, bound.pixel_values = bound.pixel_values, None
+    if bound.images is not None and not is_processor(bound.processor):
+        raise ValueError(
+            "A bare tokenizer cannot cut pictures: pass the processor (AutoProcessor.from_pretrained) as the first "
+            f"argument, or tiles of shape (tiles, 3, S, S) instead of {type(bound.images).__name__}."
+        )
+    _check(bound, batch)
+    return bound
+
+
+def _order(args: tuple, kwargs: dict[str, Any], batch: bool) -> tuple | list:
+    if batch:
+        from_processor = (args and is_processor(args[0]) and not (len(args) > 1 and is_tiles(args[1]))) or (
+            kwargs.keys() & {"processor", "images"}
+        )
+        return BATCH_PROCESSOR_ORDER if from_processor else BATCH_ORDER
+    if kwargs.keys() & {"processor", "images"}:
+        return PROCESSOR_ORDER
+    if len(args) > 2 and not isinstance(args[2], str):
+        return MINI_MONKEY_ORDER
+    is_published_call = (
+        (args and not is_processor(args[0]))
+        or kwargs.keys() & {"tokenizer", "pixel_values", "generation_config", "target_aspect_ratio"}
+        or (len(args) > 3 and isinstance(args[3], (dict, GenerationConfig)))
+    )
+    if is_published_call:
+        # With a keyword for it, what stands third in the Mini-Monkey order is not there by position.
+        return MINI_MONKEY_ORDER if "target_aspect_ratio" in kwargs and len(args) < 3 else INTERNVL_ORDER
+    return PROCESSOR_ORDER
+
+
+def _check(bound: ChatArguments, batch: bool) -> None:
+    if batch:
+        questions = bound.questions
+        if isinstance(questions, str) or not questions or not all(isinstance(text, str) for text in questions):
+            raise ValueError(f"`questions` must be a list of strings with at least one, got {questions!r}.")
+    elif not isinstance(bound.question, str) or not bound.question.strip():
+        raise ValueError(f"`question` must be text that is not empty, got {bound.question!r}.")
+    if bound.tile_order not in ("detailed_first", "adaptive_first"):
+        raise ValueError(f"tile_order is 'detailed_first' or 'adaptive_first', got {bound.tile_order!r}.")
+    config = bound.generation_config
+    if config is not None and not isinstance(config, (dict, GenerationConfig)):
+        raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {type(config).__name__}.")
+
+
+class ChatMixin:
+    """`chat` and `batch_chat` for a model that has `generate` and a MiniMonkeyConfig."""
+
+    def chat(self, *args, **kwargs) -> str | tuple[str, list[tuple[str, str]]]:
+        """Ask a question about pictures, or without any.
+
+        Called as `chat(processor, images, question, history=None, ...)`, or in one of the two published orders with tiles
+        that the caller cut: `chat(tokenizer, pixel_values, [target_aspect_ratio,] question, generation_config, ...)`.
+
+        Args:
+            processor: A `MiniMonkeyProcessor`; a tokenizer will do for tiles or text alone.
+            images: None, a picture (PIL image, array, path, URL, data URI) or a list: all of the conversation, in order.
+            pixel_values: (T, 3, S, S) tiles instead, `num_patches_list` saying how many belong to each picture.
+            question: May say with `<image>` where each picture belongs; without, new pictures come first.
+            history: The (question, answer) pairs of earlier turns.
+            return_history: Return (answer, history) instead of the answer.
+            generation_config: A dict or a GenerationConfig; it is not changed.
+            system_message: Instead of the configured one.
+            images_kwargs: Options of the image processor, `{"preset": "docvqa"}` for example.
+            **generation: Everything `generate` takes: max_new_tokens, do_sample, num_beams, streamer, ...
+
+        Raises:
+            ValueError: Arguments that do not fit together, with what to pass instead.
+        """
+        bound = bind_arguments(args, kwargs)
+        history = check_history(bound.history)
+        pixel_values, tiles = self._tiles(bound)
+        may_insert = not history or bound.images is not None
+        question = _place_images(bound.question, history, len(tiles)) if may_insert else bound.question
+        prompt = self._prompt(bound, question, history)
+        expanded = self._expand(bound, [prompt], tiles)
+        (answer,) = self._answers(bound, expanded, pixel_values)
+        history.append((question, answer))
+        return (answer, history) if bound.return_history else answer
+
+    def batch_chat(self, *args, **kwargs) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
+        """Ask several questions at once, each about its own pictures.
+
+        Called as `batch_chat(processor, images, questions, history=None, ...)` with one entry of `images` for each question
+        (None, a picture or a list), or in the published order `batch_chat(tokenizer, pixel_values, questions,
+        generation_config, num_patches_list, ...)` with one picture for each question that does not say `<image>` itself.
+
+        Returns:
+            The answers, and with `return_history=True` also one history for each.
+
+        Raises:
+            ValueError: See `chat`.
+        """
+        bound = bind_arguments(args, kwargs, batch=True)
+        rows = len(bound.questions)
+        histories = [check_history(history) for history in bound.history or [None] * rows]
+        if len(histories) != rows:
+            raise ValueError(f"{rows} questions were given, but {len(histories)} histories.")
+        counts = self._pictures_of_rows(bound)
+        questions = [
+            question if count is None else _place_images(question, history, count)
+            for question, history, count in zip(bound.questions, histories, counts)
+        ]
+        pixel_values, tiles = self._tiles(bound)
+        prompts = [self._prompt(bound, *row) for row in zip(questions, histories)]
+        answers = self._answers(bound, self._expand(bound, prompts, tiles), pixel_values)
+        for history, question, answer in zip(histories, questions, answers):
+            history.append((question, answer))
+        return (answers, histories) if bound.return_history else answers
+
+    @staticmethod
+    def _pictures_of_rows(bound: ChatArguments) -> list[int | None]:
+        """How many pictures each row gets; None where there are none or the question says it."""
+        rows = len(bound.questions)
+        if bound.images is not None:
+            if not isinstance(bound.images, (list, tuple)) or len(bound.images) != rows:
+                raise ValueError(f"images must be a list with one entry for each of the {rows} questions.")
+            counts = [len(row) if isinstance(row, (list, tuple)) else int(row is not None) for row in bound.images]
+            nested = [row if isinstance(row, (list, tuple)) else [row] for row in bound.images]
+            bound.images = [image for row in nested for image in row if image is not None] or None
+            return counts
+        if bound.pixel_values is None:
+            return [None] * rows
+        return [None if IMAGE_PLACEHOLDER in question else 1 for question in bound.questions]
+
+    def _tiles(self, bound: ChatArguments) -> tuple[torch.Tensor | None, list[int]]:
+        """The tiles of all pictures and how many belong to each."""
+        if bound.images is not None:
+            inputs = bound.processor.image_processor(bound.images, return_tensors="pt", **bound.images_kwargs)
+            pixel_values, tiles = inputs["pixel_values"], inputs["tile_counts"].sum(dim=1).tolist()
+            return pixel_values.to(self.device, self.dtype), tiles
+        if bound.pixel_values is None:
+            return None, []
+        tiles = bound.num_patches_list
+        tiles = [bound.pixel_values.shape[0]] if tiles is None else [int(count) for count in tiles]
+        if sum(tiles) != bound.pixel_values.shape[0]:
+            raise ValueError(
+                f"num_patches_list {tiles} adds up to {sum(tiles)}, but pixel_values hold {bound.pixel_values.shape[0]} "
+                "tiles."
+            )
+        return bound.pixel_values.to(self.device, self.dtype), tiles
+
+    def _prompt(self, bound: ChatArguments, question: str, history: list[tuple[str, str]]) -> str:
+        """The prompt with placeholders; what people wrote is protected from acting as control tokens."""
+        spellings = control_tokens(bound.tokenizer)
+        system = self.config.system_message if bound.system_message is None else bound.system_message
+        return build_prompt(
+            get_template(self.config.template),
+            protect(question, spellings),
+            [(protect(asked, spellings), protect(answered, spellings)) for asked, answered in history],
+            None if system is None else protect(system, spellings),
+        )
+
+    def _expand(self, bound: ChatArguments, prompts: list[str], tiles: list[int]) -> list[str]:
+        image_token_id = bound.tokenizer.convert_tokens_to_ids(bound.IMG_CONTEXT_TOKEN)
+        if tiles and image_token_id != self.config.image_token_id:
+            raise ValueError(
+                f"{bound.IMG_CONTEXT_TOKEN} has id {image_token_id} in the tokenizer, but the model's image_token_id is "
+                f"{self.config.image_token_id}; they belong to different checkpoints."
+            )
+        if (bound.IMG_START_TOKEN, bound.IMG_END_TOKEN, bound.IMG_CONTEXT_TOKEN) != (IMAGE_START, IMAGE_END, IMAGE_TOKEN):
+            raise ValueError(f"The image tokens of this model are {IMAGE_START}, {IMAGE_END} and {IMAGE_TOKEN}.")
+        bos = bound.tokenizer.bos_token if begins_with_bos(bound.tokenizer) else ""
+        return [bos + prompt for prompt in expand_placeholders(prompts, tiles, self.config.image_seq_length)]
+
+    def _answers(self, bound: ChatArguments, prompts: list[str], pixel_values: torch.Tensor | None) -> list[str]:
+        rows = [encode(bound.tokenizer, prompt) for prompt in prompts]
+        inputs = bound.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.device)
+        separator = get_template(self.config.template).separator
+        options = self._generation_options(bound, separator)
+        output = self.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pixel_values=pixel_values,
+            use_scm=bound.use_scm,
+            **options,
+        )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        per_row = sequences.shape[0] // len(rows)
+        new_tokens = sequences[::per_row, inputs["input_ids"].shape[1] :]
+        texts = bound.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        return [text.split(separator)[0].strip() for text in texts]
+
+    def _generation_options(self, bound: ChatArguments, separator: str) -> dict[str, Any]:
+        """The caller's settings in a fresh dict; an answer ends with the template's separator."""
+        options = dict(bound.generation)
+        config = bound.generation_config
+        if isinstance(config, GenerationConfig):
+            options = {**config.to_diff_dict(), **options}
+            options.pop("transformers_version", None)
+        elif config is not None:
+            options = {**config, **options}
+        if options.get("eos_token_id") is None:
+            options["eos_token_id"] = bound.tokenizer.convert_tokens_to_ids(separator)
+        if options.get("pad_token_id") is None:
+            pad = bound.tokenizer.pad_token_id
+            options["pad_token_id"] = options["eos_token_id"] if pad is None else pad
+        limits = ("max_new_tokens", "max_length")
+        if not any(options.get(name) for name in limits) and not self.generation_config.max_new_tokens:
+            options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        return options
+
+
+def _place_images(question: str, history: list[tuple[str, str]], images: int) -> str:
+    """`question` with placeholders in front for pictures that have none; several new ones are numbered."""
+    in_history = sum(asked.count(IMAGE_PLACEHOLDER) + answered.count(IMAGE_PLACEHOLDER) for asked, answered in history)
+    missing = images - in_history
+    if missing < 1 or IMAGE_PLACEHOLDER in question:
+        return question
+    if missing == 1:
+        return f"{IMAGE_PLACEHOLDER}\n{question}"
+    first = in_history + 1
+    return "".join(f"Image-{first + i}: {IMAGE_PLACEHOLDER}\n" for i in range(missing)) + question

@@ -1,0 +1,213 @@
+"""Messages and pictures to model inputs: chat template, placeholders, token ids, padding.
+
+    processor = AutoProcessor.from_pretrained("path/of/this/repository", trust_remote_code=True)
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    model.generate(**inputs)
+
+Knows no model. A picture's place in the text is `<image>`; it becomes `<img>`, one `<IMG_CONTEXT>` for each image token of
+its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the tile counts of the image processor.
+"""
+
+from typing import Any
+
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .conversation import IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, IMAGE_TOKEN
+from .conversation import control_tokens, encode, has_protected_text, protect_messages
+from .image_processing_minimonkey import MiniMonkeyImageProcessorKwargs
+
+
+class MiniMonkeyProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: MiniMonkeyImageProcessorKwargs
+    _defaults = {
+        "text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": False},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+def expand_placeholders(texts: list[str], tiles_of_image: list[int], tokens_per_tile: int) -> list[str]:
+    """Put each picture's image tokens where its `<image>` stands; the pictures belong to the placeholders in order.
+
+    Raises:
+        ValueError: The number of placeholders is not that of the pictures.
+    """
+    check_placeholders(texts, len(tiles_of_image))
+    tiles = iter(tiles_of_image)
+    return [
+        "".join(
+            part if i == 0 else IMAGE_START + IMAGE_TOKEN * (tokens_per_tile * next(tiles)) + IMAGE_END + part
+            for i, part in enumerate(text.split(IMAGE_PLACEHOLDER))
+        )
+        for text in texts
+    ]
+
+
+def check_placeholders(texts: list[str], images: int) -> None:
+    """Raise `ValueError` unless `texts` have one `<image>` for each of `images` pictures."""
+    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    if placeholders != images:
+        raise ValueError(
+            f"The text has {placeholders} {IMAGE_PLACEHOLDER} placeholders, but {images} images were given; "
+            "each image needs exactly one."
+        )
+
+
+def count_pictures(images) -> int:
+    """How many pictures a (nested) list holds, without opening one; an array of four dimensions is a batch."""
+    if images is None:
+        return 0
+    if isinstance(images, (list, tuple)):
+        return sum(map(count_pictures, images))
+    return images.shape[0] if getattr(images, "ndim", 3) == 4 else 1
+
+
+class MiniMonkeyProcessor(ProcessorMixin):
+    r"""
+    The image processor and the tokenizer of a MiniMonkey as one.
+
+    Args:
+        image_processor: A `MiniMonkeyImageProcessor` or `MiniMonkeyImageProcessorPil`.
+        tokenizer: A tokenizer that has `<img>`, `</img>` and `<IMG_CONTEXT>`.
+        image_seq_length (int): Image tokens of one tile.
+        chat_template (str, *optional*): A jinja template, see `conversation.chat_template_jinja`.
+
+    Raises:
+        ValueError: The tokenizer lacks an image token.
+    """
+
+    valid_processor_kwargs = MiniMonkeyProcessorKwargs
+
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_length: int = 256, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.image_seq_length = image_seq_length
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in (IMAGE_START, IMAGE_END, IMAGE_TOKEN) if token not in vocabulary]
+        if missing:
+            raise ValueError(f"The tokenizer lacks {', '.join(missing)}; import_checkpoint.py and a MiniMonkey have them.")
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs: Any) -> BatchFeature:
+        """Token ids of ready prompts and the tiles of their pictures.
+
+        Args:
+            images: As the image processor takes them; nested lists give each text its own.
+            text: A prompt or a list of prompts with one `<image>` for each picture. Control tokens in them count;
+                text that is not to be trusted goes through `apply_chat_template(tokenize=True)`.
+            **kwargs: Options of tokenizer and image processor, flat or as `text_kwargs` and `images_kwargs`. By default
+                rows are padded on the left and tensors are returned.
+
+        Returns:
+            input_ids, attention_mask (B, N) and, with pictures, pixel_values, tile_counts, tile_grids (see
+            `MiniMonkeyImageProcessor.preprocess`).
+
+        Raises:
+            ValueError: No text, placeholders and pictures of different number, or a limit that would cut an image.
+        """
+        if text is None:
+            raise ValueError("text is missing; to cut pictures alone, call processor.image_processor(images).")
+        if videos is not None:
+            raise ValueError("Videos are not supported in this version; pass frames as images.")
+        if kwargs.get("return_tensors", "pt") is None:
+            kwargs.pop("return_tensors")
+        merged = self._merge_kwargs(
+            MiniMonkeyProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        texts = [text] if isinstance(text, str) else list(text)
+        self._check_images(texts, images)
+        image_inputs, tiles = {}, []
+        if count_pictures(images):
+            image_inputs = self.image_processor(images, **merged["images_kwargs"])
+            tiles = [int(sum(counts)) for counts in image_inputs["tile_counts"]]
+        expanded = expand_placeholders(texts, tiles, self.image_seq_length)
+        text_inputs = self._encode(expanded, merged["text_kwargs"])
+        return BatchFeature({**text_inputs, **image_inputs}, tensor_type=merged["text_kwargs"].get("return_tensors"))
+
+    @staticmethod
+    def _check_images(texts: list[str], images) -> None:
+        check_placeholders(texts, count_pictures(images))
+        if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
+            if len(images) != len(texts):
+                raise ValueError(f"{len(images)} lists of images were given for {len(texts)} texts.")
+            for row, (text, pictures) in enumerate(zip(texts, images)):
+                if text.count(IMAGE_PLACEHOLDER) != count_pictures(pictures):
+                    raise ValueError(
+                        f"Row {row} has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders, but "
+                        f"{count_pictures(pictures)} images."
+                    )
+
+    def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
+        """Token ids, padded as `options` say; nothing is added in front or behind."""
+        ignored = ("add_special_tokens", "return_tensors", "return_mm_token_type_ids", "return_text_replacement_offsets")
+        with_types = options.get("return_mm_token_type_ids", False)
+        options = {name: value for name, value in options.items() if name not in ignored}
+        if options.pop("return_offsets_mapping", False):
+            if any(has_protected_text(text) for text in texts):
+                raise ValueError("Offsets cannot be given for text that spells a control token.")
+            return dict(self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **options))
+        rows = [encode(self.tokenizer, text) for text in texts]
+        if options.pop("truncation", False) and options.get("max_length"):
+            rows = [self._truncate(row, options["max_length"]) for row in rows]
+        padding = options.pop("padding", False)
+        if padding:
+            known = ("max_length", "padding_side", "pad_to_multiple_of")
+            inputs = dict(
+                self.tokenizer.pad(
+                    {"input_ids": rows},
+                    padding=padding,
+                    return_attention_mask=True,
+                    **{name: options[name] for name in known if options.get(name) is not None},
+                )
+            )
+        else:
+            inputs = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        if with_types:
+            inputs["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in row] for row in inputs["input_ids"]]
+        return inputs
+
+    def _truncate(self, row: list[int], max_length: int) -> list[int]:
+        if self.image_token_id in row[max_length:]:
+            raise ValueError(
+                f"max_length {max_length} would cut an image of a prompt of {len(row)} tokens; raise it, or use fewer "
+                "tiles (max_tiles, adaptive_max_tiles)."
+            )
+        return row[:max_length]
+
+    def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
+        """As in transformers. With `tokenize=True`, text of the messages that spells a control token, or `<image>`, is
+        encoded as plain text; `sanitize_control_tokens=False` turns that off."""
+        sanitize = kwargs.pop("sanitize_control_tokens", True)
+        if tokenize and sanitize:
+            spellings = [*control_tokens(self.tokenizer), IMAGE_PLACEHOLDER]
+            conversation = protect_messages(conversation, spellings)
+        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Tokens and tiles of pictures of (height, width) `image_sizes`, for serving engines."""
+        if image_sizes is None:
+            return MultiModalData()
+        tiles = [
+            self.image_processor.get_number_of_image_patches(*size, kwargs.get("images_kwargs", kwargs))
+            for size in image_sizes
+        ]
+        tokens = [self.image_seq_length * count + 2 for count in tiles]  # with <img> and </img>
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=tiles)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the class to load it by."""
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_minimonkey.MiniMonkeyProcessor"}}
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; the code that loads the processor is always saved beside it."""
+        saved = super().save_pretrained(save_directory, **kwargs)
+        custom_object_save(self, save_directory)
+        return saved
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+
+__all__ = ["MiniMonkeyProcessor"]
