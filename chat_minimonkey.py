@@ -15,26 +15,66 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from .conversation import IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, IMAGE_TOKEN
-from .conversation import begins_with_bos, build_prompt, check_history, control_tokens, encode, get_template, protect
+from .conversation import (
+    IMAGE_END,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START,
+    IMAGE_TOKEN,
+    begins_with_bos,
+    build_prompt,
+    check_history,
+    control_tokens,
+    encode,
+    get_template,
+    protect,
+)
 from .processing_minimonkey import expand_placeholders
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 
 PROCESSOR_ORDER = ("processor", "images", "question", "history")
-MINI_MONKEY_ORDER = (
-    "tokenizer pixel_values target_aspect_ratio question generation_config use_scm history return_history "
-    "num_patches_list IMG_START_TOKEN IMG_END_TOKEN IMG_CONTEXT_TOKEN verbose"
-).split()
-INTERNVL_ORDER = (
-    "tokenizer pixel_values question generation_config history return_history num_patches_list IMG_START_TOKEN "
-    "IMG_END_TOKEN IMG_CONTEXT_TOKEN verbose"
-).split()
-BATCH_ORDER = (
-    "tokenizer pixel_values questions generation_config num_patches_list history return_history IMG_START_TOKEN "
-    "IMG_END_TOKEN IMG_CONTEXT_TOKEN verbose"
-).split()
+MINI_MONKEY_ORDER = [
+    "tokenizer",
+    "pixel_values",
+    "target_aspect_ratio",
+    "question",
+    "generation_config",
+    "use_scm",
+    "history",
+    "return_history",
+    "num_patches_list",
+    "IMG_START_TOKEN",
+    "IMG_END_TOKEN",
+    "IMG_CONTEXT_TOKEN",
+    "verbose",
+]
+INTERNVL_ORDER = [
+    "tokenizer",
+    "pixel_values",
+    "question",
+    "generation_config",
+    "history",
+    "return_history",
+    "num_patches_list",
+    "IMG_START_TOKEN",
+    "IMG_END_TOKEN",
+    "IMG_CONTEXT_TOKEN",
+    "verbose",
+]
+BATCH_ORDER = [
+    "tokenizer",
+    "pixel_values",
+    "questions",
+    "generation_config",
+    "num_patches_list",
+    "history",
+    "return_history",
+    "IMG_START_TOKEN",
+    "IMG_END_TOKEN",
+    "IMG_CONTEXT_TOKEN",
+    "verbose",
+]
 BATCH_PROCESSOR_ORDER = ("processor", "images", "questions", "history")
 
 
@@ -257,7 +297,11 @@ class ChatMixin:
                 f"{bound.IMG_CONTEXT_TOKEN} has id {image_token_id} in the tokenizer, but the model's image_token_id is "
                 f"{self.config.image_token_id}; they belong to different checkpoints."
             )
-        if (bound.IMG_START_TOKEN, bound.IMG_END_TOKEN, bound.IMG_CONTEXT_TOKEN) != (IMAGE_START, IMAGE_END, IMAGE_TOKEN):
+        if (bound.IMG_START_TOKEN, bound.IMG_END_TOKEN, bound.IMG_CONTEXT_TOKEN) != (
+            IMAGE_START,
+            IMAGE_END,
+            IMAGE_TOKEN,
+        ):
             raise ValueError(f"The image tokens of this model are {IMAGE_START}, {IMAGE_END} and {IMAGE_TOKEN}.")
         bos = bound.tokenizer.bos_token if begins_with_bos(bound.tokenizer) else ""
         return [bos + prompt for prompt in expand_placeholders(prompts, tiles, self.config.image_seq_length)]

@@ -59,10 +59,10 @@ RENAMINGS: tuple[tuple[str, str], ...] = (
     (r"^vision_model\.embeddings\.patch_embedding\.", "model.vision_tower.embeddings.patch_embeddings.projection."),
     (r"^vision_model\.encoder\.layers\.", "model.vision_tower.encoder.layer."),
 )
-FUSED_VISION_QKV = "attn.qkv"
-VISION_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
-FUSED_TEXT_QKV = "attention.wqkv"
-TEXT_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+FUSED_VISION_QKV = ".attn.qkv."
+VISION_QKV = (".attention.q_proj.", ".attention.k_proj.", ".attention.v_proj.")
+FUSED_TEXT_QKV = ".attention.wqkv."
+TEXT_QKV = (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
 
 
 def split_wqkv(wqkv: torch.Tensor, text_config) -> list[torch.Tensor]:
@@ -135,15 +135,15 @@ def weight_conversions() -> list:
     for suffix in ("weight", "bias"):
         conversions.append(
             WeightConverter(
-                f"{FUSED_VISION_QKV}.{suffix}",
-                [f"{name}.{suffix}" for name in VISION_QKV],
+                re.escape(FUSED_VISION_QKV) + suffix,
+                [name + suffix for name in VISION_QKV],
                 operations=[Chunk(dim=0)],
             )
         )
         conversions.append(
             WeightConverter(
-                f"{FUSED_TEXT_QKV}.{suffix}",
-                [f"{name}.{suffix}" for name in TEXT_QKV],
+                re.escape(FUSED_TEXT_QKV) + suffix,
+                [name + suffix for name in TEXT_QKV],
                 operations=[SplitFusedQKV()],
             )
         )

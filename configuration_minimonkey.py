@@ -40,15 +40,38 @@ _PUBLISHED_VISION_NAMES = {
     "dropout": "hidden_dropout_prob",
     "initializer_factor": "layer_scale_init_value",
 }
-_VISION_FIELDS = (
-    "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act attention_dropout "
-    "initializer_range norm_type layer_norm_eps image_size patch_size num_channels dtype"
-).split()
+_VISION_FIELDS = [
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "attention_dropout",
+    "initializer_range",
+    "norm_type",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "dtype",
+]
 # Settings of training, of the old code or of the old tokenizer; none changes what the model computes here.
-_PUBLISHED_IGNORED = (
-    "architectures auto_map dynamic_image_size max_dynamic_patch min_dynamic_patch pad2square use_thumbnail "
-    "use_backbone_lora use_llm_lora hidden_size vision_select_layer mlp_checkpoint transformers_version _commit_hash"
-).split()
+_PUBLISHED_IGNORED = [
+    "architectures",
+    "auto_map",
+    "dynamic_image_size",
+    "max_dynamic_patch",
+    "min_dynamic_patch",
+    "pad2square",
+    "use_thumbnail",
+    "use_backbone_lora",
+    "use_llm_lora",
+    "hidden_size",
+    "vision_select_layer",
+    "mlp_checkpoint",
+    "transformers_version",
+    "_commit_hash",
+]
 
 
 def vision_config_from_published(published: dict[str, Any]) -> dict[str, Any]:

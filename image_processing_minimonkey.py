@@ -63,8 +63,6 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     preset: str | None
 
 
-
-
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +225,9 @@ class _MsacMixin:
         if size is None or size["height"] is None or size["height"] != size["width"] or size["height"] < 1:
             raise ValueError(f"Tiles are square: size must be {{'height': S, 'width': S}}, got {size}.")
         if not do_resize:
-            raise ValueError("do_resize=False cannot work: a picture is cut in tiles after it is resized to their grid.")
+            raise ValueError(
+                "do_resize=False cannot work: a picture is cut in tiles after it is resized to their grid."
+            )
 
     def fetch_images(self, image_url_or_urls):
         """Read every path, URL and data URI in a picture or a (nested) list of pictures; leave the rest as it is."""

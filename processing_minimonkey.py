@@ -14,8 +14,16 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .conversation import IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, IMAGE_TOKEN
-from .conversation import control_tokens, encode, has_protected_text, protect_messages
+from .conversation import (
+    IMAGE_END,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START,
+    IMAGE_TOKEN,
+    control_tokens,
+    encode,
+    has_protected_text,
+    protect_messages,
+)
 from .image_processing_minimonkey import MiniMonkeyImageProcessorKwargs
 
 
@@ -87,7 +95,9 @@ class MiniMonkeyProcessor(ProcessorMixin):
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in (IMAGE_START, IMAGE_END, IMAGE_TOKEN) if token not in vocabulary]
         if missing:
-            raise ValueError(f"The tokenizer lacks {', '.join(missing)}; import_checkpoint.py and a MiniMonkey have them.")
+            raise ValueError(
+                f"The tokenizer lacks {', '.join(missing)}; import_checkpoint.py and a MiniMonkey have them."
+            )
 
     def __call__(self, images=None, text=None, videos=None, **kwargs: Any) -> BatchFeature:
         """Token ids of ready prompts and the tiles of their pictures.
@@ -140,7 +150,12 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
     def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         """Token ids, padded as `options` say; nothing is added in front or behind."""
-        ignored = ("add_special_tokens", "return_tensors", "return_mm_token_type_ids", "return_text_replacement_offsets")
+        ignored = (
+            "add_special_tokens",
+            "return_tensors",
+            "return_mm_token_type_ids",
+            "return_text_replacement_offsets",
+        )
         with_types = options.get("return_mm_token_type_ids", False)
         options = {name: value for name, value in options.items() if name not in ignored}
         if options.pop("return_offsets_mapping", False):

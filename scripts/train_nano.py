@@ -209,7 +209,9 @@ class Pictures(torch.utils.data.Dataset):
             "pixel_values": tiles["pixel_values"],
             "cell_labels": torch.from_numpy(np.concatenate([cell_labels(picture, grid, patches) for grid in grids])),
         }
-        return item | self._text(rng.choice(QUESTIONS), picture.text, len(tiles["pixel_values"])) if self.reading else item
+        return (
+            item | self._text(rng.choice(QUESTIONS), picture.text, len(tiles["pixel_values"])) if self.reading else item
+        )
 
     def _text(self, question: str, answer: str, tiles: int) -> dict:
         """Ids of a conversation and labels for the answer alone."""

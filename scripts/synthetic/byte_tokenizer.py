@@ -9,9 +9,19 @@ from transformers import PreTrainedTokenizerFast
 
 
 CONTROL_TOKENS = ("<pad>", "<s>", "</s>")
-SPECIAL_TOKENS = (
-    "<|im_end|> <|im_start|> <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
-)
+SPECIAL_TOKENS = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+]
 
 
 def build_byte_tokenizer(merged_text: str) -> PreTrainedTokenizerFast:

@@ -33,12 +33,44 @@ WORD_LIST = Path("/usr/share/dict/words")
 
 # No family on one side has a clone or a direct ancestor on the other (Carlito, say, is drawn after Lato).
 HELD_OUT_FONTS = ("Lato", "Carlito", "Caladea", "Cabin", "EBGaramond", "FiraCode", "Quicksand")
-TRAINING_FONTS = (
-    "DejaVuSans DejaVuSerif LiberationSans LiberationSerif LiberationMono FreeSans FreeSerif FreeMono NotoSans- "
-    "NotoSansMono- NotoSerif- NotoSansDisplay- NotoSerifDisplay- Roboto OpenSans Inconsolata Hack Comfortaa Cantarell "
-    "LinLibertine_R LinBiolinum_R LinBiolinum_B GFSDidot C059 NimbusSans NimbusRoman NimbusMonoPS P052 URWBookman "
-    "URWGothic Z003 JunicodeTwoBeta mononoki Play Jura CourierPrime"
-).split()
+TRAINING_FONTS = [
+    "DejaVuSans",
+    "DejaVuSerif",
+    "LiberationSans",
+    "LiberationSerif",
+    "LiberationMono",
+    "FreeSans",
+    "FreeSerif",
+    "FreeMono",
+    "NotoSans-",
+    "NotoSansMono-",
+    "NotoSerif-",
+    "NotoSansDisplay-",
+    "NotoSerifDisplay-",
+    "Roboto",
+    "OpenSans",
+    "Inconsolata",
+    "Hack",
+    "Comfortaa",
+    "Cantarell",
+    "LinLibertine_R",
+    "LinBiolinum_R",
+    "LinBiolinum_B",
+    "GFSDidot",
+    "C059",
+    "NimbusSans",
+    "NimbusRoman",
+    "NimbusMonoPS",
+    "P052",
+    "URWBookman",
+    "URWGothic",
+    "Z003",
+    "JunicodeTwoBeta",
+    "mononoki",
+    "Play",
+    "Jura",
+    "CourierPrime",
+]
 UNREADABLE_STYLES = re.compile(r"Thin|Hairline|ExtraLight|Math|Initials|Keyboard|Beta-.*Condensed")
 
 CHARACTERS = string.ascii_letters + string.digits + ".,:;-!?'\"()/&%$#@+*="

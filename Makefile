@@ -1,0 +1,41 @@
+# `make quickstart` and `make test` do all set-up themselves, from a machine with Python, make and git.
+PYTHON ?= python3
+VENV = .venv
+FLOOR = .venv-floor
+BIN = $(VENV)/bin
+
+.PHONY: quickstart setup test test-floor test-all lint clean
+
+quickstart: setup
+	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet ".[dev]"
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+# The same tests on the oldest supported transformers.
+$(FLOOR)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/pip install --quiet --upgrade pip
+	$(FLOOR)/bin/pip install --quiet ".[dev]" "transformers==5.16.0"
+	touch $@
+
+test-floor: $(FLOOR)/.ready
+	$(FLOOR)/bin/python -m pytest -q
+
+test-all: setup
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(FLOOR) build *.egg-info

@@ -1,0 +1,179 @@
+"""Turn a published InternVL2 / Mini-Monkey checkpoint into a folder that loads with AutoModel and trust_remote_code.
+
+    python scripts/import_checkpoint.py mx262/MiniMonkey MiniMonkey-2B
+    python scripts/import_checkpoint.py path/of/a/checkpoint OUT --image-token-id 92546      without a tokenizer
+
+Every name and shape is checked before anything is written. OUT appears when it is complete; until then the work is in
+OUT.partial, and the same command goes on there after an interruption.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from importing.sentencepiece_tokenizer import convert_tokenizer, has_tokenizer
+from importing.weights import Shard, check_against_model, convert_shards, read_shards
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
+
+
+def root_class(name: str):
+    """A class or function of this repository, `"module.name"`, loaded as remote code is."""
+    return get_class_from_dynamic_module(name, str(ROOT))
+
+
+def import_checkpoint(source: str, out: Path, image_token_id: int | None = None) -> None:
+    """Check, convert and write; see the module's text.
+
+    Raises:
+        ValueError: Anything that does not fit, before OUT exists.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; remove it or choose another folder.")
+    folder = resolve_source(source)
+    config_dict = read_config(folder)
+    tokenizer, with_bos = convert_tokenizer(folder) if has_tokenizer(folder) else (None, True)
+    config_dict["image_token_id"] = find_image_token(tokenizer, image_token_id, config_dict)
+    config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_dict(config_dict)
+    root_class("conversation.get_template")(config.template)
+    convert_tensor = root_class("checkpoint.convert_tensor")
+
+    def convert(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return convert_tensor(name, tensor, config.text_config)
+
+    shards = read_shards(folder)
+    check_against_model(shards, expected_shapes(config), convert, config.tie_word_embeddings)
+    work = prepare_work_folder(out, fingerprint(config, shards))
+    convert_shards(shards, work, convert)
+    write_settings(work, config, tokenizer, with_bos)
+    (work / "import.json").unlink()
+    if out.exists():
+        out.rmdir()
+    work.replace(out)
+
+
+def resolve_source(source: str) -> Path:
+    """A local folder, or the snapshot of a Hub repository."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise ValueError(f"There is no folder {source}.")
+    return Path(snapshot_download(source, allow_patterns=DOWNLOADED))
+
+
+def read_config(folder: Path) -> dict:
+    """The published `config.json`."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if "llm_config" not in config and "text_config" not in config:
+        raise ValueError(f"{path} is no InternVL2 or Mini-Monkey configuration: it has no llm_config.")
+    return config
+
+
+def find_image_token(tokenizer, given: int | None, config: dict) -> int:
+    """The id of <IMG_CONTEXT>: the tokenizer's, or the one given, or the one in the configuration; they may not differ."""
+    from_tokenizer = None
+    if tokenizer is not None:
+        image_tokens = root_class("conversation.IMAGE_TOKENS")[:3]
+        missing = [token for token in image_tokens if token not in tokenizer.get_vocab()]
+        if missing:
+            raise ValueError(f"The checkpoint's tokenizer lacks {', '.join(missing)}.")
+        from_tokenizer = tokenizer.convert_tokens_to_ids(image_tokens[2])
+    known = {
+        name: value for name, value in (("tokenizer", from_tokenizer), ("--image-token-id", given)) if value is not None
+    }
+    if not known and config.get("image_token_id") is not None:
+        return config["image_token_id"]
+    if not known:
+        raise ValueError(
+            "The checkpoint has no tokenizer to ask for the id of <IMG_CONTEXT>; pass it with --image-token-id "
+            "(92546 for InternVL2-2B and Mini-Monkey, 151648 for 1B, 32013 for 4B)."
+        )
+    if len(set(known.values())) > 1:
+        raise ValueError(f"The ids of <IMG_CONTEXT> contradict each other: {known}.")
+    return next(iter(known.values()))
+
+
+def expected_shapes(config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's weights, without memory for them."""
+    with torch.device("meta"):
+        model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def fingerprint(config, shards: list[Shard]) -> str:
+    """Tells whether half-done work belongs to this source."""
+    files = [(shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns) for shard in shards]
+    return hashlib.sha256(json.dumps([config.to_dict(), files], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def prepare_work_folder(out: Path, mark: str) -> Path:
+    """OUT.partial: what an interrupted run of the same import left, or a new one."""
+    work = out.with_name(out.name + ".partial")
+    state = work / "import.json"
+    if work.exists() and not (state.is_file() and json.loads(state.read_text()).get("fingerprint") == mark):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    state.write_text(json.dumps({"fingerprint": mark}))
+    return work
+
+
+def write_settings(work: Path, config, tokenizer, with_bos: bool) -> None:
+    """Everything but the weights: configuration, tokenizer, processor and the code that loads them."""
+    conversation = {name: root_class(f"conversation.{name}") for name in ("get_template", "chat_template_jinja")}
+    template = conversation["get_template"](config.template)
+    config.architectures = ["MiniMonkeyForConditionalGeneration"]
+    config.save_pretrained(work)
+    image_processor = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")(
+        size={"height": config.tile_size, "width": config.tile_size}
+    )
+    if tokenizer is None:
+        image_processor.save_pretrained(work)
+    else:
+        jinja = conversation["chat_template_jinja"](template, config.system_message, with_bos)
+        root_class("processing_minimonkey.MiniMonkeyProcessor")(
+            image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=jinja
+        ).save_pretrained(work)
+        separator = tokenizer.convert_tokens_to_ids(template.separator)
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=separator,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else separator,
+        ).save_pretrained(work)
+    for code in ROOT.glob("*.py"):
+        shutil.copy(code, work)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SRC", help="Hub id or folder with config.json and safetensors")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--image-token-id", type=int, metavar="N", help="id of <IMG_CONTEXT>, if SRC has no tokenizer")
+    args = parser.parse_args()
+    try:
+        import_checkpoint(args.source, args.out, args.image_token_id)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {args.out}. Load it with AutoModel.from_pretrained({str(args.out)!r}, trust_remote_code=True).")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

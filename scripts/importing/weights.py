@@ -1,0 +1,145 @@
+"""Published safetensors files to ours, a shard at a time: checked as a whole first, resumable, small in memory."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer of older releases, computed from the configuration
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One published file: its tensors' names, shapes and types."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The weight files of a checkpoint, from their headers alone.
+
+    Raises:
+        ValueError: No weights, a missing, damaged or truncated file, or an index that does not match the files.
+    """
+    index_path = folder / INDEX_NAME
+    if index_path.is_file():
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    elif (folder / SINGLE_NAME).is_file():
+        weight_map, names = None, [SINGLE_NAME]
+    else:
+        raise ValueError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names.")
+    shards = [_read_header(folder / name) for name in names]
+    if weight_map is not None:
+        _check_index(weight_map, shards)
+    return shards
+
+
+def _read_header(path: Path) -> Shard:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Shard(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}. Download it again.") from error
+
+
+def _check_index(weight_map: dict[str, str], shards: list[Shard]) -> None:
+    for shard in shards:
+        named = {key for key, name in weight_map.items() if name == shard.path.name}
+        if named != shard.shapes.keys():
+            raise ValueError(
+                f"{shard.path.name} does not hold what the index says: missing "
+                f"{_few(named - shard.shapes.keys())}, unexpected {_few(shard.shapes.keys() - named)}."
+            )
+
+
+def check_against_model(shards: list[Shard], expected: dict[str, tuple[int, ...]], convert, tied: bool) -> None:
+    """Compare every name and shape with those of the model, before anything is read or written.
+
+    Args:
+        expected: Names and shapes of the model.
+        convert: (name, tensor) -> {name: tensor}; called with tensors that have no data.
+        tied: The output layer shares the input embeddings and may be missing.
+
+    Raises:
+        ValueError: What is missing, unexpected, twice there or of another shape, by name.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    sources: dict[str, str] = {}
+    problems = []
+    for shard in shards:
+        for source, shape in shard.shapes.items():
+            if source.endswith(IGNORED_SUFFIXES):
+                continue
+            try:
+                converted = convert(source, torch.empty(shape, device="meta"))
+            except ValueError as error:
+                problems.append(f"{source}: {error}")
+                continue
+            for name, tensor in converted.items():
+                if name in found:
+                    problems.append(f"twice: {name} comes from {sources[name]} and from {source}")
+                found[name], sources[name] = tuple(tensor.shape), source
+    missing = sorted(expected.keys() - found.keys() - ({"lm_head.weight"} if tied else set()))
+    unexpected = sorted(sources[name] for name in found.keys() - expected.keys())
+    problems += [f"missing: {name} {expected[name]}" for name in missing]
+    problems += [f"unexpected: {name}" for name in dict.fromkeys(unexpected)]
+    problems += [
+        f"wrong shape: {sources[name]} gives {name} {found[name]}, the configuration wants {expected[name]}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"The checkpoint does not fit its configuration:\n  {shown}{more}")
+
+
+def convert_shards(shards: list[Shard], out: Path, convert) -> None:
+    """Write the converted shards and their index into `out`; shards that are there already are kept.
+
+    A shard appears under its name only when it is complete.
+    """
+    weight_map, total = {}, 0
+    count = sum(len(shard.shapes) for shard in shards)
+    with tqdm(total=count, unit="tensor", desc="Converting") as progress:
+        for number, shard in enumerate(shards, start=1):
+            name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            if not (out / name).is_file():
+                _convert_shard(shard, out / name, convert, progress)
+            else:
+                progress.update(len(shard.shapes))
+            written = _read_header(out / name)
+            weight_map |= dict.fromkeys(written.shapes, name)
+            total += (out / name).stat().st_size
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _convert_shard(shard: Shard, target: Path, convert, progress) -> None:
+    tensors = {}
+    with safe_open(shard.path, framework="pt") as file:
+        for source in shard.shapes:
+            if not source.endswith(IGNORED_SUFFIXES):
+                tensors |= convert(source, file.get_tensor(source))
+            progress.update()
+    temporary = target.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(target)
+
+
+def _few(names: set[str]) -> str:
+    shown = sorted(names)[:5]
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if shown else "nothing"

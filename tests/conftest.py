@@ -1,0 +1,54 @@
+"""What the tests share: the model as a user loads it, published-format checkpoints, pictures with known pixels.
+
+Reference figures in fixtures/ were recorded from the published Mini-Monkey code (transformers 4.37.2, float32, eager
+attention) with seeded random weights; fixtures/README.md says what is in them.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+# A module cache of this run's own: what is tested is the code of this checkout, loaded from nothing.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="minimonkey-modules-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers import AutoModel, AutoProcessor  # noqa: E402
+from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
+
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def root_class(name: str):
+    """A class, function or constant of the repository's code, `"module.name"`, loaded as remote code is."""
+    return get_class_from_dynamic_module(name, str(ROOT))
+
+
+def synthetic_picture(width: int, height: int, seed: int) -> Image.Image:
+    """The picture of this size and seed that the recorded pixels were made from."""
+    y, x, c = np.mgrid[:height, :width, :3]
+    noise = np.random.RandomState(seed).randint(0, 64, (height, width, 3))
+    return Image.fromarray(((x * (3 + c) + y * (5 + 2 * c) + (x * y) // (7 + c) + noise) % 256).astype(np.uint8))
+
+
+def random_tiles(seed: int, *shape: int) -> torch.Tensor:
+    """Random pixel values that are the same on every machine."""
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def nano():
+    """MiniMonkey-Nano in float32."""
+    return AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32).eval()
