@@ -1,0 +1,113 @@
+"""Ask a model about pictures, in one question or in a conversation.
+
+    python scripts/chat.py assets/example.png "Read the text."
+    python scripts/chat.py page-1.png page-2.png "Compare them." --model MiniMonkey-2B --preset docvqa
+    python scripts/chat.py receipt.jpg                     no question: a conversation, with history
+
+The answer is printed as it is made. Without --model, MiniMonkey-Nano of this repository answers.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModel, AutoProcessor, TextStreamer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+TILE_RANGES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
+
+
+def is_picture(text: str) -> bool:
+    """Whether a command-line argument names a picture rather than being the question."""
+    return (
+        text.startswith(("http://", "https://", "data:image/"))
+        or Path(text[:255]).suffix.lower() in PICTURE_SUFFIXES
+        or Path(text[:255]).is_file()
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE ... QUESTION", help="pictures, then the question if any")
+    parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
+    parser.add_argument("--device", default=None, help="cuda, cpu, ... (default: a GPU where there is one)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--attn-implementation", default=None, help="sdpa, eager or flash_attention_2")
+    parser.add_argument("--preset", default=None, help="tile ranges of a published benchmark, e.g. docvqa")
+    for name in TILE_RANGES:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=None)
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
+    parser.add_argument("--interactive", action="store_true", help="go on asking after the first question")
+    args = parser.parse_args()
+    has_question = bool(args.inputs) and not is_picture(args.inputs[-1])
+    args.question = args.inputs[-1] if has_question else None
+    args.images = args.inputs[:-1] if has_question else args.inputs
+    wrong = [text for text in args.images if not is_picture(text)]
+    if wrong:
+        parser.error(f"not a picture: {', '.join(wrong)} (put a question of several words in quotes, behind the pictures)")
+    return args
+
+
+def load(args: argparse.Namespace):
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype, **options)
+    return processor, model.to(device).eval()
+
+
+def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:
+    """Print the answer while it is made; returns the history with this turn."""
+    ranges = {name: getattr(args, name) for name in (*TILE_RANGES, "preset") if getattr(args, name) is not None}
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    _, history = model.chat(
+        processor,
+        args.images or None,
+        question,
+        history=history,
+        return_history=True,
+        images_kwargs=ranges,
+        max_new_tokens=args.max_new_tokens,
+        streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )
+    return history
+
+
+def converse(processor, model, args: argparse.Namespace) -> None:
+    """Question after question until an empty line or the end of input."""
+    history = ask(processor, model, args, args.question, None) if args.question else None
+    print("An empty line ends the conversation.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        history = ask(processor, model, args, question, history)
+
+
+def main() -> int:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    args = parse_arguments()
+    try:
+        processor, model = load(args)
+        if args.question and not args.interactive:
+            ask(processor, model, args, args.question, None)
+        else:
+            converse(processor, model, args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
