@@ -200,7 +200,8 @@ def _with_secret_control_tokens(tokenizer) -> tuple[dict[str, str], Tokenizer]:
         ]
     if state["model"].get("unk_token") in renamed:
         state["model"]["unk_token"] = renamed[state["model"]["unk_token"]]
-    state["post_processor"] = None
+    # Options of the tokenizer's last call are part of its state.
+    state["post_processor"] = state["truncation"] = state["padding"] = None
     return renamed, Tokenizer.from_str(json.dumps(state))
 
 
@@ -213,8 +214,15 @@ def protect_messages(messages: list, spellings: list[str]) -> list:
     if isinstance(content, str):
         message["content"] = protect(content, spellings)
     elif isinstance(content, (list, tuple)):
-        message["content"] = [
-            {**item, "text": protect(item["text"], spellings)} if isinstance(item.get("text"), str) else item
-            for item in content
-        ]
+        message["content"] = _protect_items(content, spellings)
     return message
+
+
+def _protect_items(items: list[dict], spellings: list[str]) -> list[dict]:
+    texts = [item["text"] for item in items if isinstance(item.get("text"), str)]
+    # A spelling may be spread over neighbouring items, which the template joins.
+    end = _MARK if any(spelling in "".join(texts) for spelling in spellings) else ""
+    return [
+        {**item, "text": protect(item["text"], spellings) + end} if isinstance(item.get("text"), str) else item
+        for item in items
+    ]

@@ -14,6 +14,7 @@ upper half, of an animation the first frame is taken.
 import base64
 import binascii
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from .tiling import PRESETS, RANGE_NAMES, SINGLE_TILE, check_tile_range, msac_gr
 
 BACKGROUND = (255, 255, 255)
 URL_TIMEOUT = 30.0  # seconds
+LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 
 
 class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
@@ -74,14 +76,15 @@ def load_picture(source: str | Path) -> Image.Image:
     """
     text = str(source)
     name = text if len(text) < 200 else text[:60] + "..."
+    is_bare_base64 = False
     if text.startswith(("http://", "https://")):
         data = _download(text)
-    elif isinstance(source, Path) or Path(text[:1024]).is_file():
+    elif isinstance(source, Path) or os.path.isfile(text):  # unlike Path.is_file, no error for over-long names
         data = source
     elif text.startswith("data:"):
         data = _decode_base64(text.partition(",")[2], name)
     else:
-        data = _decode_base64(text, name)
+        data, is_bare_base64 = _decode_base64(text, name), True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -92,6 +95,8 @@ def load_picture(source: str | Path) -> Image.Image:
             f"{name} has too many pixels to be opened safely ({error}). If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except UnidentifiedImageError as error:
+        if is_bare_base64:
+            raise ValueError(f"{name!r} is neither an existing file nor a URL nor a picture in base64.") from error
         raise ValueError(f"{name} is empty or not a picture that Pillow can read.") from error
     except (OSError, SyntaxError) as error:  # Pillow reports some broken PNG files as SyntaxError
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
@@ -108,7 +113,7 @@ def _download(url: str) -> bytes:
 
 def _decode_base64(text: str, name: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{name!r} is no picture: neither an existing file nor a URL nor base64 data.") from error
 
@@ -120,19 +125,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: Its file is broken.
     """
     try:
-        if getattr(image, "is_animated", False) and image.tell() != 0:
-            image = image.copy()
-            image.seek(0)
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(_first_frame(image))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"The picture cannot be decoded: {error}") from error
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
         return array_to_rgb(np.asarray(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _first_frame(image: Image.Image) -> Image.Image:
+    """The first frame of an animation; the caller's picture stays at its own."""
+    position = image.tell() if getattr(image, "is_animated", False) else 0
+    if position == 0:
+        return image
+    image.seek(0)
+    first = image.copy()
+    image.seek(position)
+    return first
 
 
 def array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
@@ -146,7 +161,9 @@ def array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | 
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"A picture has shape (H, W), (H, W, C) or (C, H, W), got an array of {array.shape}.")
     if array.ndim == 3:
-        layout = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+        # A picture of three rows has channels at both ends, as it were; arrays have theirs last by custom.
+        layout = input_data_format or (ChannelDimension.LAST if array.shape[-1] in (3, 4) else None)
+        layout = layout or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
         array = np.moveaxis(array, 0, -1) if ChannelDimension(layout) == ChannelDimension.FIRST else array
         array = array[..., 0] if array.shape[-1] == 1 else array
     array = _to_uint8(array)
@@ -235,6 +252,8 @@ class _MsacMixin:
             return [self.fetch_images(image) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, Path)):
             return load_picture(image_url_or_urls)
+        if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)) and image_url_or_urls.ndim == 2:
+            return self.process_image(image_url_or_urls)
         if isinstance(image_url_or_urls, (Image.Image, np.ndarray, torch.Tensor)):
             return image_url_or_urls
         raise ValueError(
@@ -247,8 +266,16 @@ class _MsacMixin:
         if isinstance(image, Image.Image):
             return to_rgb(image)
         if isinstance(image, torch.Tensor):
-            image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.detach().cpu().numpy()
+            if input_data_format is None and image.ndim == 3 and image.shape[0] in (1, 3, 4):
+                input_data_format = ChannelDimension.FIRST  # the custom of tensors
+            image = image.detach().cpu()
+            image = image.float().numpy() if image.is_floating_point() else image.numpy()
         return array_to_rgb(image, input_data_format)
+
+    def _prepare_images_structure(self, images, *args, **kwargs):
+        if isinstance(images, (list, tuple)) and len(images) == 0:
+            raise ValueError("The list of pictures is empty.")
+        return super()._prepare_images_structure(images, *args, **kwargs)
 
     def _grids(self, image: Image.Image, settings: dict[str, Any], tile_size: int) -> tuple:
         return msac_grids(*image.size, *(settings[name] for name in RANGE_NAMES), tile_size)
@@ -387,10 +414,10 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         """(3, height, width) uint8, at most one level away from `image.resize`.
 
         Pillow resizes one direction after the other with 8-bit samples in between. The two kernels differ by a rounding
-        in each pass. Reducing averages that out; enlarging does not, and there Pillow itself is used, whose cost is
-        small for a picture that has to be enlarged.
+        in each pass. Reducing averages that out; enlarging does not, nor does reducing by a little, and there Pillow
+        itself is used.
         """
-        if width > image.width or height > image.height:
+        if not all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, (width, height))):
             return _to_tensor(image.resize((width, height), resample), device)
         pixels = _to_tensor(image, device)
         vertical_first = image.height - height > 2 * (image.width - width)  # Pillow's rule

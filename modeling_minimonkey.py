@@ -37,6 +37,13 @@ class MiniMonkeyModel(InternVLModel):
                 if not isinstance(norm, nn.Identity):
                     norm.variance_epsilon = config.vision_config.layer_norm_eps
 
+    def get_image_features(self, pixel_values: torch.Tensor, vision_feature_layer: int | None = None, **kwargs):
+        """As in transformers, for every layer, the embeddings (0) among them."""
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        if layer != -1:
+            kwargs["output_hidden_states"] = True
+        return super().get_image_features(pixel_values, vision_feature_layer=layer, **kwargs)
+
     def pixel_shuffle(self, vision_features: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
         """(T, rows, columns, width) -> (T, rows * f, columns * f, width / f^2) with f = `scale_factor`.
 

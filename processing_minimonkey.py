@@ -8,6 +8,7 @@ Knows no model. A picture's place in the text is `<image>`; it becomes `<img>`, 
 its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the tile counts of the image processor.
 """
 
+import re
 from typing import Any
 
 from transformers.dynamic_module_utils import custom_object_save
@@ -49,6 +50,18 @@ def expand_placeholders(texts: list[str], tiles_of_image: list[int], tokens_per_
             for i, part in enumerate(text.split(IMAGE_PLACEHOLDER))
         )
         for text in texts
+    ]
+
+
+def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[str, tuple[int, int]]]]:
+    """Where each `<image>` stood and where its image tokens stand now, in characters, as transformers asks for it."""
+    image = re.compile(f"{re.escape(IMAGE_START)}(?:{re.escape(IMAGE_TOKEN)})+{re.escape(IMAGE_END)}")
+    return [
+        [
+            {"span": before.span(), "new_span": after.span()}
+            for before, after in zip(re.finditer(re.escape(IMAGE_PLACEHOLDER), text), image.finditer(long_text))
+        ]
+        for text, long_text in zip(texts, expanded)
     ]
 
 
@@ -132,8 +145,15 @@ class MiniMonkeyProcessor(ProcessorMixin):
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
             tiles = [int(sum(counts)) for counts in image_inputs["tile_counts"]]
         expanded = expand_placeholders(texts, tiles, self.image_seq_length)
-        text_inputs = self._encode(expanded, merged["text_kwargs"])
-        return BatchFeature({**text_inputs, **image_inputs}, tensor_type=merged["text_kwargs"].get("return_tensors"))
+        options = merged["text_kwargs"]
+        text_inputs = self._encode(expanded, options)
+        if options.get("return_text_replacement_offsets"):
+            text_inputs["text_replacement_offsets"] = placeholder_spans(texts, expanded)
+        return BatchFeature(
+            {**text_inputs, **image_inputs},
+            tensor_type=options.get("return_tensors"),
+            skip_tensor_conversion=["text_replacement_offsets"],
+        )
 
     @staticmethod
     def _check_images(texts: list[str], images) -> None:
@@ -150,37 +170,36 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
     def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         """Token ids, padded as `options` say; nothing is added in front or behind."""
-        ignored = (
-            "add_special_tokens",
-            "return_tensors",
-            "return_mm_token_type_ids",
-            "return_text_replacement_offsets",
-        )
-        with_types = options.get("return_mm_token_type_ids", False)
-        options = {name: value for name, value in options.items() if name not in ignored}
-        if options.pop("return_offsets_mapping", False):
-            if any(has_protected_text(text) for text in texts):
-                raise ValueError("Offsets cannot be given for text that spells a control token.")
-            return dict(self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **options))
-        rows = [encode(self.tokenizer, text) for text in texts]
-        if options.pop("truncation", False) and options.get("max_length"):
-            rows = [self._truncate(row, options["max_length"]) for row in rows]
+        ignored = ("add_special_tokens", "return_tensors", "return_text_replacement_offsets")
+        options = {name: value for name, value in options.items() if name not in ignored and value is not None}
+        with_types = options.pop("return_mm_token_type_ids", False)
+        max_length = options.get("max_length", self.tokenizer.model_max_length)
+        truncation = options.pop("truncation", False)
         padding = options.pop("padding", False)
-        if padding:
-            known = ("max_length", "padding_side", "pad_to_multiple_of")
-            inputs = dict(
-                self.tokenizer.pad(
-                    {"input_ids": rows},
-                    padding=padding,
-                    return_attention_mask=True,
-                    **{name: options[name] for name in known if options.get(name) is not None},
-                )
-            )
+        if padding != "max_length":
+            options.pop("max_length", None)
+        if options.pop("return_offsets_mapping", False):
+            inputs = self._encode_with_offsets(texts, padding, options)
+            if truncation and any(self._truncate(row, max_length) != row for row in inputs["input_ids"]):
+                raise ValueError("Offsets cannot be given for prompts that are truncated.")
         else:
+            rows = [encode(self.tokenizer, text) for text in texts]
+            rows = [self._truncate(row, max_length) for row in rows] if truncation else rows
             inputs = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+            if padding:
+                known = ("max_length", "padding_side", "pad_to_multiple_of")
+                options = {name: options[name] for name in known if name in options}
+                inputs = dict(self.tokenizer.pad(inputs, padding=padding, return_attention_mask=True, **options))
         if with_types:
             inputs["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in row] for row in inputs["input_ids"]]
         return inputs
+
+    def _encode_with_offsets(self, texts: list[str], padding, options: dict[str, Any]) -> dict[str, Any]:
+        if any(has_protected_text(text) for text in texts):
+            raise ValueError("Offsets cannot be given for text that spells a control token.")
+        return dict(
+            self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, padding=padding, **options)
+        )
 
     def _truncate(self, row: list[int], max_length: int) -> list[int]:
         if self.image_token_id in row[max_length:]:
@@ -194,6 +213,10 @@ class MiniMonkeyProcessor(ProcessorMixin):
         """As in transformers. With `tokenize=True`, text of the messages that spells a control token, or `<image>`, is
         encoded as plain text; `sanitize_control_tokens=False` turns that off."""
         sanitize = kwargs.pop("sanitize_control_tokens", True)
+        if kwargs.get("return_assistant_tokens_mask") and not hasattr(self, "_adjust_assistant_masks_indices"):
+            raise ValueError(
+                "return_assistant_tokens_mask needs a newer transformers, which counts the image tokens in."
+            )
         if tokenize and sanitize:
             spellings = [*control_tokens(self.tokenizer), IMAGE_PLACEHOLDER]
             conversation = protect_messages(conversation, spellings)

@@ -49,7 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     args.images = args.inputs[:-1] if has_question else args.inputs
     wrong = [text for text in args.images if not is_picture(text)]
     if wrong:
-        parser.error(f"not a picture: {', '.join(wrong)} (put a question of several words in quotes, behind the pictures)")
+        parser.error(
+            f"not a picture: {', '.join(wrong)} (put a question of several words in quotes, behind the pictures)"
+        )
     return args
 
 

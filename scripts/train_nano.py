@@ -348,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the new model")
     parser.add_argument("--letters-steps", type=int, default=2000)
-    parser.add_argument("--reading-steps", type=int, default=3200)
+    parser.add_argument("--reading-steps", type=int, default=2700)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)

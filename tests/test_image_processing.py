@@ -111,10 +111,7 @@ def test_pil_tiles_equal_the_recorded_ones_bit_by_bit(pil, record):
 def test_tiles_stand_in_the_recorded_order(pil, record):
     picture = synthetic_picture(*record["size"], record["seed"])
     tiles = pil(picture, return_tensors="np", **RAW, **recorded_options(record))["pixel_values"]
-    hashes = [sha256(tile)[:16] for tile in tiles]
-    if hashes != record["tiles_uint8"]:  # they may have been recorded with the channels last
-        hashes = [sha256(tile.transpose(1, 2, 0))[:16] for tile in tiles]
-    assert hashes == record["tiles_uint8"]
+    assert [sha256(tile)[:16] for tile in tiles] == record["tiles_uint8"]
 
 
 @pytest.mark.parametrize("record", RECORDED, ids=record_name)
@@ -160,7 +157,6 @@ def test_torchvision_is_within_one_level_of_pil(pil, torchvision, draw, size):
     assert largest_difference(pil, torchvision, draw(*size), size=square(SIDE), **PUBLISHED) <= 1
 
 
-@pytest.mark.xfail(strict=True, reason="where one side shrinks by a hair, torchvision is two levels away")
 def test_torchvision_is_within_one_level_of_pil_where_a_side_hardly_shrinks(pil, torchvision):
     options = {"min_tiles": 7, "max_tiles": 7, "adaptive_min_tiles": 1, "adaptive_max_tiles": 1, "size": square(112)}
     assert largest_difference(pil, torchvision, stripes(113, 1200), **options) <= 1
@@ -169,11 +165,10 @@ def test_torchvision_is_within_one_level_of_pil_where_a_side_hardly_shrinks(pil,
 def test_normalised_tiles_of_the_back_ends_differ_by_one_level_at_most(pil, torchvision):
     picture = synthetic_picture(640, 480, 3)
     tiles = [backend(picture, size=square(SIDE), return_tensors="pt", **PUBLISHED) for backend in (pil, torchvision)]
-    levels = (tiles[0]["pixel_values"] - tiles[1]["pixel_values"]).abs() * torch.tensor([0.229, 0.224, 0.225])[
-        :, None, None
-    ]
-    assert tiles[0]["pixel_values"].dtype == tiles[1]["pixel_values"].dtype == torch.float32
-    assert levels.max() * 255 < 1.001
+    left, right = (inputs["pixel_values"] for inputs in tiles)
+    assert left.dtype == right.dtype == torch.float32
+    deviation = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
+    assert ((left - right).abs() * deviation).max() * 255 < 1.001
 
 
 def test_pixels_are_normalised_as_imagenet(either):
@@ -228,7 +223,7 @@ def ranges_of(processor) -> tuple[int, ...]:
 def test_defaults_are_those_of_the_published_demo(processor_class):
     processor = processor_class()
     assert ranges_of(processor) == (4, 12, 3, 7)
-    assert dict(processor.size) == square(448) or processor.size == square(448)
+    assert (processor.size["height"], processor.size["width"]) == (448, 448)
 
 
 def test_preset_at_init_sets_the_ranges(processor_class):
@@ -390,7 +385,6 @@ def test_array_of_one_channel_is_grey(either, shape):
     assert colour(either, np.full(shape, 77, np.uint8)) == (77, 77, 77)
 
 
-@pytest.mark.xfail(strict=True, reason="transformers refuses arrays without channels before they are converted")
 def test_array_without_channels_is_grey(either):
     assert colour(either, np.full((SIDE, SIDE), 77, np.uint8)) == (77, 77, 77)
 
@@ -407,7 +401,6 @@ def test_layout_of_an_ambiguous_array_can_be_said(either):
     assert colour(either, pixels, input_data_format="channels_last") == (250, 0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="an array of 1, 3 or 4 rows and of 3 channels is read as channels first")
 @pytest.mark.parametrize("rows", [1, 3, 4])
 def test_low_array_of_three_channels_is_read_as_channels_last(either, rows):
     pixels = np.zeros((rows, 200, 3), np.uint8)
@@ -514,7 +507,6 @@ def test_16_bit_grey_png_keeps_the_upper_half(either, tmp_path):
     assert colour(either, path) == (0xAB, 0xAB, 0xAB)
 
 
-@pytest.mark.xfail(strict=True, reason="16-bit samples are taken as 8-bit ones if none exceeds 255")
 def test_dark_16_bit_grey_png_stays_dark(either, tmp_path):
     path = tmp_path / "grey.png"
     Image.fromarray(np.full((SIDE, SIDE), 200, np.uint16)).save(path)
@@ -532,7 +524,6 @@ def test_first_frame_of_an_animation_is_taken(either, animation):
     assert colour(either, Image.open(io.BytesIO(animation))) == (255, 0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="a copy of an animation has only the frame it stood at")
 def test_first_frame_is_taken_where_the_animation_stands_at_another(either, animation):
     picture = Image.open(io.BytesIO(animation))
     picture.seek(1)
@@ -563,7 +554,7 @@ BAD_FILES = {
     "text": (lambda picture: b"Not a picture.\n" * 50, "empty or not a picture"),
     "truncated JPEG": (lambda picture: saved(picture, "JPEG")[:-200], "cannot be (read as a picture|decoded)"),
     "truncated PNG": (lambda picture: saved(picture, "PNG")[:-500], "cannot be (read as a picture|decoded)"),
-    "PNG header alone": (lambda picture: saved(picture, "PNG")[:33], "cannot be (read as a picture|decoded)"),
+    "PNG header alone": (lambda picture: saved(picture, "PNG")[:33], "empty or not a picture"),
     "corrupt PNG": (lambda picture: overwritten(saved(picture, "PNG")), "cannot be (read as a picture|decoded)"),
     "truncated GIF": (lambda picture: saved(picture, "GIF")[:-200], "cannot be (read as a picture|decoded)"),
     "bomb": (lambda picture: bomb(), "too many pixels .* raise PIL.Image.MAX_IMAGE_PIXELS"),
@@ -606,13 +597,11 @@ def test_folder_raises(either, tmp_path):
             either(source)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="the system refuses such a long file name")
 def test_missing_file_of_a_long_name_raises(either):
     with pytest.raises(ValueError, match="no picture"):
         either("a" * 300 + ".png")
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="base64 without a slash is too long for a file name")
 def test_base64_without_a_slash_is_read(either):
     assert colour(either, base64.b64encode(saved(Image.new("RGB", (SIDE, SIDE)), "BMP")).decode()) == (0, 0, 0)
 
@@ -663,7 +652,6 @@ def test_thing_that_is_no_picture_raises(either, thing):
         either(thing)
 
 
-@pytest.mark.xfail(strict=True, reason="the message is NumPy's or torch's own")
 def test_no_picture_at_all_raises(either):
     with pytest.raises(ValueError, match="(?i)picture|image"):
         either([])
