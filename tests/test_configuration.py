@@ -1,0 +1,82 @@
+"""Configurations: the published format, what is saved, and values that cannot work."""
+
+import copy
+import json
+
+import pytest
+from conftest import FIXTURES, root_class
+
+
+CONFIG = root_class("configuration_minimonkey.MiniMonkeyConfig")
+PUBLISHED = json.loads((FIXTURES / "models" / "internlm2" / "config.json").read_text())
+
+
+def test_published_values_arrive():
+    config = CONFIG.from_dict(json.loads((FIXTURES / "keys" / "internvl2-2b_minimonkey.json").read_text())["config"])
+    assert (config.text_config.model_type, config.text_config.num_hidden_layers) == ("llama", 24)
+    assert (config.tile_size, config.image_seq_length, config.image_token_id) == (448, 256, 92546)
+    assert (config.template, config.pixel_shuffle_version, config.vision_feature_layer) == ("internlm2-chat", "v2", -1)
+    assert config.vision_config.attention_bias
+    assert not config.vision_config.use_qk_norm
+
+
+def test_published_file_is_read_as_it_is(caplog):
+    config = CONFIG.from_pretrained(FIXTURES / "models" / "phi3_su_long", image_token_id=500)
+    assert config.text_config.rope_parameters["rope_type"] == "longrope"
+    assert config.image_token_id == 500
+    assert "instantiate a model of type" not in caplog.text
+
+
+def test_saved_and_reloaded_configuration_is_the_same(tmp_path):
+    config = CONFIG.from_dict(PUBLISHED)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["tie_word_embeddings"] is False
+    assert saved["auto_map"]["AutoModelForMultimodalLM"].startswith("modeling_minimonkey.")
+    assert "llm_config" not in saved
+    assert CONFIG.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_dicts_of_the_caller_are_not_changed():
+    given = copy.deepcopy(PUBLISHED)
+    CONFIG.from_dict(given)
+    CONFIG(**{key: given[key] for key in ("llm_config", "vision_config", "template")})
+    assert given == PUBLISHED
+
+
+def test_default_configuration_works():
+    assert CONFIG().image_seq_length == 256
+
+
+def with_published(**changes) -> dict:
+    config = copy.deepcopy(PUBLISHED)
+    for key, value in changes.items():
+        part, _, name = key.partition("__")
+        if name:
+            config[part][name] = value
+        else:
+            config[key] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"force_image_size": 100}, "tile_size 100 is not a multiple of the patch size 14"),
+        ({"force_image_size": 126}, "9 x 9 patches"),
+        ({"downsample_ratio": 0.3}, "downsample_ratio"),
+        ({"downsample_ratio": 2.0}, "downsample_ratio"),
+        ({"ps_version": "v3"}, "'v1' or 'v2'"),
+        ({"select_layer": -9}, "vision_feature_layer -9"),
+        ({"image_token_id": 512}, "outside the vocabulary of 512"),
+        ({"scm_keep_ratio": 0.0}, "scm_keep_ratio"),
+        ({"scm_layer": 4}, "scm_layer 4"),
+        ({"scm_queries": "some"}, "scm_queries"),
+        ({"llm_config__architectures": ["GPT9ForCausalLM"]}, "GPT9ForCausalLM.*InternLM2ForCausalLM"),
+        ({"vision_config__model_type": "vit_x"}, "vit_x"),
+        ({"vision_config__num_attention_heads": 5}, "not a multiple of its 5 heads"),
+    ],
+)
+def test_impossible_values_raise(changes, message):
+    with pytest.raises(ValueError, match=message):
+        CONFIG.from_dict(with_published(**changes))

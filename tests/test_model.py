@@ -1,0 +1,259 @@
+"""The model beyond parity: generation modes, precision, memory options, saving, inputs that do not fit."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from conftest import ROOT, random_tiles, root_class
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    TextIteratorStreamer,
+)
+
+
+TINY_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 28,
+    "patch_size": 7,
+    "attention_bias": True,
+}
+TINY_TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+IMAGE_TOKEN = 60
+
+
+def tiny_model(model_type: str = "llama", **options):
+    torch.manual_seed(0)
+    config = root_class("configuration_minimonkey.MiniMonkeyConfig")(
+        vision_config=dict(TINY_VISION),
+        text_config={"model_type": model_type, **TINY_TEXT, **options},
+        image_token_id=IMAGE_TOKEN,
+    )
+    model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config).eval()
+    for parameter in model.parameters():  # larger than a usual initialisation, so that answers differ
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def prompt(*tiles: int, length: int = 24) -> dict[str, torch.Tensor]:
+    """Left-padded rows, the image tokens of `tiles` tiles in each (four a tile)."""
+    rows = torch.randint(3, 50, (len(tiles), length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(rows)
+    for row, count in enumerate(tiles):
+        rows[row, 4 + row : 4 + row + 4 * count] = IMAGE_TOKEN
+        rows[row, :row], mask[row, :row] = 0, 0
+    return {"input_ids": rows, "attention_mask": mask, "pixel_values": random_tiles(5, sum(tiles), 3, 28, 28)}
+
+
+@pytest.mark.parametrize(
+    "auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
+)
+def test_every_auto_class_gives_the_model(auto_class):
+    model = auto_class.from_pretrained(ROOT, trust_remote_code=True)
+    assert type(model).__name__ == "MiniMonkeyForConditionalGeneration"
+
+
+def test_a_row_of_a_batch_gives_what_it_gives_alone():
+    model, batch = tiny_model(), prompt(2, 1, 3)
+    together = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    first_tile = 0
+    for row, tiles in enumerate((2, 1, 3)):
+        alone = model.generate(
+            input_ids=batch["input_ids"][row : row + 1, row:],
+            pixel_values=batch["pixel_values"][first_tile : first_tile + tiles],
+            max_new_tokens=8,
+            do_sample=False,
+        )
+        assert torch.equal(together[row, row : row + alone.shape[1]], alone[0])
+        first_tile += tiles
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"do_sample": True, "top_k": 1},
+        {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+    ],
+    ids="-".join,
+)
+def test_generation_modes(options):
+    model, batch = tiny_model(), prompt(2, 1)
+    output = model.generate(**batch, max_new_tokens=6, eos_token_id=None, **options)
+    copies = options.get("num_return_sequences", 1)
+    assert output.shape == (2 * copies, 30)
+    assert torch.equal(output[::copies, :24], batch["input_ids"])
+    if "num_beams" not in options:
+        greedy = model.generate(**batch, max_new_tokens=6, eos_token_id=None, do_sample=False)
+        assert torch.equal(output[::copies], greedy)
+
+
+def test_beams_see_the_right_images():
+    model, batch = tiny_model(), prompt(2, 1)
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    together = model.generate(**batch, **options)
+    alone = model.generate(input_ids=batch["input_ids"][1:, 1:], pixel_values=batch["pixel_values"][2:], **options)
+    assert torch.equal(together[1, 1:], alone[0])
+
+
+def test_cached_decoding_equals_full_passes():
+    model, batch = tiny_model(), prompt(2)
+    output = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    ids = batch["input_ids"]
+    for _ in range(6):
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=batch["pixel_values"]).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(output, ids)
+
+
+def test_vision_runs_once_a_generate():
+    model, batch, calls = tiny_model(), prompt(2, 1), []
+    model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+    model.generate(**batch, max_new_tokens=4, num_beams=2, do_sample=False)
+    assert len(calls) == 1
+
+
+def test_attention_back_ends_agree():
+    eager, sdpa = tiny_model(), tiny_model()
+    eager.set_attn_implementation("eager")
+    sdpa.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert torch.allclose(eager(**prompt(2)).logits, sdpa(**prompt(2)).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_precisions(dtype):
+    model, batch = tiny_model().to(dtype), prompt(1)
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    from_float32 = model.generate(**batch, **options)
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    assert torch.equal(model.generate(**batch, **options), from_float32)
+
+
+def test_device_map_auto(processor):
+    model = AutoModel.from_pretrained(ROOT, trust_remote_code=True, device_map="auto")
+    assert isinstance(model.chat(processor, Image.new("RGB", (64, 32)), "Read the text.", max_new_tokens=4), str)
+
+
+def test_arguments_of_the_published_readme():
+    options = {"low_cpu_mem_usage": True, "use_flash_attn": False, "load_in_8bit": False}
+    AutoModel.from_pretrained(ROOT, trust_remote_code=True, torch_dtype=torch.bfloat16, **options)
+    with pytest.raises(ValueError, match="BitsAndBytesConfig"):
+        AutoModel.from_pretrained(ROOT, trust_remote_code=True, load_in_8bit=True)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model, batch = tiny_model().train(), prompt(2)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append(model.model.vision_tower.embeddings.patch_embeddings.projection.weight.grad.clone())
+    assert gradients[0].abs().sum() > 0
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_streamer_gives_the_answer_piece_by_piece(nano, processor):
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    image = Image.open(ROOT / "assets" / "example.png")
+    options = {"max_new_tokens": 8, "do_sample": False}
+    call = {"target": nano.chat, "args": (processor, image, "Read the text.")}
+    thread = threading.Thread(**call, kwargs={**options, "streamer": streamer})
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    assert streamed.strip() == nano.chat(processor, image, "Read the text.", **options)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "qwen3", "gemma2"])
+def test_save_and_reload_is_bit_equal(model_type, tmp_path):
+    extra = {"head_dim": 16} if model_type in ("qwen3", "gemma2") else {}
+    model = tiny_model(model_type, **extra)
+    for number in range(2):  # once from a fresh configuration, once after a load
+        model.save_pretrained(tmp_path / str(number))
+        reloaded = AutoModel.from_pretrained(tmp_path / str(number), trust_remote_code=True, dtype=torch.float32)
+        assert model.state_dict().keys() == reloaded.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, reloaded.state_dict()[name]), name
+        model = reloaded
+    with torch.no_grad():
+        assert model(**prompt(1)).logits.shape == (1, 24, 64)
+
+
+def test_published_names_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="save_original_format"):
+        tiny_model().save_pretrained(tmp_path, save_original_format=True)
+
+
+def test_image_tokens_and_features_of_different_number():
+    model, batch = tiny_model(), prompt(2)
+    batch["pixel_values"] = batch["pixel_values"][:1]
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"8 image tokens .* 4 features"):
+            call(**batch)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), "floating-point"),
+        (torch.zeros(3, 28, 28), r"\(tiles, 3, S, S\)"),
+        (torch.zeros(2, 4, 28, 28), r"\(tiles, 3, S, S\)"),
+        (torch.zeros(2, 3, 28, 35), r"\(tiles, 3, S, S\)"),
+        (torch.zeros(2, 3, 30, 30), "patch groups"),
+        (torch.zeros(2, 3, 28, 28, device="meta"), "model.device"),
+    ],
+    ids=["uint8", "three_dimensions", "four_channels", "not_square", "odd_size", "other_device"],
+)
+def test_tiles_that_do_not_fit(tiles, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**{**prompt(2), "pixel_values": tiles})
+
+
+def test_tiles_without_a_prompt():
+    with pytest.raises(ValueError, match="input_ids"):
+        tiny_model().generate(pixel_values=random_tiles(0, 1, 3, 28, 28))
+
+
+def test_compression_is_refused_for_now():
+    with pytest.raises(ValueError, match="use_scm=False"):
+        tiny_model().generate(**prompt(1), use_scm=True)
+
+
+def test_inputs_are_not_changed():
+    model, batch = tiny_model(), prompt(2)
+    before = copy.deepcopy(batch)
+    model.generate(**batch, max_new_tokens=2)
+    assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+@pytest.mark.gpu
+def test_flash_attention_on_a_gpu(processor):
+    model = AutoModel.from_pretrained(
+        ROOT, trust_remote_code=True, dtype=torch.bfloat16, attn_implementation="flash_attention_2"
+    ).to("cuda")
+    image = Image.open(ROOT / "assets" / "example.png")
+    assert isinstance(model.chat(processor, image, "Read the text.", max_new_tokens=8), str)
