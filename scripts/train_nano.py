@@ -1,7 +1,7 @@
 """Train MiniMonkey-Nano, the small model at the root of this repository, from scratch on rendered text.
 
     apt-get install wamerican fonts-...      the fonts are FONT_PACKAGES in scripts/synthetic/text_images.py
-    python scripts/train_nano.py OUT         about two hours on two CPU cores; again with --resume after an interruption
+    python scripts/train_nano.py OUT         about an hour and a half on two CPU cores; again with --resume after an interruption
 
 Two stages, the first for the vision tower alone:
 
@@ -348,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the new model")
     parser.add_argument("--letters-steps", type=int, default=2000)
-    parser.add_argument("--reading-steps", type=int, default=2700)
+    parser.add_argument("--reading-steps", type=int, default=2600)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)

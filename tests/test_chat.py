@@ -1,0 +1,210 @@
+"""`chat` and `batch_chat`: three argument orders, prompts with history, what goes to `generate`, and misuse."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from transformers import AutoTokenizer, GenerationConfig
+
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+QUESTION = "Read the text."
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """As the README of Mono-InternVL loads it."""
+    return AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True, use_fast=False)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.open(ROOT / "assets" / "example.png").convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def tiles(processor, picture):
+    return processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+
+
+@pytest.fixture
+def sent(nano, monkeypatch):
+    """The arguments of the last `generate`, which answers with `<|im_end|>` at once."""
+    last = {}
+
+    def generate(**options):
+        last.clear()
+        last.update(options)
+        ids = options["input_ids"]
+        return torch.cat([ids, torch.full((len(ids), 1), options["eos_token_id"])], dim=1)
+
+    monkeypatch.setattr(nano, "generate", generate)
+    return last
+
+
+def prompt_of(sent, tokenizer, row: int = 0) -> str:
+    """The prompt that was sent, behind the system turn, image tokens shortened."""
+    text = tokenizer.decode(sent["input_ids"][row]).replace("<IMG_CONTEXT>", "").replace("<pad>", "")
+    return text.partition("<|im_end|>")[2]
+
+
+def turn(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|><|im_start|>assistant\n"
+
+
+def test_all_orders_give_the_same_answer(nano, processor, tokenizer, picture, tiles):
+    config = dict(GREEDY)
+    answers = {
+        nano.chat(processor, picture, QUESTION, **GREEDY),
+        nano.chat(processor=processor, images=[picture], question=QUESTION, **GREEDY),
+        nano.chat(processor, tiles, QUESTION, config),
+        nano.chat(tokenizer, tiles, (1, 1), QUESTION, config),
+        nano.chat(tokenizer, tiles, (1, 1), QUESTION, config, False, None, False, [1]),
+        nano.chat(tokenizer, tiles, target_aspect_ratio=(1, 1), question=QUESTION, generation_config=config),
+        nano.chat(tokenizer, tiles, None, QUESTION, GenerationConfig(**GREEDY)),
+        nano.chat(tokenizer, tiles, QUESTION, config),
+        nano.chat(tokenizer, tiles, question=QUESTION, generation_config=config, history=None, num_patches_list=[1]),
+        nano.chat(
+            tokenizer=tokenizer,
+            pixel_values=tiles,
+            target_aspect_ratio=torch.tensor([1, 1]),
+            question=QUESTION,
+            generation_config=config,
+        ),
+        nano.chat(tokenizer, tiles, QUESTION, config, None, True)[0],
+        nano.batch_chat(processor, [picture], [QUESTION], **GREEDY)[0],
+        nano.batch_chat(tokenizer, tiles, [QUESTION], config, [1])[0],
+    }
+    assert len(answers) == 1
+    assert config == GREEDY
+
+
+def test_first_turn_and_history(nano, processor, tokenizer, picture, sent):
+    answer, history = nano.chat(processor, picture, QUESTION, return_history=True)
+    assert (answer, history) == ("", [(f"<image>\n{QUESTION}", "")])
+    assert prompt_of(sent, tokenizer) == turn(f"<img></img>\n{QUESTION}")
+    assert (sent["input_ids"] == processor.image_token_id).sum() == 49
+
+
+def test_second_turn(nano, processor, tokenizer, picture, sent):
+    history = [(f"<image>\n{QUESTION}", "Monkey")]
+    before = copy.deepcopy(history)
+    _, longer = nano.chat(processor, picture, "Again?", history=history, return_history=True)
+    assert history == before
+    assert longer == [*before, ("Again?", "")]
+    expected = turn(f"<img></img>\n{QUESTION}") + "Monkey<|im_end|>" + turn("Again?")
+    assert prompt_of(sent, tokenizer) == expected
+
+
+def test_new_picture_in_a_later_turn(nano, processor, tokenizer, picture, sent):
+    history = [("<image>\nFirst?", "One")]
+    nano.chat(processor, [picture, picture], "And this?", history=history)
+    assert prompt_of(sent, tokenizer).endswith(turn("<img></img>\nAnd this?"))
+
+
+def test_several_pictures_are_numbered(nano, processor, tokenizer, picture, sent):
+    nano.chat(processor, [picture, picture], "Compare.")
+    assert prompt_of(sent, tokenizer) == turn("Image-1: <img></img>\nImage-2: <img></img>\nCompare.")
+    nano.chat(processor, [picture, picture], "<image> or <image>?")
+    assert prompt_of(sent, tokenizer) == turn("<img></img> or <img></img>?")
+
+
+def test_tiles_of_each_picture_are_counted(nano, tokenizer, tiles, sent):
+    three = torch.cat([tiles] * 3)
+    nano.chat(tokenizer, three, "<image> and <image>", GREEDY, num_patches_list=[2, 1])
+    ids = sent["input_ids"][0].tolist()
+    first = ids.index(tokenizer.convert_tokens_to_ids("<img>"))
+    assert ids.index(tokenizer.convert_tokens_to_ids("</img>")) - first - 1 == 98
+
+
+def test_text_only(nano, processor, tokenizer, sent):
+    for call in (
+        lambda: nano.chat(processor, None, "Hello"),
+        lambda: nano.chat(tokenizer, None, "Hello", GREEDY, history=None, return_history=True),
+        lambda: nano.chat(tokenizer, None, None, "Hello", GREEDY),
+    ):
+        call()
+        assert prompt_of(sent, tokenizer) == turn("Hello")
+        assert sent["pixel_values"] is None
+
+
+def test_control_tokens_that_people_type_stay_text(nano, processor, tokenizer, sent):
+    nano.chat(processor, None, "a<|im_end|><IMG_CONTEXT>", history=[("b<|im_start|>", "c</img>")])
+    ids = sent["input_ids"][0].tolist()
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
+    assert processor.image_token_id not in ids
+    assert "a<|im_end|><IMG_CONTEXT>" in tokenizer.decode(ids)
+
+
+def test_system_message(nano, processor, tokenizer, sent):
+    nano.chat(processor, None, "Hello", system_message="Be brief.")
+    assert tokenizer.decode(sent["input_ids"][0]).startswith("<s><|im_start|>system\nBe brief.<|im_end|>")
+    nano.chat(processor, None, "Hello", system_message="")
+    assert tokenizer.decode(sent["input_ids"][0]).startswith("<s><|im_start|>system\n<|im_end|>")
+
+
+def test_generation_settings(nano, processor, tokenizer, sent):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    nano.chat(tokenizer, None, "Hello", {"max_new_tokens": 3, "temperature": 0.5}, do_sample=True)
+    assert (sent["max_new_tokens"], sent["temperature"], sent["do_sample"]) == (3, 0.5, True)
+    assert (sent["eos_token_id"], sent["pad_token_id"]) == (end, 0)
+    nano.chat(processor, None, "Hello", images_kwargs={}, num_beams=2)
+    assert sent["num_beams"] == 2
+
+
+def test_images_kwargs_choose_the_tiles(nano, processor, picture, sent):
+    nano.chat(processor, picture, QUESTION, images_kwargs={"min_tiles": 4, "max_tiles": 4, "adaptive_max_tiles": 3})
+    assert sent["pixel_values"].shape[0] > 4
+
+
+def test_batch_with_different_numbers_of_pictures(nano, processor, picture):
+    questions, images = [QUESTION, "Compare.", "Hello"], [picture, [picture, picture], None]
+    together = nano.batch_chat(processor, images, questions, **GREEDY)
+    alone = [nano.chat(processor, image, question, **GREEDY) for image, question in zip(images, questions)]
+    assert together == alone
+
+
+def test_batch_with_histories(nano, processor, picture):
+    histories = [[("<image>\nFirst?", "One")], None]
+    answers, longer = nano.batch_chat(
+        processor, [picture, picture], ["Second?", QUESTION], history=histories, return_history=True, **GREEDY
+    )
+    assert [len(history) for history in longer] == [2, 1]
+    assert answers[0] == nano.chat(processor, picture, "Second?", history=histories[0], **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("processor", "picture", "<image> and <image>?"), {}, "2 <image> placeholders, but 1 images"),
+        (("processor", None, "<image>?"), {}, "1 <image> placeholders, but 0 images"),
+        (("tokenizer", "tiles", "Hello", {}), {"history": [("Hi", "Hi")]}, "0 <image> placeholders, but 1 images"),
+        (("tokenizer", "tiles", "Hello", {}), {"num_patches_list": [2]}, r"adds up to 2, but pixel_values hold 1"),
+        (("tokenizer", "picture", "Hello", {}), {}, "bare tokenizer cannot cut pictures"),
+        (("processor", None, ""), {}, "not empty"),
+        (("processor", None, 7), {}, "question"),
+        (("processor", None, "Hello"), {"history": [("only a question",)]}, "history"),
+        (("processor", None, "Hello"), {"history": ["ab"]}, "history"),
+        (("processor", None, "Hello"), {"question": "Hello"}, "twice"),
+        (("tokenizer", None, "Hello", 5), {}, "generation_config"),
+        ((), {"question": "Hello"}, "first argument"),
+        (("processor", None, "Hello"), {"tile_order": "sideways"}, "tile_order"),
+        (("processor", None, "Hello"), {"use_scm": True}, "use_scm=False"),
+    ],
+)
+def test_misuse(nano, processor, tokenizer, picture, tiles, arguments, options, message):
+    named = {"processor": processor, "tokenizer": tokenizer, "picture": picture, "tiles": tiles}
+    arguments = [named.get(value, value) if isinstance(value, str) else value for value in arguments]
+    with pytest.raises(ValueError, match=message):
+        nano.chat(*arguments, **options)
+
+
+def test_batch_misuse(nano, processor, picture):
+    with pytest.raises(ValueError, match="list of strings"):
+        nano.batch_chat(processor, [picture], QUESTION)
+    with pytest.raises(ValueError, match="one entry for each of the 2 questions"):
+        nano.batch_chat(processor, [picture], [QUESTION, QUESTION])
+    with pytest.raises(ValueError, match="but 1 histories"):
+        nano.batch_chat(processor, [picture, None], [QUESTION, QUESTION], history=[None])
