@@ -1,7 +1,7 @@
 """Train MiniMonkey-Nano, the small model at the root of this repository, from scratch on rendered text.
 
     apt-get install wamerican fonts-...      the fonts are FONT_PACKAGES in scripts/synthetic/text_images.py
-    python scripts/train_nano.py OUT         about an hour and a half on two CPU cores; again with --resume after an interruption
+    python scripts/train_nano.py OUT         an hour and a half on two CPU cores; --resume goes on after an interruption
 
 Two stages, the first for the vision tower alone:
 
