@@ -205,6 +205,14 @@ def _with_secret_control_tokens(tokenizer) -> tuple[dict[str, str], Tokenizer]:
     return renamed, Tokenizer.from_str(json.dumps(state))
 
 
+def has_pictures(messages: list) -> bool:
+    """Whether chat messages (one conversation or a batch of them) hold a picture."""
+    if isinstance(messages, (list, tuple)):
+        return any(map(has_pictures, messages))
+    content = messages.get("content")
+    return isinstance(content, (list, tuple)) and any(item["type"] in ("image", "image_url") for item in content)
+
+
 def protect_messages(messages: list, spellings: list[str]) -> list:
     """A copy of chat messages (one conversation or a batch of them) in which every text is protected."""
     if isinstance(messages, (list, tuple)):

@@ -213,10 +213,9 @@ class MiniMonkeyProcessor(ProcessorMixin):
         """As in transformers. With `tokenize=True`, text of the messages that spells a control token, or `<image>`, is
         encoded as plain text; `sanitize_control_tokens=False` turns that off."""
         sanitize = kwargs.pop("sanitize_control_tokens", True)
-        if kwargs.get("return_assistant_tokens_mask") and not hasattr(self, "_adjust_assistant_masks_indices"):
-            raise ValueError(
-                "return_assistant_tokens_mask needs a newer transformers, which counts the image tokens in."
-            )
+        allows_for_images = hasattr(ProcessorMixin, "_adjust_assistant_masks_indices")
+        if kwargs.get("return_assistant_tokens_mask") and not allows_for_images and has_pictures(conversation):
+            raise ValueError("With images, return_assistant_tokens_mask needs a newer transformers, 5.23 for example.")
         if tokenize and sanitize:
             spellings = [*control_tokens(self.tokenizer), IMAGE_PLACEHOLDER]
             conversation = protect_messages(conversation, spellings)
