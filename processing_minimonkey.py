@@ -22,6 +22,7 @@ from .conversation import (
     IMAGE_TOKEN,
     control_tokens,
     encode,
+    has_pictures,
     has_protected_text,
     protect_messages,
 )
