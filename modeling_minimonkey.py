@@ -57,7 +57,6 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
     """Mini-Monkey: answers questions about images. See the README for `chat`, `generate` and the pipeline."""
 
     config_class = MiniMonkeyConfig
-    _no_split_modules = ["InternVLVisionLayer"]
 
     def __init__(self, config: MiniMonkeyConfig):
         super(InternVLForConditionalGeneration, self).__init__(config)

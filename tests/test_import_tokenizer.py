@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, pre_tokenizers, processors
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 sentencepiece = pytest.importorskip("sentencepiece")
 
-from importing.sentencepiece_tokenizer import build_from_sentencepiece, convert_tokenizer  # noqa: E402
+from importing.tokenizer import build_from_sentencepiece, convert_tokenizer  # noqa: E402
 
 
 CORPUS = [
@@ -167,7 +167,7 @@ def test_gap_in_added_ids_is_refused(tmp_path):
 
 
 def test_qwen2_files_keep_their_ids(tmp_path):
-    alphabet = sorted(__import__("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: index for index, piece in enumerate([*alphabet, "th", "the"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
@@ -186,3 +186,16 @@ def test_qwen2_files_keep_their_ids(tmp_path):
     assert not with_bos
     assert tokenizer("the", add_special_tokens=False)["input_ids"] == [vocabulary["the"]]
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in tokens} == tokens
+
+
+def test_tokenizer_json_keeps_its_ids_and_loses_its_bos(tmp_path):
+    tokens = write_internlm2_folder(tmp_path)
+    converted, _ = convert_tokenizer(tmp_path)
+    backend = converted.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    (tmp_path / "tokenizer.model").unlink()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, with_bos = convert_tokenizer(tmp_path)
+    assert with_bos
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in tokens} == tokens
+    assert tokenizer("the")["input_ids"][0] != 1

@@ -9,7 +9,7 @@ Needs the `convert` extra (sentencepiece, protobuf) for a `tokenizer.model`.
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
@@ -33,14 +33,17 @@ def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
         raise ValueError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}).")
     settings = _read_json(folder / "tokenizer_config.json")
     added = read_added_tokens(folder)
-    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+    roles = {}
+    if (folder / "tokenizer.json").is_file():
+        backend = _read_fast_tokenizer(folder / "tokenizer.json")
+        with_bos = backend.encode("a").tokens[:1] == [_content(settings.get("bos_token"))]
+    elif (folder / "tokenizer.model").is_file():
         backend, roles = build_from_sentencepiece(folder / "tokenizer.model", added, is_legacy(settings))
         with_bos = settings.get("add_bos_token", True)
     else:
-        loaded = AutoTokenizer.from_pretrained(_without_remote_code(folder, settings), trust_remote_code=False)
-        backend, roles = loaded.backend_tokenizer, {}
-        with_bos = loaded.bos_token_id is not None and loaded("a")["input_ids"][:1] == [loaded.bos_token_id]
-        backend.post_processor = _no_post_processor()
+        backend = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
+        with_bos = False  # a vocabulary with merges is Qwen2's
+    backend.post_processor = processors.Sequence([])  # the chat template writes bos_token
     tokenizer = _wrap(backend, roles, added, settings)
     _check_ids(tokenizer, added)
     return tokenizer, with_bos
@@ -171,9 +174,8 @@ def _check_no_gap(path: Path, pieces: int, added: dict[int, AddedToken]) -> None
 
 def _wrap(backend: Tokenizer, roles: dict[str, str], added: dict[int, AddedToken], settings: dict):
     for role in SPECIAL_ROLES:
-        value = settings.get(role)
-        if value is not None:
-            roles[role] = value["content"] if isinstance(value, dict) else value
+        if settings.get(role) is not None:
+            roles[role] = _content(settings[role])
     vocabulary = backend.get_vocab(with_added_tokens=True)
     roles = {role: token for role, token in roles.items() if token in vocabulary}
     return PreTrainedTokenizerFast(
@@ -198,18 +200,16 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, added: dict[int, AddedToken])
         raise ValueError(f"Added tokens changed their ids in conversion (published, now): {wrong}.")
 
 
-def _no_post_processor():
-    from tokenizers import processors
+def _read_fast_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{path} is not a tokenizer, or it is damaged: {error}") from error
 
-    return processors.Sequence([])
 
-
-def _without_remote_code(folder: Path, settings: dict) -> Path:
-    if "AutoTokenizer" in settings.get("auto_map", {}):
-        raise ValueError(
-            f"{folder} has a tokenizer with code of its own and neither tokenizer.json nor tokenizer.model."
-        )
-    return folder
+def _content(token: str | dict | None) -> str | None:
+    """A special token's text; some releases wrote it with its flags."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _read_json(path: Path) -> dict:
