@@ -34,48 +34,22 @@ from .processing_minimonkey import expand_placeholders
 DEFAULT_MAX_NEW_TOKENS = 1024
 
 PROCESSOR_ORDER = ("processor", "images", "question", "history")
-MINI_MONKEY_ORDER = [
-    "tokenizer",
-    "pixel_values",
-    "target_aspect_ratio",
-    "question",
-    "generation_config",
-    "use_scm",
-    "history",
-    "return_history",
-    "num_patches_list",
-    "IMG_START_TOKEN",
-    "IMG_END_TOKEN",
-    "IMG_CONTEXT_TOKEN",
-    "verbose",
-]
-INTERNVL_ORDER = [
-    "tokenizer",
-    "pixel_values",
-    "question",
-    "generation_config",
-    "history",
-    "return_history",
-    "num_patches_list",
-    "IMG_START_TOKEN",
-    "IMG_END_TOKEN",
-    "IMG_CONTEXT_TOKEN",
-    "verbose",
-]
-BATCH_ORDER = [
-    "tokenizer",
-    "pixel_values",
+BATCH_PROCESSOR_ORDER = ("processor", "images", "questions", "history")
+_IMAGE_TOKEN_NAMES = ("IMG_START_TOKEN", "IMG_END_TOKEN", "IMG_CONTEXT_TOKEN")
+_TILES = ("tokenizer", "pixel_values")
+_TURN = ("history", "return_history", "num_patches_list", *_IMAGE_TOKEN_NAMES, "verbose")
+MINI_MONKEY_ORDER = (*_TILES, "target_aspect_ratio", "question", "generation_config", "use_scm", *_TURN)
+INTERNVL_ORDER = (*_TILES, "question", "generation_config", *_TURN)
+BATCH_ORDER = (
+    *_TILES,
     "questions",
     "generation_config",
     "num_patches_list",
     "history",
     "return_history",
-    "IMG_START_TOKEN",
-    "IMG_END_TOKEN",
-    "IMG_CONTEXT_TOKEN",
+    *_IMAGE_TOKEN_NAMES,
     "verbose",
-]
-BATCH_PROCESSOR_ORDER = ("processor", "images", "questions", "history")
+)
 
 
 @dataclass
@@ -147,7 +121,7 @@ def bind_arguments(args: tuple, kwargs: dict[str, Any], batch: bool = False) -> 
     return bound
 
 
-def _order(args: tuple, kwargs: dict[str, Any], batch: bool) -> tuple | list:
+def _order(args: tuple, kwargs: dict[str, Any], batch: bool) -> tuple[str, ...]:
     if batch:
         from_processor = (args and is_processor(args[0]) and not (len(args) > 1 and is_tiles(args[1]))) or (
             kwargs.keys() & {"processor", "images"}

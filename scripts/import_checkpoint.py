@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from importing.tokenizer import convert_tokenizer, has_tokenizer
-from importing.weights import Shard, check_against_model, convert_shards, read_shards
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from importing.tokenizer import convert_tokenizer, has_tokenizer
+from importing.weights import Shard, check_against_model, convert_shards, read_shards
 
 
 ROOT = Path(__file__).resolve().parents[1]

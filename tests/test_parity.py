@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from import_checkpoint import expected_shapes, import_checkpoint  # noqa: E402
+
 from importing.weights import Shard, check_against_model  # noqa: E402
 
 

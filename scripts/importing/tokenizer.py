@@ -155,9 +155,7 @@ def _read_model(path: Path):
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
-        raise ValueError(
-            "To convert a tokenizer.model, install sentencepiece and protobuf: pip install 'minimonkey[convert]'."
-        ) from error
+        raise ValueError("To convert a tokenizer.model: pip install sentencepiece protobuf.") from error
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
