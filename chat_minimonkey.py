@@ -108,47 +108,56 @@ def bind_arguments(args: tuple, kwargs: dict[str, Any], batch: bool = False) -> 
     if bound.processor is None:
         raise ValueError("chat needs a processor (or, for tiles or text alone, a tokenizer) as its first argument.")
     bound.tokenizer = bound.processor.tokenizer if is_processor(bound.processor) else bound.processor
-    if is_tiles(bound.images):
-        bound.pixel_values, bound.images = bound.images, None
-    if bound.pixel_values is not None and not isinstance(bound.pixel_values, torch.Tensor):
-        bound.images, bound.pixel_values = bound.pixel_values, None
+    if bound.images is not None and bound.pixel_values is not None:
+        raise ValueError("chat takes pictures (images) or tiles (pixel_values), not both.")
+    shown = bound.pixel_values if bound.images is None else bound.images
+    bound.pixel_values, bound.images = (shown, None) if is_tiles(shown) else (None, shown)
     if bound.images is not None and not is_processor(bound.processor):
         raise ValueError(
             "A bare tokenizer cannot cut pictures: pass the processor (AutoProcessor.from_pretrained) as the first "
-            f"argument, or tiles of shape (tiles, 3, S, S) instead of {type(bound.images).__name__}."
+            f"argument, or normalised floating-point tiles (tiles, 3, S, S) instead of {_describe(bound.images)}."
         )
     _check(bound, batch)
     return bound
 
 
+def _describe(value) -> str:
+    is_tensor = isinstance(value, torch.Tensor)
+    return f"a {value.dtype} tensor of {tuple(value.shape)}" if is_tensor else type(value).__name__
+
+
 def _order(args: tuple, kwargs: dict[str, Any], batch: bool) -> tuple[str, ...]:
+    has_settings = len(args) > 3 and isinstance(args[3], (dict, GenerationConfig))
+    is_ours = bool(kwargs.keys() & {"processor", "images"}) or (
+        bool(args) and is_processor(args[0]) and not has_settings and not kwargs.keys() & {"pixel_values"}
+    )
     if batch:
-        from_processor = (args and is_processor(args[0]) and not (len(args) > 1 and is_tiles(args[1]))) or (
-            kwargs.keys() & {"processor", "images"}
-        )
-        return BATCH_PROCESSOR_ORDER if from_processor else BATCH_ORDER
-    if kwargs.keys() & {"processor", "images"}:
-        return PROCESSOR_ORDER
+        return BATCH_PROCESSOR_ORDER if is_ours else BATCH_ORDER
     if len(args) > 2 and not isinstance(args[2], str):
         return MINI_MONKEY_ORDER
-    is_published_call = (
-        (args and not is_processor(args[0]))
-        or kwargs.keys() & {"tokenizer", "pixel_values", "generation_config", "target_aspect_ratio"}
-        or (len(args) > 3 and isinstance(args[3], (dict, GenerationConfig)))
-    )
-    if is_published_call:
-        # With a keyword for it, what stands third in the Mini-Monkey order is not there by position.
-        return MINI_MONKEY_ORDER if "target_aspect_ratio" in kwargs and len(args) < 3 else INTERNVL_ORDER
-    return PROCESSOR_ORDER
+    if is_ours and "target_aspect_ratio" not in kwargs:
+        return PROCESSOR_ORDER
+    # With a keyword for it, what stands third in the Mini-Monkey order is not there by position.
+    return MINI_MONKEY_ORDER if "target_aspect_ratio" in kwargs and len(args) < 3 else INTERNVL_ORDER
 
 
 def _check(bound: ChatArguments, batch: bool) -> None:
     if batch:
         questions = bound.questions
-        if isinstance(questions, str) or not questions or not all(isinstance(text, str) for text in questions):
-            raise ValueError(f"`questions` must be a list of strings with at least one, got {questions!r}.")
+        if (
+            isinstance(questions, str)
+            or not questions
+            or not all(isinstance(text, str) and text.strip() for text in questions)
+        ):
+            raise ValueError(f"`questions` must be a list of strings that are not empty, got {questions!r}.")
+        if bound.history is not None and not isinstance(bound.history, (list, tuple)):
+            raise ValueError(
+                f"`history` is a list with one history for each question, got {type(bound.history).__name__}."
+            )
     elif not isinstance(bound.question, str) or not bound.question.strip():
         raise ValueError(f"`question` must be text that is not empty, got {bound.question!r}.")
+    if bound.num_patches_list is not None and bound.images is not None:
+        raise ValueError("num_patches_list belongs to tiles; pictures are counted when they are cut.")
     if bound.tile_order not in ("detailed_first", "adaptive_first"):
         raise ValueError(f"tile_order is 'detailed_first' or 'adaptive_first', got {bound.tile_order!r}.")
     config = bound.generation_config
@@ -167,7 +176,8 @@ class ChatMixin:
 
         Args:
             processor: A `MiniMonkeyProcessor`; a tokenizer will do for tiles or text alone.
-            images: None, a picture (PIL image, array, path, URL, data URI) or a list: all of the conversation, in order.
+            images: None, a picture (PIL image, array, path, URL, data URI) or a list: all of the conversation, in order. A
+                floating-point tensor of four dimensions is taken as tiles.
             pixel_values: (T, 3, S, S) tiles instead, `num_patches_list` saying how many belong to each picture.
             question: May say with `<image>` where each picture belongs; without, new pictures come first.
             history: The (question, answer) pairs of earlier turns.
@@ -186,7 +196,7 @@ class ChatMixin:
         may_insert = not history or bound.images is not None
         question = _place_images(bound.question, history, len(tiles)) if may_insert else bound.question
         prompt = self._prompt(bound, question, history)
-        expanded = self._expand(bound, [prompt], tiles)
+        expanded = self._expand(bound, [prompt], tiles, pixel_values)
         (answer,) = self._answers(bound, expanded, pixel_values)
         history.append((question, answer))
         return (answer, history) if bound.return_history else answer
@@ -214,9 +224,11 @@ class ChatMixin:
             question if count is None else _place_images(question, history, count)
             for question, history, count in zip(bound.questions, histories, counts)
         ]
+        for row, (question, history, count) in enumerate(zip(questions, histories, counts)):
+            _check_row(row, question, history, count)
         pixel_values, tiles = self._tiles(bound)
         prompts = [self._prompt(bound, *row) for row in zip(questions, histories)]
-        answers = self._answers(bound, self._expand(bound, prompts, tiles), pixel_values)
+        answers = self._answers(bound, self._expand(bound, prompts, tiles, pixel_values), pixel_values)
         for history, question, answer in zip(histories, questions, answers):
             history.append((question, answer))
         return (answers, histories) if bound.return_history else answers
@@ -264,7 +276,9 @@ class ChatMixin:
             None if system is None else protect(system, spellings),
         )
 
-    def _expand(self, bound: ChatArguments, prompts: list[str], tiles: list[int]) -> list[str]:
+    def _expand(
+        self, bound: ChatArguments, prompts: list[str], tiles: list[int], pixel_values: torch.Tensor | None
+    ) -> list[str]:
         image_token_id = bound.tokenizer.convert_tokens_to_ids(bound.IMG_CONTEXT_TOKEN)
         if tiles and image_token_id != self.config.image_token_id:
             raise ValueError(
@@ -278,7 +292,8 @@ class ChatMixin:
         ):
             raise ValueError(f"The image tokens of this model are {IMAGE_START}, {IMAGE_END} and {IMAGE_TOKEN}.")
         bos = bound.tokenizer.bos_token if begins_with_bos(bound.tokenizer) else ""
-        return [bos + prompt for prompt in expand_placeholders(prompts, tiles, self.config.image_seq_length)]
+        tokens = self.config.image_seq_length if pixel_values is None else self.tokens_per_tile(pixel_values)
+        return [bos + prompt for prompt in expand_placeholders(prompts, tiles, tokens)]
 
     def _answers(self, bound: ChatArguments, prompts: list[str], pixel_values: torch.Tensor | None) -> list[str]:
         rows = [encode(bound.tokenizer, prompt) for prompt in prompts]
@@ -311,11 +326,19 @@ class ChatMixin:
             options["eos_token_id"] = bound.tokenizer.convert_tokens_to_ids(separator)
         if options.get("pad_token_id") is None:
             pad = bound.tokenizer.pad_token_id
-            options["pad_token_id"] = options["eos_token_id"] if pad is None else pad
+            options["pad_token_id"] = bound.tokenizer.convert_tokens_to_ids(separator) if pad is None else pad
         limits = ("max_new_tokens", "max_length")
         if not any(options.get(name) for name in limits) and not self.generation_config.max_new_tokens:
             options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
         return options
+
+
+def _check_row(row: int, question: str, history: list[tuple[str, str]], pictures: int | None) -> None:
+    """Raise `ValueError` unless a row of a batch has a placeholder for each of its pictures; None: not known by row."""
+    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for turn in history for text in turn)
+    placeholders += question.count(IMAGE_PLACEHOLDER)
+    if pictures is not None and placeholders != pictures:
+        raise ValueError(f"Row {row} has {placeholders} {IMAGE_PLACEHOLDER} placeholders, but {pictures} images.")
 
 
 def _place_images(question: str, history: list[tuple[str, str]], images: int) -> str:

@@ -40,6 +40,18 @@ _PUBLISHED_VISION_NAMES = {
     "dropout": "hidden_dropout_prob",
     "initializer_factor": "layer_scale_init_value",
 }
+# What a published file leaves out has the value of the published class, which is that of InternViT-6B.
+PUBLISHED_VISION_DEFAULTS = {
+    "hidden_size": 3200,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "intermediate_size": 12800,
+    "image_size": 224,
+    "patch_size": 14,
+    "qkv_bias": False,
+    "qk_normalization": True,
+    "norm_type": "rms_norm",
+}
 _VISION_FIELDS = [
     "hidden_size",
     "num_hidden_layers",
@@ -83,7 +95,7 @@ def vision_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
     model_type = published.get("model_type")
     if model_type != "intern_vit_6b":
         raise ValueError(f"Unknown published vision model_type {model_type!r}; known is 'intern_vit_6b' (InternViT).")
-    published = {"dtype": published.get("torch_dtype"), **published}
+    published = {"dtype": published.get("torch_dtype"), **PUBLISHED_VISION_DEFAULTS, **published}
     config = {name: published[name] for name in _VISION_FIELDS if name in published}
     config |= {ours: published[theirs] for theirs, ours in _PUBLISHED_VISION_NAMES.items() if theirs in published}
     return {"model_type": "internvl_vision", "projection_dropout": config.get("hidden_dropout_prob", 0.0), **config}
@@ -108,7 +120,7 @@ def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
     config = {name: value for name, value in published.items() if name in fields - {"architectures"}}
     config["model_type"] = model_type
     if architecture == "InternLM2ForCausalLM":
-        config["attention_bias"] = published.get("bias", False)
+        config["attention_bias"] = published.get("bias", True)
     if (config.get("rope_scaling") or {}).get("type") == "su":  # the first name of longrope
         config["rope_scaling"] = {**config["rope_scaling"], "type": "longrope", "rope_type": "longrope"}
     config.setdefault("tie_word_embeddings", False)

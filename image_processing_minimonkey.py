@@ -18,13 +18,15 @@ import os
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
 from huggingface_hub import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_processing_utils import BatchFeature
+from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -79,6 +81,8 @@ def load_picture(source: str | Path) -> Image.Image:
     is_bare_base64 = False
     if text.startswith(("http://", "https://")):
         data = _download(text)
+    elif text.startswith("file://"):
+        data = url2pathname(urlparse(text).path)
     elif isinstance(source, Path) or os.path.isfile(text):  # unlike Path.is_file, no error for over-long names
         data = source
     elif text.startswith("data:"):
@@ -283,7 +287,7 @@ class _MsacMixin:
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """How many tiles a picture of this size gives, thumbnail included, without its pixels."""
         settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs or {})}
-        tile_size = (settings.get("size") or self.size)["height"]
+        tile_size = get_size_dict(settings.get("size") or dict(self.size))["height"]
         return sum(tile_counts(*msac_grids(width, height, *(settings[name] for name in RANGE_NAMES), tile_size)))
 
     def to_dict(self) -> dict[str, Any]:

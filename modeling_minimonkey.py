@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import InternVLForConditionalGeneration
+from transformers import GenerationConfig, InternVLForConditionalGeneration
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.internvl.modeling_internvl import InternVLModel
@@ -119,7 +119,7 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
             pixel_values = pixel_values[image_flags.flatten() == 1]
         embeddings = self.get_input_embeddings()(input_ids)
         is_image = input_ids == self.config.image_token_id
-        tokens, features_per_tile = int(is_image.sum()), self._tokens_of_tile(pixel_values)
+        tokens, features_per_tile = int(is_image.sum()), self.tokens_per_tile(pixel_values)
         if tokens != pixel_values.shape[0] * features_per_tile:
             raise ValueError(
                 f"The prompt has {tokens} image tokens (id {self.config.image_token_id}), but {pixel_values.shape[0]} "
@@ -131,7 +131,8 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
         features = features.to(embeddings.device, embeddings.dtype)
         return embeddings.masked_scatter(is_image.unsqueeze(-1).to(embeddings.device), features)
 
-    def _tokens_of_tile(self, pixel_values: torch.Tensor) -> int:
+    def tokens_per_tile(self, pixel_values: torch.Tensor) -> int:
+        """Image tokens that each of these tiles gives."""
         patch_size, ratio = self.config.vision_config.patch_size[0], self.config.downsample_ratio
         return int(pixel_values.shape[-1] // patch_size * ratio) ** 2
 
@@ -181,8 +182,10 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
             ValueError: See `encode_images`.
         """
         if pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("pixel_values need input_ids, whose image tokens say where the features belong.")
+            if input_ids is None or inputs_embeds is not None:
+                raise ValueError(
+                    "pixel_values need input_ids, whose image tokens say where the features belong, and no inputs_embeds."
+                )
             inputs_embeds, input_ids = self.encode_images(input_ids, pixel_values, image_flags), None
         return super().forward(
             input_ids=input_ids,
@@ -198,6 +201,7 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
     def generate(
         self,
         inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         pixel_values: torch.Tensor | None = None,
         tile_counts: torch.Tensor | None = None,
@@ -211,6 +215,7 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
 
         Args:
             inputs: The prompt's ids (B, N); `input_ids=` works too.
+            generation_config: Settings, as for any transformers model.
             pixel_values: (T, 3, S, S) tiles of all images.
             tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image.
             tile_grids: Accepted so that a processor's whole output can be passed; not used.
@@ -218,17 +223,33 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
             **kwargs: Everything `GenerationMixin.generate` takes.
 
         Raises:
-            ValueError: See `encode_images`; also for `use_scm=True`.
+            ValueError: See `encode_images`; also for `use_scm=True`, and with images for `assistant_model`,
+                `prompt_lookup_num_tokens` and `prefill_chunk_size`.
         """
         if use_scm:
             raise ValueError("Scale compression is not available in this version; call with use_scm=False.")
         if inputs is not None:
+            if kwargs.get("input_ids") is not None:
+                raise ValueError("The prompt's ids were given twice, by position and as input_ids.")
             kwargs["input_ids"] = inputs
+        input_ids = kwargs.get("input_ids")
         if pixel_values is not None:
-            if kwargs.get("inputs_embeds") is not None or kwargs.get("input_ids") is None:
+            if kwargs.get("inputs_embeds") is not None or input_ids is None:
                 raise ValueError("pixel_values need input_ids and no inputs_embeds.")
-            kwargs["inputs_embeds"] = self.encode_images(kwargs["input_ids"], pixel_values)
-        return super().generate(**kwargs)
+            _refuse_what_needs_whole_prompts(generation_config, kwargs)
+            kwargs["inputs_embeds"] = self.encode_images(input_ids, pixel_values)
+        elif kwargs.get("inputs_embeds") is None and kwargs.get("past_key_values") is None and input_ids is not None:
+            tokens = int((input_ids == self.config.image_token_id).sum())
+            if tokens:
+                raise ValueError(f"The prompt has {tokens} image tokens, but no pixel_values were given.")
+        return super().generate(generation_config=generation_config, **kwargs)
+
+
+def _refuse_what_needs_whole_prompts(generation_config: GenerationConfig | None, options: dict[str, Any]) -> None:
+    """Modes of transformers that read the prompt's ids again, and so lose the images; they give other answers."""
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        if options.get(name) is not None or getattr(generation_config, name, None) is not None:
+            raise ValueError(f"{name} does not work with images; leave it out.")
 
 
 register_checkpoint_conversion_mapping(

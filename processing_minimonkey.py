@@ -121,7 +121,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
             text: A prompt or a list of prompts with one `<image>` for each picture. Control tokens in them count;
                 text that is not to be trusted goes through `apply_chat_template(tokenize=True)`.
             **kwargs: Options of tokenizer and image processor, flat or as `text_kwargs` and `images_kwargs`. By default
-                rows are padded on the left and tensors are returned.
+                rows are padded on the left and tensors are returned; `return_tensors=None` leaves token ids as lists.
 
         Returns:
             input_ids, attention_mask (B, N) and, with pictures, pixel_values, tile_counts, tile_grids (see
@@ -134,12 +134,15 @@ class MiniMonkeyProcessor(ProcessorMixin):
             raise ValueError("text is missing; to cut pictures alone, call processor.image_processor(images).")
         if videos is not None:
             raise ValueError("Videos are not supported in this version; pass frames as images.")
-        if kwargs.get("return_tensors", "pt") is None:
-            kwargs.pop("return_tensors")
+        as_lists = "return_tensors" in kwargs and kwargs["return_tensors"] is None
         merged = self._merge_kwargs(
             MiniMonkeyProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(entry, str) for entry in texts):
+            raise ValueError(
+                f"text must be a string or a list of strings, got {type(text).__name__}; images come first."
+            )
         self._check_images(texts, images)
         image_inputs, tiles = {}, []
         if count_pictures(images):
@@ -152,7 +155,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
             text_inputs["text_replacement_offsets"] = placeholder_spans(texts, expanded)
         return BatchFeature(
             {**text_inputs, **image_inputs},
-            tensor_type=options.get("return_tensors"),
+            tensor_type=None if as_lists else options.get("return_tensors"),
             skip_tensor_conversion=["text_replacement_offsets"],
         )
 

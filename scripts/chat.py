@@ -92,7 +92,10 @@ def converse(processor, model, args: argparse.Namespace) -> None:
             return
         if not question:
             return
-        history = ask(processor, model, args, question, history)
+        try:
+            history = ask(processor, model, args, question, history)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def main() -> int:
@@ -108,6 +111,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

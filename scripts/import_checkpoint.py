@@ -168,7 +168,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         import_checkpoint(args.source, args.out, args.image_token_id)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"Wrote {args.out}. Load it with AutoModel.from_pretrained({str(args.out)!r}, trust_remote_code=True).")

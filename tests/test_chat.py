@@ -191,6 +191,8 @@ def test_batch_with_histories(nano, processor, picture):
         (("tokenizer", None, "Hello", 5), {}, "generation_config"),
         ((), {"question": "Hello"}, "first argument"),
         (("processor", None, "Hello"), {"tile_order": "sideways"}, "tile_order"),
+        (("processor", "picture", "Hello"), {"num_patches_list": [7]}, "num_patches_list belongs to tiles"),
+        (("processor", "picture", "Hello"), {"pixel_values": torch.zeros(1, 3, 112, 112)}, "not both|twice|takes"),
         (("processor", None, "Hello"), {"use_scm": True}, "use_scm=False"),
     ],
 )
@@ -201,9 +203,42 @@ def test_misuse(nano, processor, tokenizer, picture, tiles, arguments, options, 
         nano.chat(*arguments, **options)
 
 
+def test_integer_tiles_are_pictures_or_refused(nano, processor, tokenizer, picture):
+    pixels = processor.image_processor(picture, return_tensors="pt", do_rescale=False, do_normalize=False)[
+        "pixel_values"
+    ]
+    pixels = pixels.to(torch.uint8)
+    config = dict(GREEDY)
+    expected = nano.chat(processor, pixels[0], QUESTION, **GREEDY)
+    assert nano.chat(processor, pixels, QUESTION, **GREEDY) == expected
+    assert nano.chat(processor, pixels, QUESTION, generation_config=config) == expected
+    with pytest.raises(ValueError, match="normalised floating-point tiles.*uint8"):
+        nano.chat(tokenizer, pixels, QUESTION, config)
+
+
+def test_history_by_position_with_settings_by_keyword(nano, processor, sent):
+    nano.chat(processor, None, "And?", [("Read.", "Mini")], generation_config=dict(GREEDY))
+    assert sent["max_new_tokens"] == 8
+    nano.batch_chat(processor, None, ["One?", "Two?"], dict(GREEDY))
+    assert sent["input_ids"].shape[0] == 2
+
+
+def test_a_row_of_a_batch_never_takes_the_picture_of_another(nano, processor, picture):
+    with pytest.raises(ValueError, match="Row 0 has 1 <image> placeholders, but 0 images"):
+        nano.batch_chat(processor, [None, [picture, picture]], ["<image>\nRead.", "<image> Read."])
+    with pytest.raises(ValueError, match="Row 0 has 2 <image> placeholders, but 1 images"):
+        nano.batch_chat(processor, [[picture], [picture, picture]], ["<image><image>a", "<image>b"])
+
+
+def test_other_tile_sizes_than_the_configured_one(nano, processor, picture, sent):
+    nano.chat(processor, picture, QUESTION, images_kwargs={"size": {"height": 224, "width": 224}})
+    assert (sent["input_ids"] == processor.image_token_id).sum() == 4 * 49
+
+
 def test_batch_misuse(nano, processor, picture):
-    with pytest.raises(ValueError, match="list of strings"):
-        nano.batch_chat(processor, [picture], QUESTION)
+    for questions in (QUESTION, [" "], []):
+        with pytest.raises(ValueError, match="list of strings"):
+            nano.batch_chat(processor, [picture], questions)
     with pytest.raises(ValueError, match="one entry for each of the 2 questions"):
         nano.batch_chat(processor, [picture], [QUESTION, QUESTION])
     with pytest.raises(ValueError, match="but 1 histories"):

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    GenerationConfig,
     TextIteratorStreamer,
 )
 
@@ -236,6 +237,32 @@ def test_tiles_that_do_not_fit(tiles, message):
 def test_tiles_without_a_prompt():
     with pytest.raises(ValueError, match="input_ids"):
         tiny_model().generate(pixel_values=random_tiles(0, 1, 3, 28, 28))
+
+
+def test_prompts_that_contradict_themselves():
+    model, batch = tiny_model(), prompt(2)
+    with pytest.raises(ValueError, match="8 image tokens, but no pixel_values"):
+        model.generate(batch["input_ids"])
+    with pytest.raises(ValueError, match="twice"):
+        model.generate(batch["input_ids"], **batch)
+    with pytest.raises(ValueError, match="no inputs_embeds"):
+        model(**batch, inputs_embeds=torch.zeros(1, 24, 32))
+
+
+@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
+def test_modes_that_would_lose_the_images_are_refused(option):
+    model, batch = tiny_model(), prompt(1)
+    with pytest.raises(ValueError, match="does not work with images"):
+        model.generate(**batch, **option)
+    with pytest.raises(ValueError, match="does not work with images"):
+        model.generate(**batch, generation_config=GenerationConfig(**option))
+
+
+def test_settings_by_position():
+    model, batch = tiny_model(), prompt(1)
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    output = model.generate(batch["input_ids"], settings, pixel_values=batch["pixel_values"])
+    assert output.shape == (1, 27)
 
 
 def test_compression_is_refused_for_now():
