@@ -28,7 +28,7 @@ from .conversation import (
     get_template,
     protect,
 )
-from .processing_minimonkey import expand_placeholders
+from .processing_minimonkey import check_placeholders, count_pictures, count_placeholders, expand_placeholders
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -192,9 +192,11 @@ class ChatMixin:
         """
         bound = bind_arguments(args, kwargs)
         history = check_history(bound.history)
-        pixel_values, tiles = self._tiles(bound)
+        pictures = _count_pictures(bound)
         may_insert = not history or bound.images is not None
-        question = _place_images(bound.question, history, len(tiles)) if may_insert else bound.question
+        question = _place_images(bound.question, history, pictures) if may_insert else bound.question
+        check_placeholders(_texts(question, history), pictures)
+        pixel_values, tiles = self._tiles(bound)
         prompt = self._prompt(bound, question, history)
         expanded = self._expand(bound, [prompt], tiles, pixel_values)
         (answer,) = self._answers(bound, expanded, pixel_values)
@@ -225,7 +227,8 @@ class ChatMixin:
             for question, history, count in zip(bound.questions, histories, counts)
         ]
         for row, (question, history, count) in enumerate(zip(questions, histories, counts)):
-            _check_row(row, question, history, count)
+            if count is not None:
+                check_placeholders(_texts(question, history), count, f"Row {row}")
         pixel_values, tiles = self._tiles(bound)
         prompts = [self._prompt(bound, *row) for row in zip(questions, histories)]
         answers = self._answers(bound, self._expand(bound, prompts, tiles, pixel_values), pixel_values)
@@ -240,7 +243,7 @@ class ChatMixin:
         if bound.images is not None:
             if not isinstance(bound.images, (list, tuple)) or len(bound.images) != rows:
                 raise ValueError(f"images must be a list with one entry for each of the {rows} questions.")
-            counts = [len(row) if isinstance(row, (list, tuple)) else int(row is not None) for row in bound.images]
+            counts = [count_pictures(row) for row in bound.images]
             nested = [row if isinstance(row, (list, tuple)) else [row] for row in bound.images]
             bound.images = [image for row in nested for image in row if image is not None] or None
             return counts
@@ -322,28 +325,34 @@ class ChatMixin:
             options.pop("transformers_version", None)
         elif config is not None:
             options = {**config, **options}
+        end = bound.tokenizer.convert_tokens_to_ids(separator)
         if options.get("eos_token_id") is None:
-            options["eos_token_id"] = bound.tokenizer.convert_tokens_to_ids(separator)
+            options["eos_token_id"] = end
         if options.get("pad_token_id") is None:
-            pad = bound.tokenizer.pad_token_id
-            options["pad_token_id"] = bound.tokenizer.convert_tokens_to_ids(separator) if pad is None else pad
+            options["pad_token_id"] = end if bound.tokenizer.pad_token_id is None else bound.tokenizer.pad_token_id
         limits = ("max_new_tokens", "max_length")
         if not any(options.get(name) for name in limits) and not self.generation_config.max_new_tokens:
             options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
         return options
 
 
-def _check_row(row: int, question: str, history: list[tuple[str, str]], pictures: int | None) -> None:
-    """Raise `ValueError` unless a row of a batch has a placeholder for each of its pictures; None: not known by row."""
-    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for turn in history for text in turn)
-    placeholders += question.count(IMAGE_PLACEHOLDER)
-    if pictures is not None and placeholders != pictures:
-        raise ValueError(f"Row {row} has {placeholders} {IMAGE_PLACEHOLDER} placeholders, but {pictures} images.")
+def _texts(question: str, history: list[tuple[str, str]]) -> list[str]:
+    """Everything in a conversation that may hold a placeholder."""
+    return [*(text for turn in history for text in turn), question]
+
+
+def _count_pictures(bound: ChatArguments) -> int:
+    """How many pictures a conversation is about, before any of them is opened."""
+    if bound.images is not None:
+        return count_pictures(bound.images)
+    if bound.pixel_values is None:
+        return 0
+    return 1 if bound.num_patches_list is None else len(bound.num_patches_list)
 
 
 def _place_images(question: str, history: list[tuple[str, str]], images: int) -> str:
     """`question` with placeholders in front for pictures that have none; several new ones are numbered."""
-    in_history = sum(asked.count(IMAGE_PLACEHOLDER) + answered.count(IMAGE_PLACEHOLDER) for asked, answered in history)
+    in_history = count_placeholders([text for turn in history for text in turn])
     missing = images - in_history
     if missing < 1 or IMAGE_PLACEHOLDER in question:
         return question

@@ -136,14 +136,19 @@ _SECRET_NAME = "\ue002" + secrets.token_hex(8)
 
 
 def control_tokens(tokenizer) -> list[str]:
-    """Every spelling that `tokenizer` turns into an added token, longest first."""
-    return sorted((str(token) for token in tokenizer.get_added_vocab()), key=len, reverse=True)
+    """Every spelling that `tokenizer` turns into an added token."""
+    return [str(token) for token in tokenizer.get_added_vocab()]
+
+
+def _any_of(spellings) -> re.Pattern:
+    """Finds any of `spellings`, the longest where several begin; nothing where there are none."""
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def protect(text: str, spellings: list[str]) -> str:
     """Mark the control-token `spellings` in text that is not to be trusted."""
-    pattern = "|".join(re.escape(spelling) for spelling in sorted(spellings, key=len, reverse=True))
-    return re.sub(pattern, lambda match: match[0][0] + _MARK + match[0][1:], text) if pattern else text
+    return _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
 
 
 def unprotect(text: str) -> str:
@@ -178,8 +183,7 @@ def encode(tokenizer, text: str) -> list[int]:
             "The text spells a control token; to encode it as plain text a fast tokenizer (tokenizer.json) is needed."
         )
     renamed, twin = _with_secret_control_tokens(tokenizer)
-    pattern = "|".join(re.escape(spelling) for spelling in sorted(renamed, key=len, reverse=True))
-    trusted = re.sub(pattern, lambda match: renamed[match[0]], text)
+    trusted = _any_of(renamed).sub(lambda match: renamed[match[0]], text)
     return twin.encode(unprotect(trusted), add_special_tokens=False).ids
 
 

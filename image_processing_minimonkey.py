@@ -38,7 +38,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .tiling import PRESETS, RANGE_NAMES, SINGLE_TILE, check_tile_range, msac_grids, tile_counts
+from .tiling import PRESETS, RANGE_NAMES, check_tile_range, layer_grids, msac_grids, tile_counts
 
 
 BACKGROUND = (255, 255, 255)
@@ -281,14 +281,15 @@ class _MsacMixin:
             raise ValueError("The list of pictures is empty.")
         return super()._prepare_images_structure(images, *args, **kwargs)
 
-    def _grids(self, image: Image.Image, settings: dict[str, Any], tile_size: int) -> tuple:
-        return msac_grids(*image.size, *(settings[name] for name in RANGE_NAMES), tile_size)
+    @staticmethod
+    def _grids(size: tuple[int, int], settings: dict[str, Any], tile_size: int) -> tuple:
+        return msac_grids(*size, *(settings[name] for name in RANGE_NAMES), tile_size)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """How many tiles a picture of this size gives, thumbnail included, without its pixels."""
         settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs or {})}
         tile_size = get_size_dict(settings.get("size") or dict(self.size))["height"]
-        return sum(tile_counts(*msac_grids(width, height, *(settings[name] for name in RANGE_NAMES), tile_size)))
+        return sum(tile_counts(*self._grids((width, height), settings, tile_size)))
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers; keeps both back ends in `auto_map`, which saving would narrow to one."""
@@ -321,11 +322,6 @@ def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(RANGE_NAMES, PRESETS[preset])), **given}
 
 
-def _layers(grids: tuple) -> list[tuple[int, int]]:
-    """The grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; one-tile grids give none."""
-    return [grid for grid in grids if grid != SINGLE_TILE] + [SINGLE_TILE]
-
-
 def _batch(tiles, grids: list[tuple], return_tensors) -> BatchFeature:
     data = {
         "pixel_values": tiles,
@@ -352,12 +348,12 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         **settings,
     ) -> BatchFeature:
         tile_size = size.height
-        grids = [self._grids(image, settings, tile_size) for image in images]
+        grids = [self._grids(image.size, settings, tile_size) for image in images]
         tiles = np.concatenate(
             [
                 self._cut(image, grid, tile_size, resample)
                 for image, pair in zip(images, grids)
-                for grid in _layers(pair)
+                for grid in layer_grids(*pair)
             ]
         )  # (T, 3, S, S) uint8
         if do_rescale and rescale_factor == 1 / 255:
@@ -396,11 +392,11 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         **settings,
     ) -> BatchFeature:
         tile_size = size.height
-        grids = [self._grids(image, settings, tile_size) for image in images]
+        grids = [self._grids(image.size, settings, tile_size) for image in images]
         layers = [
             self._cut(image, grid, tile_size, resample, device)
             for image, pair in zip(images, grids)
-            for grid in _layers(pair)
+            for grid in layer_grids(*pair)
         ]
         tiles = self.rescale_and_normalize(
             torch.cat(layers), do_rescale, rescale_factor, do_normalize, image_mean, image_std

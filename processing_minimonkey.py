@@ -66,12 +66,17 @@ def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[s
     ]
 
 
-def check_placeholders(texts: list[str], images: int) -> None:
-    """Raise `ValueError` unless `texts` have one `<image>` for each of `images` pictures."""
-    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+def count_placeholders(texts: list[str]) -> int:
+    """How many `<image>` there are in all of `texts`."""
+    return sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+
+
+def check_placeholders(texts: list[str], images: int, subject: str = "The text") -> None:
+    """Raise `ValueError` about `subject` unless `texts` have one `<image>` for each of `images` pictures."""
+    placeholders = count_placeholders(texts)
     if placeholders != images:
         raise ValueError(
-            f"The text has {placeholders} {IMAGE_PLACEHOLDER} placeholders, but {images} images were given; "
+            f"{subject} has {placeholders} {IMAGE_PLACEHOLDER} placeholders, but {images} images were given; "
             "each image needs exactly one."
         )
 
@@ -166,11 +171,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
             if len(images) != len(texts):
                 raise ValueError(f"{len(images)} lists of images were given for {len(texts)} texts.")
             for row, (text, pictures) in enumerate(zip(texts, images)):
-                if text.count(IMAGE_PLACEHOLDER) != count_pictures(pictures):
-                    raise ValueError(
-                        f"Row {row} has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders, but "
-                        f"{count_pictures(pictures)} images."
-                    )
+                check_placeholders([text], count_pictures(pictures), f"Row {row}")
 
     def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         """Token ids, padded as `options` say; nothing is added in front or behind."""

@@ -117,6 +117,11 @@ def msac_grids(
     return detailed, closest_grid(width, height, candidates, tile_size)
 
 
+def layer_grids(detailed: Grid, adaptive: Grid) -> list[Grid]:
+    """The grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; a one-tile grid gives none."""
+    return [grid for grid in (detailed, adaptive) if grid != SINGLE_TILE] + [SINGLE_TILE]
+
+
 def tile_counts(detailed: Grid, adaptive: Grid) -> tuple[int, int, int]:
     """Number of detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none."""
 

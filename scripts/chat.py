@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from repository import ROOT
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
 
-ROOT = Path(__file__).resolve().parents[1]
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 TILE_RANGES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
 

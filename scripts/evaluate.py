@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from repository import ROOT
 from transformers import AutoModel, AutoProcessor
 
 from synthetic.text_images import held_out_word
 
 
-ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "Read the text."
 
 

@@ -16,20 +16,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from repository import ROOT, root_class
 from transformers import GenerationConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from importing.tokenizer import convert_tokenizer, has_tokenizer
 from importing.weights import Shard, check_against_model, convert_shards, read_shards
 
 
-ROOT = Path(__file__).resolve().parents[1]
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
-
-
-def root_class(name: str):
-    """A class or function of this repository, `"module.name"`, loaded as remote code is."""
-    return get_class_from_dynamic_module(name, str(ROOT))
 
 
 def import_checkpoint(source: str, out: Path, image_token_id: int | None = None) -> None:

@@ -24,16 +24,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from repository import root_class
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, GenerationConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from synthetic.byte_tokenizer import build_byte_tokenizer
 from synthetic.text_images import CHARACTERS, TextImage, training_page, training_sample
 
 
-ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger("train_nano")
 
 TILE_SIZE, PATCH_SIZE = 112, 8
@@ -51,13 +50,10 @@ QUESTIONS = (
     "What text is in the image?",
     "What word is this?",
 )
+RANGE_NAMES = root_class("tiling.RANGE_NAMES")
+layer_grids = root_class("tiling.layer_grids")
 ONE_TILE = (1, 1, 1, 1)
 MSAC_RANGES = ((1, 4, 1, 3), (2, 4, 2, 5), (2, 6, 1, 4), (4, 8, 3, 6), (1, 6, 1, 1))
-
-
-def root_class(name: str):
-    """A class or function of the repository's own code, `"module.Name"`, loaded as a user's `trust_remote_code` loads it."""
-    return get_class_from_dynamic_module(name, str(ROOT))
 
 
 def write_untrained(out: Path) -> None:
@@ -94,7 +90,7 @@ def write_untrained(out: Path) -> None:
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
     )
     image_processor = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")(
-        size={"height": TILE_SIZE, "width": TILE_SIZE}, **dict(zip(root_class("tiling.RANGE_NAMES"), ONE_TILE))
+        size={"height": TILE_SIZE, "width": TILE_SIZE}, **dict(zip(RANGE_NAMES, ONE_TILE))
     )
     processor = root_class("processing_minimonkey.MiniMonkeyProcessor")(
         image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=template
@@ -199,30 +195,27 @@ class Pictures(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed}/options/{index}")
         ranges = rng.choice(MSAC_RANGES) if self.reading and progress > 0.6 and rng.random() < 0.12 else ONE_TILE
         picture = reading_picture(index, self.seed, progress) if self.reading else letters_picture(index, self.seed)
-        settings = dict(zip(root_class("tiling.RANGE_NAMES"), ranges))
-        tiles = self.processor.image_processor(picture.image, return_tensors="pt", **settings)
-        columns_and_rows = tiles["tile_grids"][0].tolist()
-        grids = [tuple(columns_and_rows[:2]), tuple(columns_and_rows[2:])]
-        grids = [grid for grid in grids if grid != (1, 1)] + [(1, 1)]
-        patches = TILE_SIZE // PATCH_SIZE
-        item = {
-            "pixel_values": tiles["pixel_values"],
-            "cell_labels": torch.from_numpy(np.concatenate([cell_labels(picture, grid, patches) for grid in grids])),
-        }
-        return (
-            item | self._text(rng.choice(QUESTIONS), picture.text, len(tiles["pixel_values"])) if self.reading else item
-        )
+        settings = dict(zip(RANGE_NAMES, ranges))
+        if self.reading:
+            item = self._conversation(rng.choice(QUESTIONS), picture, settings)
+        else:
+            item = self.processor.image_processor(picture.image, return_tensors="pt", **settings)
+        columns, rows, adaptive_columns, adaptive_rows = item.pop("tile_grids")[0].tolist()
+        item.pop("tile_counts")
+        grids = layer_grids((columns, rows), (adaptive_columns, adaptive_rows))
+        labels = [cell_labels(picture, grid, TILE_SIZE // PATCH_SIZE) for grid in grids]
+        return {**item, "cell_labels": torch.from_numpy(np.concatenate(labels))}
 
-    def _text(self, question: str, answer: str, tiles: int) -> dict:
-        """Ids of a conversation and labels for the answer alone."""
-        tokenizer = self.processor.tokenizer
+    def _conversation(self, question: str, picture: TextImage, settings: dict) -> dict:
+        """A question about the picture and its answer as model inputs, labels for the answer alone."""
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        expand = root_class("processing_minimonkey.expand_placeholders")
-        (prompt,) = expand([prompt], [tiles], self.processor.image_seq_length)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer_ids = tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        inputs = dict(self.processor(images=picture.image, text=prompt, images_kwargs=settings))
+        prompt_ids = inputs.pop("input_ids")[0].tolist()
+        inputs.pop("attention_mask")
+        answer_ids = self.processor.tokenizer(picture.text + "<|im_end|>", add_special_tokens=False)["input_ids"]
         return {
+            **inputs,
             "input_ids": torch.tensor(prompt_ids + answer_ids),
             "labels": torch.tensor([-100] * len(prompt_ids) + answer_ids),
         }
