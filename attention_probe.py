@@ -1,0 +1,98 @@
+"""Queries and keys of one layer of a language model, as they enter its attention, for any decoder of transformers.
+
+The layers before run as they are, with the attention back end they have. Of the layer that is asked for only what comes
+before its attention runs: its norm, projections and rotations. The language model itself is not touched: the pass is made
+on shallow copies that share its weights, so other threads can use the model meanwhile.
+
+    inputs = attention_inputs(model.model.language_model, embeddings, layer=1)
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from .compression import AttentionInputs
+
+
+# Tokens that go through a feed-forward block at a time; whole prompts would need more memory here than the scores do.
+CHUNK_TOKENS = 512
+
+_PROBE = "minimonkey_probe"
+
+
+class _Reached(Exception):  # noqa: N818 - it is not an error
+    """Ends a pass whose remaining layers are not needed."""
+
+    def __init__(self, inputs: AttentionInputs):
+        self.inputs = inputs
+
+
+class _InChunks(nn.Module):
+    """A block that treats each token by itself, a few tokens at a time."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: torch.Tensor):
+        parts = hidden_states.split(CHUNK_TOKENS, dim=1)
+        first = self.block(parts[0])
+        if not isinstance(first, torch.Tensor) or len(parts) == 1:  # some mixtures of experts also return router logits
+            return first if len(parts) == 1 else self.block(hidden_states)
+        return torch.cat([first, *(self.block(part) for part in parts[1:])], dim=1)
+
+
+def _hand_over(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value, attention_mask, **options):
+    # Stateless, since the name is registered once for all copies of this file that a process may have loaded.
+    module.receive_attention_inputs(query, key, **options)
+
+
+AttentionInterface.register(_PROBE, _hand_over)
+
+
+def _receive(query, key, scaling, softcap=None, sliding_window=None, s_aux=None, **_):
+    raise _Reached(AttentionInputs(query[0], key[0], scaling, softcap, sliding_window, s_aux))
+
+
+def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
+    """A copy that shares weights and children with `module`, but for those children that are given."""
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, **children}
+    copied.__dict__.pop("forward", None)  # accelerate's is bound to the original
+    return copied
+
+
+def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer: int) -> AttentionInputs:
+    """Run one sequence through a language model, up to the attention of a layer.
+
+    Args:
+        language_model: A decoder of transformers without its head.
+        embeddings: (n, D)
+        layer: Index of the layer.
+
+    Raises:
+        ValueError: A language model that is not built as transformers' decoders usually are.
+    """
+    name = type(language_model).__name__
+    layers = getattr(language_model, "layers", None)
+    if layers is None or not hasattr(layers[layer], "self_attn"):
+        raise ValueError(
+            f"Scale compression looks for layers[{layer}].self_attn, which {name} does not have; call with use_scm=False"
+            " or choose another scm_layer."
+        )
+    attention = _copy(layers[layer].self_attn)
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = _PROBE
+    attention.receive_attention_inputs = _receive
+    before = [_copy(one, mlp=_InChunks(one.mlp)) if hasattr(one, "mlp") else one for one in layers[:layer]]
+    beginning = nn.ModuleList([*before, _copy(layers[layer], self_attn=attention)])
+    try:
+        _copy(language_model, layers=beginning)(inputs_embeds=embeddings[None], use_cache=False)
+    except _Reached as reached:
+        return reached.inputs
+    raise ValueError(
+        f"{type(attention).__name__} of {name} does not go through transformers' attention interface, where scale "
+        "compression reads its queries and keys; call with use_scm=False."
+    )

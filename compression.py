@@ -1,0 +1,302 @@
+"""Scale compression (SCM): which tokens of an image's detailed tiles a language model needs to see.
+
+The adaptive tiles, the thumbnail and the text after an image say what matters in it: the detailed tokens that get the most
+of their attention in an early layer of the language model are kept, the others are left out of the prompt. There is
+nothing to train. See section 3.3 of the paper (arXiv 2408.02034).
+
+Knows tensors only; a function that runs the language model up to the queries and keys of one layer (`attention_probe.py`)
+is given to it:
+
+    settings = CompressionSettings(keep_ratio=0.5, layer=1, num_layers=24)
+    images = find_images(input_ids, attention_mask, tile_counts, image_token_id, tokens_per_tile, settings)
+    kept = kept_positions(embeddings, attention_mask, images, settings, probe)
+    embeddings, attention_mask = pack(embeddings, kept)
+
+Shapes: B rows, N tokens of a row (padding counted), n tokens that are no padding, I images, D width, H heads, d width of one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+# Attention weights held at a time while scoring, in float32: 16 MiB, which stays in the caches of a processor.
+BLOCK_ELEMENTS = 4 * 2**20
+
+QUERY_SETS = ("all", "visual")
+TILE_ORDERS = ("detailed_first", "adaptive_first")
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What goes into the attention of one layer for one sequence.
+
+    query (H, n, d) and key (key/value heads, n, d) after rotation; `softcap`, `sliding_window` and `sinks` (H,) where the
+    layer has them.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float
+    softcap: float | None = None
+    sliding_window: int | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where the tokens of an image are in its row, counted without padding; every range ends before its `stop`.
+
+    Queries among the text end before `query_stop`.
+    """
+
+    start: int
+    stop: int
+    detailed_start: int
+    detailed_stop: int
+    query_stop: int
+
+    @property
+    def detailed_tokens(self) -> int:
+        return self.detailed_stop - self.detailed_start
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """What one call of SCM is asked to do; raises `ValueError` for values that cannot work.
+
+    Args:
+        keep_ratio: Share of an image's detailed tokens that stay.
+        layer: The layer of the language model whose attention scores them.
+        num_layers: How many layers that has.
+        queries: "all" scores with an image's own other tokens and all text after it, in one pass over the row. "visual"
+            scores each image's tokens as a sequence of their own: the result depends on nothing but the image.
+        query_ends: For each image the index into its padded row before which its queries end; None is the row's end.
+        tile_order: Whether an image's detailed or its adaptive tiles come first.
+    """
+
+    keep_ratio: float
+    layer: int
+    num_layers: int
+    queries: str = "all"
+    query_ends: list[int] | None = None
+    tile_order: str = "detailed_first"
+
+    def __post_init__(self):
+        if (
+            isinstance(self.keep_ratio, bool)
+            or not isinstance(self.keep_ratio, (int, float))
+            or not 0 < self.keep_ratio <= 1
+        ):
+            raise ValueError(f"scm_keep_ratio must be above 0 and at most 1, got {self.keep_ratio!r}.")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or not 0 <= self.layer < self.num_layers:
+            raise ValueError(
+                f"scm_layer {self.layer!r} does not exist; the language model has the layers 0 to {self.num_layers - 1} (1 "
+                "is the published one)."
+            )
+        if self.queries not in QUERY_SETS:
+            raise ValueError(f"scm_queries must be 'all' or 'visual', got {self.queries!r}.")
+        if self.tile_order not in TILE_ORDERS:
+            raise ValueError(f"tile_order is 'detailed_first' or 'adaptive_first', got {self.tile_order!r}.")
+
+
+def find_images(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    tile_counts: torch.Tensor,
+    image_token_id: int,
+    tokens_per_tile: int,
+    settings: CompressionSettings,
+) -> list[list[ImageSpan]]:
+    """The images of each row, from the tokens that stand for them.
+
+    Args:
+        input_ids, attention_mask: (B, N), padded on either side.
+        tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image, in the order of the prompt.
+
+    Raises:
+        ValueError: Counts that do not fit the image tokens, an image that is spread over rows or masked.
+    """
+    counts, query_ends = _checked_counts(tile_counts), settings.query_ends
+    if query_ends is not None and len(query_ends) != len(counts):
+        raise ValueError(f"scm_query_ends has {len(query_ends)} entries for {len(counts)} images.")
+    rows, columns = (input_ids == image_token_id).nonzero().cpu().unbind(1)
+    expected = tokens_per_tile * sum(map(sum, counts))
+    if len(rows) != expected:
+        raise ValueError(
+            f"The prompt has {len(rows)} image tokens (id {image_token_id}), but tile_counts {counts} stand for "
+            f"{expected} ({tokens_per_tile} a tile)."
+        )
+    unpadded = attention_mask.bool().cpu().long().cumsum(dim=1)  # tokens up to and with each position
+    images = [[] for _ in range(input_ids.shape[0])]
+    first = 0
+    for number, (detailed, adaptive, thumbnail) in enumerate(counts):
+        tokens = tokens_per_tile * (detailed + adaptive + thumbnail)
+        if not tokens:
+            continue
+        row, start, last = int(rows[first]), int(columns[first]), int(columns[first + tokens - 1])
+        if int(rows[first + tokens - 1]) != row or last - start != tokens - 1:
+            raise ValueError(
+                f"The tokens of image {number} do not stand together in one row; tile_counts are {counts}."
+            )
+        if int(attention_mask[row, start : last + 1].bool().sum()) != tokens:
+            raise ValueError(f"attention_mask hides tokens of image {number}.")
+        offset = int(unpadded[row, start]) - 1
+        before = tokens_per_tile * (adaptive if settings.tile_order == "adaptive_first" else 0)
+        query_end = input_ids.shape[1] if query_ends is None else int(query_ends[number])
+        if not last < query_end <= input_ids.shape[1]:
+            raise ValueError(
+                f"scm_query_ends[{number}] is {query_end}; it must lie after the image (ends at {last}) and not after the "
+                f"prompt ({input_ids.shape[1]} tokens)."
+            )
+        images[row].append(
+            ImageSpan(
+                start=offset,
+                stop=offset + tokens,
+                detailed_start=offset + before,
+                detailed_stop=offset + before + tokens_per_tile * detailed,
+                query_stop=int(unpadded[row, query_end - 1]),
+            )
+        )
+        first += tokens
+    return images
+
+
+def _checked_counts(tile_counts: torch.Tensor) -> list[list[int]]:
+    shape = tuple(tile_counts.shape)
+    if len(shape) != 2 or shape[1] != 3 or tile_counts.is_floating_point() or (tile_counts < 0).any():
+        raise ValueError(
+            "tile_counts must hold the detailed, adaptive and thumbnail tiles of each image, integers of shape "
+            f"(images, 3), got {tile_counts.dtype} of shape {shape}: {tile_counts.tolist()}."
+        )
+    return tile_counts.tolist()
+
+
+def kept_positions(
+    embeddings: torch.Tensor,
+    attention_mask: torch.Tensor,
+    images: list[list[ImageSpan]],
+    settings: CompressionSettings,
+    probe: Callable[[torch.Tensor], AttentionInputs],
+) -> list[torch.Tensor]:
+    """The positions of each row that stay: all but the detailed tokens that get the least attention.
+
+    Each row is scored without its padding and by itself, so that a batch keeps what its rows keep alone.
+
+    Args:
+        embeddings: (B, N, D)
+        attention_mask: (B, N)
+        images: The images of each row, see `find_images`.
+        probe: From the embeddings (n, D) of a sequence to the attention inputs of the scoring layer.
+
+    Returns:
+        For each row ascending int64 indices into the padded row, padding left out.
+
+    Raises:
+        ValueError: An image that nothing comes after, so that there is nothing to score with.
+    """
+    kept = []
+    for row_embeddings, mask, row_images in zip(embeddings, attention_mask, images):
+        positions = mask.nonzero().squeeze(1)  # (n,)
+        stays = torch.ones_like(positions, dtype=torch.bool)
+        if settings.keep_ratio < 1 and any(image.detailed_tokens for image in row_images):
+            scores = _score(row_embeddings[positions.to(embeddings.device)], row_images, settings.queries, probe)
+            for image, received in scores.items():
+                order = received.to(positions.device).argsort(descending=True, stable=True)
+                stays[image.detailed_start + order[int(image.detailed_tokens * settings.keep_ratio) :]] = False
+        kept.append(positions[stays])
+    return kept
+
+
+def _score(
+    embeddings: torch.Tensor,
+    images: list[ImageSpan],
+    query_set: str,
+    probe: Callable[[torch.Tensor], AttentionInputs],
+) -> dict[ImageSpan, torch.Tensor]:
+    """The attention that the detailed tokens of each image of a row (n, D) get, (detailed tokens,) in float32."""
+    compressible = [image for image in images if image.detailed_tokens]
+    queries = {image: _queries(image, images, query_set) for image in compressible}
+    inputs = probe(embeddings) if query_set == "all" else None
+    scores = {}
+    for image in compressible:
+        first = 0
+        if query_set == "visual":
+            first, inputs = image.start, probe(embeddings[image.start : image.stop])
+        block = slice(image.detailed_start - first, image.detailed_stop - first)
+        scores[image] = attention_received(inputs, block, queries[image] - first)
+    return scores
+
+
+def _queries(image: ImageSpan, images: list[ImageSpan], query_set: str) -> torch.Tensor:
+    """Positions of the tokens that score an image, of those that see it."""
+    positions = torch.arange(image.detailed_stop, image.stop if query_set == "visual" else image.query_stop)
+    for other in images:
+        if other is not image:
+            positions = positions[(positions < other.start) | (positions >= other.stop)]
+    if not len(positions):
+        raise ValueError(
+            f"No token that scm_queries={query_set!r} counts comes after the detailed tiles of an image, so they cannot be "
+            "compressed; the image needs a thumbnail, or the prompt text after it."
+        )
+    return positions
+
+
+def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Tensor) -> torch.Tensor:
+    """Mean softmax attention, over heads and queries, that each key of a block gets.
+
+    Attention is causal, and a share of all keys, not of the block. Computed in blocks of queries in float32, so that memory
+    does not grow with heads x n x n.
+
+    Args:
+        inputs: Of n tokens.
+        block: The keys that are scored.
+        queries: (Q,) ascending positions that score them, int64 on the CPU.
+
+    Returns:
+        (keys of the block,) in float32.
+    """
+    heads, key = inputs.query.shape[0], inputs.key.float()
+    groups = heads // key.shape[0]
+    key_positions = torch.arange(key.shape[1], device=key.device)
+    total = torch.zeros(block.stop - block.start, device=key.device)
+    for positions in queries.split(max(1, BLOCK_ELEMENTS // (heads * key.shape[1]))):
+        visible = int(positions[-1]) + 1
+        positions = positions.to(key.device)
+        query = inputs.query[:, positions].float() * inputs.scaling  # (H, Q', d)
+        query = query.unflatten(0, (-1, groups)).flatten(1, 2)  # (kv heads, groups * Q', d)
+        logits = query @ key[:, :visible].transpose(1, 2)
+        if inputs.softcap is not None:
+            logits = torch.tanh(logits / inputs.softcap) * inputs.softcap
+        logits = logits.unflatten(1, (groups, -1)).flatten(0, 1)  # (H, Q', visible)
+        distance = positions[:, None] - key_positions[:visible]
+        hidden = distance < 0
+        if inputs.sliding_window is not None:
+            hidden |= distance >= inputs.sliding_window
+        logits.masked_fill_(hidden, -torch.inf)
+        normaliser = logits.logsumexp(dim=-1, keepdim=True)
+        if inputs.sinks is not None:
+            normaliser = torch.logaddexp(normaliser, inputs.sinks.float().view(-1, 1, 1))
+        total += (logits[..., block] - normaliser).exp_().sum(dim=(0, 1))
+    return total / (heads * len(queries))
+
+
+def pack(embeddings: torch.Tensor, kept: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept positions of each row, padded with zeros on the left.
+
+    Args:
+        embeddings: (B, N, D)
+        kept: For each row the positions that stay.
+
+    Returns:
+        Embeddings (B, M, D) and attention mask (B, M), M being the length of the longest row.
+    """
+    length = max(len(positions) for positions in kept)
+    packed = embeddings.new_zeros(len(kept), length, embeddings.shape[-1])
+    mask = torch.zeros(len(kept), length, dtype=torch.long, device=embeddings.device)
+    for row, positions in enumerate(kept):
+        if len(positions):
+            packed[row, -len(positions) :] = embeddings[row, positions.to(embeddings.device)]
+            mask[row, -len(positions) :] = 1
+    return packed, mask
