@@ -9,12 +9,14 @@ Three ways to call are in use and all work, by position and by keyword:
 Knows prompts and the model's `generate`; pictures are the processor's business.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
+from .compression import TILE_ORDERS
 from .conversation import (
     IMAGE_END,
     IMAGE_PLACEHOLDER,
@@ -29,6 +31,7 @@ from .conversation import (
     protect,
 )
 from .processing_minimonkey import check_placeholders, count_pictures, count_placeholders, expand_placeholders
+from .tiling import SINGLE_TILE
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -50,6 +53,9 @@ BATCH_ORDER = (
     *_IMAGE_TOKEN_NAMES,
     "verbose",
 )
+
+
+Conversation = tuple[str, list[tuple[str, str]]]  # a question and the (question, answer) pairs before it
 
 
 @dataclass
@@ -76,6 +82,16 @@ class ChatArguments:
     IMG_CONTEXT_TOKEN: str = IMAGE_TOKEN
     verbose: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Pictures:
+    """The tiles of all pictures of a call: pixel_values (T, 3, S, S), how many tiles each picture has, and how many of them
+    are detailed, adaptive and thumbnail tiles (pictures, 3), where that is known."""
+
+    pixel_values: torch.Tensor | None = None
+    tiles: list[int] = field(default_factory=list)
+    tile_counts: torch.Tensor | None = None
 
 
 def is_processor(candidate) -> bool:
@@ -158,8 +174,15 @@ def _check(bound: ChatArguments, batch: bool) -> None:
         raise ValueError(f"`question` must be text that is not empty, got {bound.question!r}.")
     if bound.num_patches_list is not None and bound.images is not None:
         raise ValueError("num_patches_list belongs to tiles; pictures are counted when they are cut.")
-    if bound.tile_order not in ("detailed_first", "adaptive_first"):
+    if bound.tile_order not in TILE_ORDERS:
         raise ValueError(f"tile_order is 'detailed_first' or 'adaptive_first', got {bound.tile_order!r}.")
+    if bound.images is not None and bound.tile_order != "detailed_first":
+        raise ValueError(f"tile_order={bound.tile_order!r} belongs to tiles that you cut yourself; leave it out here.")
+    if bound.use_scm and bound.pixel_values is not None and bound.target_aspect_ratio is None:
+        raise ValueError(
+            "use_scm=True needs to know which tiles are detailed: pass target_aspect_ratio=(columns, rows) of the detailed "
+            "grid, a list of them for several pictures, or pass the pictures themselves and a processor."
+        )
     config = bound.generation_config
     if config is not None and not isinstance(config, (dict, GenerationConfig)):
         raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {type(config).__name__}.")
@@ -185,6 +208,11 @@ class ChatMixin:
             generation_config: A dict or a GenerationConfig; it is not changed.
             system_message: Instead of the configured one.
             images_kwargs: Options of the image processor, `{"preset": "docvqa"}` for example.
+            use_scm: Compress the pictures' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. A
+                picture is scored by the turn that brought it, also when a later turn computes it anew.
+            target_aspect_ratio: For SCM with tiles: (columns, rows) of the detailed grid, or a list of one for each picture.
+            tile_order: Whether the detailed or the adaptive tiles come first in `pixel_values`: "detailed_first", or
+                "adaptive_first" as in the published demo.
             **generation: Everything `generate` takes: max_new_tokens, do_sample, num_beams, streamer, ...
 
         Raises:
@@ -196,10 +224,7 @@ class ChatMixin:
         may_insert = not history or bound.images is not None
         question = _place_images(bound.question, history, pictures) if may_insert else bound.question
         check_placeholders(_texts(question, history), pictures)
-        pixel_values, tiles = self._tiles(bound)
-        prompt = self._prompt(bound, question, history)
-        expanded = self._expand(bound, [prompt], tiles, pixel_values)
-        (answer,) = self._answers(bound, expanded, pixel_values)
+        (answer,) = self._answers(bound, [(question, history)], self._cut(bound))
         history.append((question, answer))
         return (answer, history) if bound.return_history else answer
 
@@ -229,9 +254,7 @@ class ChatMixin:
         for row, (question, history, count) in enumerate(zip(questions, histories, counts)):
             if count is not None:
                 check_placeholders(_texts(question, history), count, f"Row {row}")
-        pixel_values, tiles = self._tiles(bound)
-        prompts = [self._prompt(bound, *row) for row in zip(questions, histories)]
-        answers = self._answers(bound, self._expand(bound, prompts, tiles, pixel_values), pixel_values)
+        answers = self._answers(bound, list(zip(questions, histories)), self._cut(bound))
         for history, question, answer in zip(histories, questions, answers):
             history.append((question, answer))
         return (answers, histories) if bound.return_history else answers
@@ -251,14 +274,14 @@ class ChatMixin:
             return [None] * rows
         return [None if IMAGE_PLACEHOLDER in question else 1 for question in bound.questions]
 
-    def _tiles(self, bound: ChatArguments) -> tuple[torch.Tensor | None, list[int]]:
-        """The tiles of all pictures and how many belong to each."""
+    def _cut(self, bound: ChatArguments) -> Pictures:
+        """The tiles of all pictures, cut here or by the caller."""
         if bound.images is not None:
             inputs = bound.processor.image_processor(bound.images, return_tensors="pt", **bound.images_kwargs)
-            pixel_values, tiles = inputs["pixel_values"], inputs["tile_counts"].sum(dim=1).tolist()
-            return pixel_values.to(self.device, self.dtype), tiles
+            pixel_values, counts = inputs["pixel_values"], inputs["tile_counts"]
+            return Pictures(pixel_values.to(self.device, self.dtype), counts.sum(dim=1).tolist(), counts)
         if bound.pixel_values is None:
-            return None, []
+            return Pictures()
         tiles = bound.num_patches_list
         tiles = [bound.pixel_values.shape[0]] if tiles is None else [int(count) for count in tiles]
         if sum(tiles) != bound.pixel_values.shape[0]:
@@ -266,7 +289,8 @@ class ChatMixin:
                 f"num_patches_list {tiles} adds up to {sum(tiles)}, but pixel_values hold {bound.pixel_values.shape[0]} "
                 "tiles."
             )
-        return bound.pixel_values.to(self.device, self.dtype), tiles
+        counts = _tile_counts(bound.target_aspect_ratio, tiles) if bound.use_scm else None
+        return Pictures(bound.pixel_values.to(self.device, self.dtype), tiles, counts)
 
     def _prompt(self, bound: ChatArguments, question: str, history: list[tuple[str, str]]) -> str:
         """The prompt with placeholders; what people wrote is protected from acting as control tokens."""
@@ -279,11 +303,10 @@ class ChatMixin:
             None if system is None else protect(system, spellings),
         )
 
-    def _expand(
-        self, bound: ChatArguments, prompts: list[str], tiles: list[int], pixel_values: torch.Tensor | None
-    ) -> list[str]:
+    def _encode(self, bound: ChatArguments, prompts: list[str], pictures: Pictures) -> list[list[int]]:
+        """The token ids of prompts, image tokens in the places of the pictures."""
         image_token_id = bound.tokenizer.convert_tokens_to_ids(bound.IMG_CONTEXT_TOKEN)
-        if tiles and image_token_id != self.config.image_token_id:
+        if pictures.tiles and image_token_id != self.config.image_token_id:
             raise ValueError(
                 f"{bound.IMG_CONTEXT_TOKEN} has id {image_token_id} in the tokenizer, but the model's image_token_id is "
                 f"{self.config.image_token_id}; they belong to different checkpoints."
@@ -295,19 +318,27 @@ class ChatMixin:
         ):
             raise ValueError(f"The image tokens of this model are {IMAGE_START}, {IMAGE_END} and {IMAGE_TOKEN}.")
         bos = bound.tokenizer.bos_token if begins_with_bos(bound.tokenizer) else ""
-        tokens = self.config.image_seq_length if pixel_values is None else self.tokens_per_tile(pixel_values)
-        return [bos + prompt for prompt in expand_placeholders(prompts, tiles, tokens)]
+        tokens = self.config.image_seq_length
+        if pictures.pixel_values is not None:
+            tokens = self.tokens_per_tile(pictures.pixel_values)
+        return [encode(bound.tokenizer, bos + text) for text in expand_placeholders(prompts, pictures.tiles, tokens)]
 
-    def _answers(self, bound: ChatArguments, prompts: list[str], pixel_values: torch.Tensor | None) -> list[str]:
-        rows = [encode(bound.tokenizer, prompt) for prompt in prompts]
+    def _answers(self, bound: ChatArguments, conversations: list[Conversation], pictures: Pictures) -> list[str]:
+        prompts = [self._prompt(bound, question, history) for question, history in conversations]
+        rows = self._encode(bound, prompts, pictures)
         inputs = bound.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.device)
+        scm = {}
+        if bound.use_scm and pictures.tiles:
+            ends = self._query_ends(bound, conversations, rows, pictures)
+            scm = {"tile_counts": pictures.tile_counts, "tile_order": bound.tile_order, "scm_query_ends": ends}
         separator = get_template(self.config.template).separator
         options = self._generation_options(bound, separator)
         output = self.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            pixel_values=pixel_values,
+            pixel_values=pictures.pixel_values,
             use_scm=bound.use_scm,
+            **scm,
             **options,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -315,6 +346,28 @@ class ChatMixin:
         new_tokens = sequences[::per_row, inputs["input_ids"].shape[1] :]
         texts = bound.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return [text.split(separator)[0].strip() for text in texts]
+
+    def _query_ends(
+        self, bound: ChatArguments, conversations: list[Conversation], rows: list[list[int]], pictures: Pictures
+    ) -> list[int]:
+        """For each picture the index into its padded row where the prompt of the turn that brought it ended."""
+        length, ends, tiles = max(map(len, rows)), [], list(pictures.tiles)
+        for (question, history), row in zip(conversations, rows):
+            turns = [*history, (question, "")]
+            said_before = ["", *(answer for _, answer in history)]
+            pictures_seen = 0
+            for turn, (asked, _) in enumerate(turns):
+                new = count_placeholders([said_before[turn], asked])
+                pictures_seen += new
+                if new:
+                    end = len(row)
+                    if turn < len(history):
+                        prompt = self._prompt(bound, asked, history[:turn])
+                        seen = replace(pictures, tiles=tiles[:pictures_seen])
+                        end = _common_start(self._encode(bound, [prompt], seen)[0], row)
+                    ends += [length - len(row) + end] * new
+            tiles = tiles[pictures_seen:]
+        return ends
 
     def _generation_options(self, bound: ChatArguments, separator: str) -> dict[str, Any]:
         """The caller's settings in a fresh dict; an answer ends with the template's separator."""
@@ -334,6 +387,36 @@ class ChatMixin:
         if not any(options.get(name) for name in limits) and not self.generation_config.max_new_tokens:
             options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
         return options
+
+
+def _common_start(first: list[int], second: list[int]) -> int:
+    """How many tokens two sequences have in common from the start on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
+
+
+def _tile_counts(target_aspect_ratio, tiles: list[int]) -> torch.Tensor:
+    """Detailed, adaptive and thumbnail tiles (pictures, 3) of pictures that the caller cut.
+
+    Raises:
+        ValueError: Not one (columns, rows) for each picture, or a grid of more tiles than the picture has.
+    """
+    ratios = torch.as_tensor(target_aspect_ratio)
+    ratios = ratios[None] if ratios.ndim == 1 else ratios
+    if tuple(ratios.shape) != (len(tiles), 2) or ratios.is_floating_point() or (ratios < 1).any():
+        raise ValueError(
+            f"target_aspect_ratio must be (columns, rows) of the detailed grid for each of {len(tiles)} pictures, got "
+            f"{target_aspect_ratio!r}."
+        )
+    counts = []
+    for grid, total in zip(map(tuple, ratios.tolist()), tiles):
+        detailed = 0 if grid == SINGLE_TILE else grid[0] * grid[1]  # a grid of one tile gives none, see tiling.py
+        if detailed > total:
+            raise ValueError(
+                f"target_aspect_ratio {grid} means {detailed} detailed tiles, but the picture has {total}."
+            )
+        thumbnail = min(total - detailed, 1)
+        counts.append((detailed, total - detailed - thumbnail, thumbnail))
+    return torch.tensor(counts)
 
 
 def _texts(question: str, history: list[tuple[str, str]]) -> list[str]:

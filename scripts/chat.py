@@ -40,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", default=None, help="tile ranges of a published benchmark, e.g. docvqa")
     for name in TILE_RANGES:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=None)
+    parser.add_argument("--use-scm", action="store_true", help="compress the tokens of the pictures' detailed tiles")
+    parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
     parser.add_argument("--interactive", action="store_true", help="go on asking after the first question")
@@ -74,6 +76,8 @@ def ask(processor, model, args: argparse.Namespace, question: str, history: list
         history=history,
         return_history=True,
         images_kwargs=ranges,
+        use_scm=args.use_scm,
+        scm_keep_ratio=args.scm_keep_ratio,
         max_new_tokens=args.max_new_tokens,
         streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,

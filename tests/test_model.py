@@ -265,11 +265,6 @@ def test_settings_by_position():
     assert output.shape == (1, 27)
 
 
-def test_compression_is_refused_for_now():
-    with pytest.raises(ValueError, match="use_scm=False"):
-        tiny_model().generate(**prompt(1), use_scm=True)
-
-
 def test_inputs_are_not_changed():
     model, batch = tiny_model(), prompt(2)
     before = copy.deepcopy(batch)
