@@ -1,0 +1,37 @@
+"""Speed and memory, always as a ratio against a named baseline of the same run.
+
+    python scripts/benchmark.py compression                 SCM at the published 2B dimensions, random weights
+    python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
+
+Prints a table for people and one JSON line for machines. Runs anywhere: weights are random, nothing is downloaded.
+"""
+
+import argparse
+import sys
+
+from benchmarking import compression
+
+
+SUBJECTS = {"compression": compression}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    for name, module in SUBJECTS.items():
+        subject = subjects.add_parser(
+            name, help=module.__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        module.add_arguments(subject)
+        subject.set_defaults(run=module.run)
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

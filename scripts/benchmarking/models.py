@@ -1,0 +1,84 @@
+"""Models of the published sizes with random weights, so that speed can be measured without any download."""
+
+import torch
+from accelerate import init_empty_weights
+from repository import ROOT, root_class
+from torch import nn
+
+
+_VISION = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "image_size": 448,
+    "patch_size": 14,
+    "attention_bias": True,
+}
+SIZES = {
+    "1B": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151655,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 32768,
+    },
+    "2B": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 92553,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 32768,
+        "attention_bias": False,
+    },
+    "4B": {
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 8192,
+        "vocab_size": 32020,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 131072,
+        "pad_token_id": 0,
+    },
+}
+
+
+def random_config(size: str, layers: int | None = None):
+    """The configuration of a published size ("Nano": this repository's), its language model cut to `layers` layers."""
+    config_class = root_class("configuration_minimonkey.MiniMonkeyConfig")
+    if size == "Nano":
+        config = config_class.from_pretrained(ROOT)
+    else:
+        config = config_class(vision_config=dict(_VISION), text_config={**SIZES[size], "tie_word_embeddings": False})
+    if layers is not None:
+        fields = {**config.to_dict(), "scm_layer": min(config.scm_layer, layers - 1)}
+        fields["text_config"] = {**config.text_config.to_dict(), "num_hidden_layers": layers}
+        fields["text_config"].pop("layer_types", None)
+        config = config_class(**fields)
+    return config
+
+
+def random_model(config, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A model of this configuration whose weights are drawn at random, directly on the device and in the type asked for."""
+    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                value = torch.empty(parameter.shape, dtype=dtype, device=device)
+                value = value.fill_(1.0) if value.ndim == 1 else value.normal_(std=0.02, generator=generator)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return model.to(device).eval()
