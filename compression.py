@@ -201,7 +201,10 @@ def kept_positions(
         positions = mask.nonzero().squeeze(1)  # (n,)
         stays = torch.ones_like(positions, dtype=torch.bool)
         if settings.keep_ratio < 1 and any(image.detailed_tokens for image in row_images):
-            scores = _score(row_embeddings[positions.to(embeddings.device)], row_images, settings.queries, probe)
+            unpadded = row_embeddings  # whole rows are not copied
+            if len(positions) < len(row_embeddings):
+                unpadded = row_embeddings[positions.to(embeddings.device)]
+            scores = _score(unpadded, row_images, settings.queries, probe)
             for image, received in scores.items():
                 order = received.to(positions.device).argsort(descending=True, stable=True)
                 stays[image.detailed_start + order[int(image.detailed_tokens * settings.keep_ratio) :]] = False

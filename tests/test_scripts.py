@@ -1,13 +1,17 @@
 """The scripts by the commands in the README."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from PIL import Image
 
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import visualize  # noqa: E402
 from evaluate import edit_distance, score, wilson_interval  # noqa: E402
 
 
@@ -33,6 +37,49 @@ def test_chat_says_what_is_wrong():
     assert result.returncode == 1
     assert "missing.png" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_chat_compresses():
+    ranges = ["--max-tiles", 4, "--adaptive-max-tiles", 3, "--max-new-tokens", 4]
+    scm = ["--use-scm", "--scm-keep-ratio", 0.25]
+    result = run("scripts/chat.py", "assets/example.png", "Read the text.", *ranges, *scm)
+    assert result.returncode == 0, result.stderr
+    result = run("scripts/chat.py", "assets/example.png", "Read the text.", *ranges, "--scm-keep-ratio", 0.25)
+    assert result.returncode == 1
+    assert "use_scm=True" in result.stderr
+
+
+def test_visualize_shows_seams_and_kept_tokens(tmp_path):
+    out = tmp_path / "seen.png"
+    command = ["scripts/visualize.py", "assets/example.png", "Read the text."]
+    result = run(*command, "--out", out, "--keep-ratio", 0.25)
+    assert result.returncode == 0, result.stderr
+    assert "8 detailed (4x2), 6 adaptive (3x2), 1 thumbnail" in result.stdout
+    assert "tokens of the detailed tiles: 392 before, 98 after" in result.stdout
+    pixels = {colour for _, colour in Image.open(out).getcolors(2**20)}
+    assert {visualize.DETAILED_COLOUR, visualize.ADAPTIVE_COLOUR} <= pixels
+    result = run(*command, "--out", out, "--max-tiles", 1, "--min-tiles", 1)
+    assert result.returncode == 1
+    assert "--max-tiles" in result.stderr
+
+
+def test_lit_tokens_are_where_their_tile_is():
+    kept = torch.tensor([0, 10, 11, 10 + 4 * 3 + 2])  # of 3x2 tiles of four tokens, the first at 10
+    lit = visualize.lit_tokens(kept, 10, (3, 2), 4, transposed=False)
+    assert [(y, x) for y, row in enumerate(lit) for x, kept in enumerate(row) if kept] == [(0, 0), (0, 1), (3, 0)]
+    lit = visualize.lit_tokens(kept, 10, (3, 2), 4, transposed=True)
+    assert [(y, x) for y, row in enumerate(lit) for x, kept in enumerate(row) if kept] == [(0, 0), (1, 0), (2, 1)]
+
+
+def test_benchmark_of_compression():
+    result = run("scripts/benchmark.py", "compression", "--size", "Nano", "--tiles", "4+3+1", "--repeats", 1)
+    assert result.returncode == 0, result.stderr
+    reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [report["benchmark"] for report in reports] == [
+        f"compression/{part}" for part in ("scoring", "prefill", "generate")
+    ]
+    assert reports[0]["rows"][0]["same kept"] is True
+    assert reports[1]["rows"][0]["kept"] == 462 - 2 * 49
 
 
 def test_training_and_evaluation_run(tmp_path):
