@@ -18,6 +18,7 @@ from .compression import AttentionInputs
 
 # Tokens that go through a feed-forward block at a time; whole prompts would need more memory here than the scores do.
 CHUNK_TOKENS = 512
+TOKENWISE_BLOCKS = ("mlp", "visual_mlp")
 
 _PROBE = "minimonkey_probe"
 
@@ -37,11 +38,11 @@ class _InChunks(nn.Module):
         self.block = block
 
     def forward(self, hidden_states: torch.Tensor):
-        parts = hidden_states.split(CHUNK_TOKENS, dim=1)
+        parts = hidden_states.split(CHUNK_TOKENS, dim=-2)
         first = self.block(parts[0])
         if not isinstance(first, torch.Tensor) or len(parts) == 1:  # some mixtures of experts also return router logits
             return first if len(parts) == 1 else self.block(hidden_states)
-        return torch.cat([first, *(self.block(part) for part in parts[1:])], dim=1)
+        return torch.cat([first, *(self.block(part) for part in parts[1:])], dim=-2)
 
 
 def _hand_over(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value, attention_mask, **options):
@@ -64,13 +65,14 @@ def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
     return copied
 
 
-def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer: int) -> AttentionInputs:
+def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer: int, **kwargs) -> AttentionInputs:
     """Run one sequence through a language model, up to the attention of a layer.
 
     Args:
         language_model: A decoder of transformers without its head.
         embeddings: (n, D)
         layer: Index of the layer.
+        **kwargs: What else the language model takes.
 
     Raises:
         ValueError: A language model that is not built as transformers' decoders usually are.
@@ -86,10 +88,13 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation = _PROBE
     attention.receive_attention_inputs = _receive
-    before = [_copy(one, mlp=_InChunks(one.mlp)) if hasattr(one, "mlp") else one for one in layers[:layer]]
+    before = [
+        _copy(one, **{name: _InChunks(getattr(one, name)) for name in TOKENWISE_BLOCKS if hasattr(one, name)})
+        for one in layers[:layer]
+    ]
     beginning = nn.ModuleList([*before, _copy(layers[layer], self_attn=attention)])
     try:
-        _copy(language_model, layers=beginning)(inputs_embeds=embeddings[None], use_cache=False)
+        _copy(language_model, layers=beginning)(inputs_embeds=embeddings[None], use_cache=False, **kwargs)
     except _Reached as reached:
         return reached.inputs
     raise ValueError(

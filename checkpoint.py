@@ -28,11 +28,14 @@ _VISION_LAYERS = r"vision_model\.encoder\.layers\."
 # Applied in this order, each at most once to a name. Patterns are regular expressions, replacements plain text: the
 # same pairs are given to transformers.
 RENAMINGS: tuple[tuple[str, str], ...] = (
-    # InternLM2
+    # InternLM2, with the visual experts of Mono-InternVL
     (_in_layer(_TEXT_LAYERS, r"\.attention\.wo\."), ".self_attn.o_proj."),
     (_in_layer(_TEXT_LAYERS, r"\.feed_forward\.w1\."), ".mlp.gate_proj."),
     (_in_layer(_TEXT_LAYERS, r"\.feed_forward\.w3\."), ".mlp.up_proj."),
     (_in_layer(_TEXT_LAYERS, r"\.feed_forward\.w2\."), ".mlp.down_proj."),
+    (_in_layer(_TEXT_LAYERS, r"\.feed_forward_ve\.w1\."), ".visual_mlp.gate_proj."),
+    (_in_layer(_TEXT_LAYERS, r"\.feed_forward_ve\.w3\."), ".visual_mlp.up_proj."),
+    (_in_layer(_TEXT_LAYERS, r"\.feed_forward_ve\.w2\."), ".visual_mlp.down_proj."),
     (_in_layer(_TEXT_LAYERS, r"\.attention_norm\."), ".input_layernorm."),
     (_in_layer(_TEXT_LAYERS, r"\.ffn_norm\."), ".post_attention_layernorm."),
     (r"^language_model\.model\.tok_embeddings\.", "model.language_model.embed_tokens."),

@@ -10,7 +10,7 @@ is given to it:
     settings = CompressionSettings(keep_ratio=0.5, layer=1, num_layers=24)
     images = find_images(input_ids, attention_mask, tile_counts, image_token_id, tokens_per_tile, settings)
     kept = kept_positions(embeddings, attention_mask, images, settings, probe)
-    embeddings, attention_mask = pack(embeddings, kept)
+    (embeddings,), attention_mask = pack((embeddings,), kept)
 
 Shapes: B rows, N tokens of a row (padding counted), n tokens that are no padding, I images, D width, H heads, d width of one.
 """
@@ -178,7 +178,7 @@ def kept_positions(
     attention_mask: torch.Tensor,
     images: list[list[ImageSpan]],
     settings: CompressionSettings,
-    probe: Callable[[torch.Tensor], AttentionInputs],
+    probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
 ) -> list[torch.Tensor]:
     """The positions of each row that stay: all but the detailed tokens that get the least attention.
 
@@ -188,7 +188,8 @@ def kept_positions(
         embeddings: (B, N, D)
         attention_mask: (B, N)
         images: The images of each row, see `find_images`.
-        probe: From the embeddings (n, D) of a sequence to the attention inputs of the scoring layer.
+        probe: From the embeddings (n, D) of a sequence, and which of them are image tokens (n,), to the attention inputs of
+            the scoring layer.
 
     Returns:
         For each row ascending int64 indices into the padded row, padding left out.
@@ -216,17 +217,21 @@ def _score(
     embeddings: torch.Tensor,
     images: list[ImageSpan],
     query_set: str,
-    probe: Callable[[torch.Tensor], AttentionInputs],
+    probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
 ) -> dict[ImageSpan, torch.Tensor]:
     """The attention that the detailed tokens of each image of a row (n, D) get, (detailed tokens,) in float32."""
     compressible = [image for image in images if image.detailed_tokens]
     queries = {image: _queries(image, images, query_set) for image in compressible}
-    inputs = probe(embeddings) if query_set == "all" else None
+    is_image = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
+    for image in images:
+        is_image[image.start : image.stop] = True
+    inputs = probe(embeddings, is_image) if query_set == "all" else None
     scores = {}
     for image in compressible:
         first = 0
         if query_set == "visual":
-            first, inputs = image.start, probe(embeddings[image.start : image.stop])
+            first, tokens = image.start, slice(image.start, image.stop)
+            inputs = probe(embeddings[tokens], is_image[tokens])
         block = slice(image.detailed_start - first, image.detailed_stop - first)
         scores[image] = attention_received(inputs, block, queries[image] - first)
     return scores
@@ -285,21 +290,23 @@ def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Ten
     return total / (heads * len(queries))
 
 
-def pack(embeddings: torch.Tensor, kept: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(tensors: tuple[torch.Tensor, ...], kept: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The kept positions of each row, padded with zeros on the left.
 
     Args:
-        embeddings: (B, N, D)
+        tensors: Each (B, N, ...)
         kept: For each row the positions that stay.
 
     Returns:
-        Embeddings (B, M, D) and attention mask (B, M), M being the length of the longest row.
+        The shorter tensors (B, M, ...) and their attention mask (B, M), M being the length of the longest row.
     """
-    length = max(len(positions) for positions in kept)
-    packed = embeddings.new_zeros(len(kept), length, embeddings.shape[-1])
-    mask = torch.zeros(len(kept), length, dtype=torch.long, device=embeddings.device)
+    length = max(map(len, kept))
+    device = tensors[0].device
+    mask = torch.zeros(len(kept), length, dtype=torch.long, device=device)
+    packed = [tensor.new_zeros(len(kept), length, *tensor.shape[2:]) for tensor in tensors]
     for row, positions in enumerate(kept):
-        if len(positions):
-            packed[row, -len(positions) :] = embeddings[row, positions.to(embeddings.device)]
-            mask[row, -len(positions) :] = 1
+        first = length - len(positions)
+        mask[row, first:] = 1
+        for short, tensor in zip(packed, tensors):
+            short[row, first:] = tensor[row, positions.to(device)]
     return packed, mask

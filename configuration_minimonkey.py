@@ -27,10 +27,13 @@ AUTO_MAP = {
 # The published code names its InternLM2 class in `llm_config.architectures`. InternLM2 is Llama with fused q, k, v.
 PUBLISHED_LANGUAGE_MODELS = {
     "InternLM2ForCausalLM": "llama",
+    "InternLM2VEForCausalLM": "llama",  # Mono-InternVL: with visual experts
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Phi3ForCausalLM": "phi3",
 }
+# An InternViT, and the patch embedding alone that Mono-InternVL has instead: its file tells layers that do not exist.
+PUBLISHED_VISION_TOWERS = ("intern_vit_6b", "intern_vit_patch")
 # The published tokenizers end with nine image tokens, of which <IMG_CONTEXT> is the third.
 PUBLISHED_IMAGE_TOKEN_FROM_END = 7
 
@@ -90,12 +93,16 @@ def vision_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
     """The `vision_config` of transformers' InternVL vision tower for a published one (InternViT).
 
     Raises:
-        ValueError: The vision part is not an InternViT.
+        ValueError: The vision part is neither an InternViT nor the patch embedding of Mono-InternVL.
     """
     model_type = published.get("model_type")
-    if model_type != "intern_vit_6b":
-        raise ValueError(f"Unknown published vision model_type {model_type!r}; known is 'intern_vit_6b' (InternViT).")
+    if model_type not in PUBLISHED_VISION_TOWERS:
+        raise ValueError(
+            f"Unknown published vision model_type {model_type!r}; known are {', '.join(PUBLISHED_VISION_TOWERS)}."
+        )
     published = {"dtype": published.get("torch_dtype"), **PUBLISHED_VISION_DEFAULTS, **published}
+    if model_type == "intern_vit_patch":
+        published["num_hidden_layers"] = 0
     config = {name: published[name] for name in _VISION_FIELDS if name in published}
     config |= {ours: published[theirs] for theirs, ours in _PUBLISHED_VISION_NAMES.items() if theirs in published}
     return {"model_type": "internvl_vision", "projection_dropout": config.get("hidden_dropout_prob", 0.0), **config}
@@ -119,7 +126,7 @@ def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
     fields = {*CONFIG_MAPPING[model_type].__dataclass_fields__, "rope_theta", "rope_scaling", "torch_dtype"}
     config = {name: value for name, value in published.items() if name in fields - {"architectures"}}
     config["model_type"] = model_type
-    if architecture == "InternLM2ForCausalLM":
+    if architecture.startswith("InternLM2"):
         config["attention_bias"] = published.get("bias", True)
     if (config.get("rope_scaling") or {}).get("type") == "su":  # the first name of longrope
         config["rope_scaling"] = {**config["rope_scaling"], "type": "longrope", "rope_type": "longrope"}
@@ -133,6 +140,7 @@ def config_from_published(published: dict[str, Any]) -> dict[str, Any]:
         name: value for name, value in published.items() if name not in _PUBLISHED_IGNORED and name != "llm_config"
     }
     config["text_config"] = text_config_from_published(published["llm_config"])
+    config["visual_experts"] = published["llm_config"]["architectures"][0] == "InternLM2VEForCausalLM"
     config["vision_config"] = vision_config_from_published(published.get("vision_config") or {})
     config["pixel_shuffle_version"] = config.pop("ps_version", "v1")
     config["vision_feature_layer"] = config.pop("select_layer", -1)
@@ -155,6 +163,8 @@ class MiniMonkeyConfig(InternVLConfig):
         downsample_ratio (float): Side of the pixel-shuffled grid over that of the patch grid.
         pixel_shuffle_version (str): "v2", or "v1" for the transposed grid of the first InternVL models.
         vision_feature_layer (int): Index into the vision tower's hidden states, of which the first is the embeddings.
+        visual_experts (bool): Whether image tokens have feed-forward blocks of their own in the language model, as in
+            Mono-InternVL.
         template (str): Name of the chat template in `conversation.TEMPLATES`.
         system_message (str, *optional*): None is the published default, "" an empty one.
         scm_keep_ratio (float): Share of an image's detailed tokens that the scale compression mechanism keeps.
@@ -170,6 +180,7 @@ class MiniMonkeyConfig(InternVLConfig):
     image_token_id: int | None = None
     tile_size: int | None = None
     pixel_shuffle_version: str = "v2"
+    visual_experts: bool = False
     template: str = "internlm2-chat"
     system_message: str | None = None
     scm_keep_ratio: float = 0.5

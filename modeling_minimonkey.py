@@ -12,7 +12,6 @@ D width of the language model.
 """
 
 import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ from transformers.models.internvl.modeling_internvl import InternVLModel
 from .attention_probe import attention_inputs
 from .chat_minimonkey import ChatMixin
 from .checkpoint import weight_conversions
-from .compression import CompressionSettings, find_images, kept_positions, pack
+from .compression import AttentionInputs, CompressionSettings, find_images, kept_positions, pack
 from .configuration_minimonkey import MiniMonkeyConfig
+from .visual_experts import add_visual_experts
 
 
 class MiniMonkeyModel(InternVLModel):
@@ -36,6 +36,8 @@ class MiniMonkeyModel(InternVLModel):
 
     def __init__(self, config: MiniMonkeyConfig):
         super().__init__(config)
+        if config.visual_experts:
+            add_visual_experts(self.language_model)
         for layer in self.vision_tower.encoder.layer:
             for norm in (layer.attention.q_norm, layer.attention.k_norm):
                 if not isinstance(norm, nn.Identity):
@@ -44,6 +46,8 @@ class MiniMonkeyModel(InternVLModel):
     def get_image_features(self, pixel_values: torch.Tensor, vision_feature_layer: int | None = None, **kwargs):
         """As in transformers, for every layer, the embeddings (0) among them."""
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        if not self.config.vision_config.num_hidden_layers:
+            layer = -1  # without layers the only hidden state, the embeddings, is also the last
         if layer != -1:
             kwargs["output_hidden_states"] = True
         return super().get_image_features(pixel_values, vision_feature_layer=layer, **kwargs)
@@ -61,6 +65,7 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
     """Mini-Monkey: answers questions about images. See the README for `chat`, `generate` and the pipeline."""
 
     config_class = MiniMonkeyConfig
+    _no_split_modules = ["InternVLVisionLayer", "VisualExpertDecoderLayer"]
 
     def __init__(self, config: MiniMonkeyConfig):
         super(InternVLForConditionalGeneration, self).__init__(config)
@@ -169,6 +174,7 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
         image_flags: torch.Tensor | None = None,
         tile_counts: torch.Tensor | None = None,
         tile_grids: torch.Tensor | None = None,
+        visual_token_mask: torch.Tensor | None = None,
         **kwargs,
     ):
         """One pass over a batch; see `InternVLForConditionalGeneration.forward` for the arguments not named here.
@@ -178,6 +184,8 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
             pixel_values: (T, 3, S, S), the tiles of all images in the order of their image tokens.
             image_flags: (T,) or (T, 1), as published training passes them; tiles flagged 0 are padding.
             tile_counts, tile_grids: Accepted so that a processor's whole output can be passed; not used.
+            visual_token_mask: (B, N) which of these embeddings are image tokens; only for visual experts, and only with
+                `inputs_embeds`. With `pixel_values` the ids say it.
 
         Returns:
             `InternVLCausalLMOutputWithPast` with loss (if `labels` are given) and logits (B, N, vocabulary).
@@ -190,7 +198,10 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
                 raise ValueError(
                     "pixel_values need input_ids, whose image tokens say where the features belong, and no inputs_embeds."
                 )
+            visual_token_mask = input_ids == self.config.image_token_id
             inputs_embeds, input_ids = self.encode_images(input_ids, pixel_values, image_flags), None
+        if self.config.visual_experts:
+            kwargs["visual_token_mask"] = visual_token_mask
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -264,7 +275,11 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
             input_ids, attention_mask, tile_counts, self.config.image_token_id, tokens_per_tile, settings
         )
         embeddings = self.encode_images(input_ids, pixel_values)
-        probe = partial(attention_inputs, self.model.language_model, layer=settings.layer)
+
+        def probe(sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
+            routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
+            return attention_inputs(self.model.language_model, sequence, settings.layer, **routing)
+
         return embeddings, kept_positions(embeddings, attention_mask, images, settings, probe)
 
     @torch.no_grad()
@@ -337,13 +352,27 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
             else:
                 embeddings = self.encode_images(input_ids, pixel_values)
                 kept = [row.nonzero().squeeze(1) for row in mask] if mask is not None and mask.ndim == 2 else None
+            is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
             if kept is not None and _needs_packing(mask, kept):
                 generation_config = self._lengths_in_new_tokens(generation_config, kwargs, input_ids.shape[1])
-                embeddings, kwargs["attention_mask"] = pack(embeddings, kept)
+                (embeddings, is_image), kwargs["attention_mask"] = pack((embeddings, is_image), kept)
             kwargs["inputs_embeds"] = embeddings
+            if self.config.visual_experts:
+                kwargs["visual_token_mask"] = is_image
         elif kwargs.get("inputs_embeds") is None and kwargs.get("past_key_values") is None and input_ids is not None:
             self._check_no_image_tokens(input_ids)
         return super().generate(generation_config=generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, visual_token_mask=None, **kwargs
+    ):
+        """As in transformers; image tokens are only in the prompt, so no later step is told where they are."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if visual_token_mask is not None and inputs.get("inputs_embeds") is not None:
+            inputs["visual_token_mask"] = visual_token_mask
+        return inputs
 
     def _check_no_image_tokens(self, input_ids: torch.Tensor) -> None:
         tokens = int((input_ids == self.config.image_token_id).sum())

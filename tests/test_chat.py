@@ -193,7 +193,9 @@ def test_batch_with_histories(nano, processor, picture):
         (("processor", None, "Hello"), {"tile_order": "sideways"}, "tile_order"),
         (("processor", "picture", "Hello"), {"num_patches_list": [7]}, "num_patches_list belongs to tiles"),
         (("processor", "picture", "Hello"), {"pixel_values": torch.zeros(1, 3, 112, 112)}, "not both|twice|takes"),
-        (("processor", None, "Hello"), {"use_scm": True}, "use_scm=False"),
+        (("tokenizer", "tiles", "Hello", {}), {"use_scm": True}, "target_aspect_ratio"),
+        (("processor", None, "Hello"), {"scm_keep_ratio": 0.5}, "use_scm=True"),
+        (("processor", "picture", "Hello"), {"tile_order": "adaptive_first"}, "cut yourself"),
     ],
 )
 def test_misuse(nano, processor, tokenizer, picture, tiles, arguments, options, message):

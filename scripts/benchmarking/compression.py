@@ -93,7 +93,8 @@ class Prompt:
         self.images = root_class("compression.find_images")(
             self.input_ids, self.mask, tile_counts, config.image_token_id, config.image_seq_length, self.settings
         )
-        self.probe = partial(root_class("attention_probe.attention_inputs"), language_model, layer=1)
+        attention_inputs = root_class("attention_probe.attention_inputs")
+        self.probe = lambda sequence, is_image: attention_inputs(language_model, sequence, layer=1)
         self.tile_counts, self._keep = tile_counts, root_class("compression.kept_positions")
         self._pack = root_class("compression.pack")
 
@@ -103,7 +104,7 @@ class Prompt:
 
     def compressed(self) -> torch.Tensor:
         """The shorter prompt (1, M, D), scoring included."""
-        return self._pack(self.embeddings, [self.kept_positions()])[0]
+        return self._pack((self.embeddings,), [self.kept_positions()])[0][0]
 
 
 def random_tiles(tiles: int, size: int, model: nn.Module) -> torch.Tensor:
