@@ -190,10 +190,12 @@ class MiniMonkeyConfig(InternVLConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; a published file is ours to read, so its foreign `model_type` is no reason to warn."""
+        """As in transformers; a foreign file that is ours to read gets our `model_type`, and what it leaves open."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if "llm_config" in config_dict:
             config_dict = {**config_dict, "model_type": cls.model_type}
+        elif config_dict.get("model_type") == InternVLConfig.model_type:
+            config_dict = {"template": "chatml", **config_dict, "model_type": cls.model_type}
         return config_dict, kwargs
 
     def __post_init__(self, **kwargs):

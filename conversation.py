@@ -6,7 +6,8 @@ that `apply_chat_template` uses, so the two cannot drift apart.
 Text of a user must never act as a control token. `protect` marks every control-token spelling inside such text; `encode`
 then gives tokens only to the spellings that the template itself wrote.
 
-Source: the published `conversation.py` of InternVL2 and Mini-Monkey (MPT style: no newline after a separator).
+Source: the published `conversation.py` of InternVL2, InternVL2.5 and Mini-Monkey (MPT style), and the chat template of
+transformers' InternVL checkpoints.
 """
 
 import copy
@@ -28,22 +29,43 @@ DEFAULT_SYSTEM_MESSAGE = (
 )
 
 
+INTERNVL2_5_SYSTEM_MESSAGE = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How the turns of one language-model family are written; a turn is header + text + separator."""
+    """How the turns of one language-model family are written; a turn is header + text + separator + gap."""
 
     system_header: str
     user_header: str
     assistant_header: str
     separator: str
     """Ends every turn and is the end token of an answer."""
+    gap: str = ""
+    system_message: str | None = DEFAULT_SYSTEM_MESSAGE
+    """What the system turn says by default; None: there is no such turn."""
+
+    def turn(self, header: str, text: str) -> str:
+        """One whole turn."""
+        return header + text + self.separator + self.gap
+
+    def system_turn(self, system_message: str | None) -> str:
+        """The system turn, if there is one. `system_message` None means the default, "" an empty one."""
+        message = self.system_message if system_message is None else system_message
+        return "" if message is None else self.turn(self.system_header, message)
 
 
-_CHATML = ChatTemplate("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>")
+_CHATML_HEADERS = ("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n")
+_INTERNVL2 = ChatTemplate(*_CHATML_HEADERS, "<|im_end|>")
 TEMPLATES: dict[str, ChatTemplate] = {
-    "internlm2-chat": _CHATML,
-    "Hermes-2": _CHATML,
+    "internlm2-chat": _INTERNVL2,
+    "Hermes-2": _INTERNVL2,
     "phi3-chat": ChatTemplate("<|system|>\n", "<|user|>\n", "<|assistant|>\n", "<|end|>"),
+    "internvl2_5": ChatTemplate(*_CHATML_HEADERS, "<|im_end|>", "\n", INTERNVL2_5_SYSTEM_MESSAGE),
+    # of transformers' own InternVL checkpoints (InternVL3-1B-hf)
+    "chatml": ChatTemplate(*_CHATML_HEADERS, "<|im_end|>", "\n", None),
 }
 
 
@@ -75,24 +97,20 @@ def check_history(history: list[tuple[str, str]] | None) -> list[tuple[str, str]
 def build_prompt(
     template: ChatTemplate, question: str, history: list[tuple[str, str]], system_message: str | None = None
 ) -> str:
-    """The prompt up to where the model answers. `system_message` None means the published default, "" an empty one."""
-    system_message = DEFAULT_SYSTEM_MESSAGE if system_message is None else system_message
-    parts = [template.system_header, system_message, template.separator]
+    """The prompt up to where the model answers. `system_message` None means the template's, "" an empty one."""
+    parts = [template.system_turn(system_message)]
     for asked, answered in history:
-        parts += [template.user_header, asked, template.separator]
-        parts += [template.assistant_header, answered, template.separator]
-    parts += [template.user_header, question, template.separator, template.assistant_header]
-    return "".join(parts)
+        parts += [template.turn(template.user_header, asked), template.turn(template.assistant_header, answered)]
+    return "".join([*parts, template.turn(template.user_header, question), template.assistant_header])
 
 
 def chat_template_jinja(template: ChatTemplate, system_message: str | None = None, with_bos: bool = True) -> str:
     """The template in jinja, for `apply_chat_template`: text, images and videos in the order in which they are given.
 
     Args:
-        system_message: Used when the messages hold no system turn; None means the published default.
+        system_message: Used when the messages hold no system turn; None means the template's.
         with_bos: Begin with the tokenizer's `bos_token`, as InternLM2 needs and Qwen2 does not.
     """
-    system_message = DEFAULT_SYSTEM_MESSAGE if system_message is None else system_message
 
     def literal(text: str) -> str:
         return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
@@ -106,12 +124,13 @@ def chat_template_jinja(template: ChatTemplate, system_message: str | None = Non
         "{% elif item['type'] == 'video' %}{{ '<video>\\n' }}"
         "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
     )
+    gap = literal(template.gap) if template.gap else ""
     return "".join(
         [
             content,
             "{{ bos_token }}" if with_bos else "",
             "{% if messages[0]['role'] != 'system' %}",
-            literal(template.system_header + system_message + template.separator),
+            literal(template.system_turn(system_message)),
             "{% endif %}",
             "{% for message in messages %}",
             "{% if message['role'] == 'system' %}" + literal(template.system_header),
@@ -120,8 +139,8 @@ def chat_template_jinja(template: ChatTemplate, system_message: str | None = Non
             "{% else %}{{ raise_exception('Unknown role ' ~ message['role'] ~ '; use system, user or assistant.') }}",
             "{% endif %}",
             "{% if message['role'] == 'assistant' %}{% generation %}{{ write(message['content']) }}",
-            literal(template.separator) + "{% endgeneration %}",
-            "{% else %}{{ write(message['content']) }}" + literal(template.separator) + "{% endif %}",
+            literal(template.separator) + "{% endgeneration %}" + gap,
+            "{% else %}{{ write(message['content']) }}" + literal(template.separator) + gap + "{% endif %}",
             "{% endfor %}",
             "{% if add_generation_prompt %}" + literal(template.assistant_header) + "{% endif %}",
         ]

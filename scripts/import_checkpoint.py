@@ -1,8 +1,10 @@
-"""Turn a published InternVL2 / Mini-Monkey checkpoint into a folder that loads with AutoModel and trust_remote_code.
+"""Turn a checkpoint of the family into a folder that loads with AutoModel and trust_remote_code.
 
     python scripts/import_checkpoint.py mx262/MiniMonkey MiniMonkey-2B
+    python scripts/import_checkpoint.py OpenGVLab/InternVL3-1B-hf InternVL3-1B-MSAC
     python scripts/import_checkpoint.py path/of/a/checkpoint OUT --image-token-id 92546      without a tokenizer
 
+Takes published Mini-Monkey, InternVL2, InternVL2.5 and Mono-InternVL checkpoints, and InternVL in transformers' own format.
 Every name and shape is checked before anything is written. OUT appears when it is complete; until then the work is in
 OUT.partial, and the same command goes on there after an interruption.
 """
@@ -67,7 +69,7 @@ def resolve_source(source: str) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """The published `config.json`."""
+    """The `config.json`, as `MiniMonkeyConfig` takes it."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")
@@ -77,7 +79,7 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if "llm_config" not in config and "text_config" not in config:
         raise ValueError(f"{path} is no InternVL2 or Mini-Monkey configuration: it has no llm_config.")
-    return config
+    return root_class("configuration_minimonkey.MiniMonkeyConfig").get_config_dict(folder)[0]
 
 
 def find_image_token(tokenizer, given: int | None, config: dict) -> int:

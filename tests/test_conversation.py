@@ -90,10 +90,35 @@ def test_jinja_gives_the_recorded_prompt_after_the_bos_token(processor, speaker,
 def test_jinja_without_bos_begins_with_the_system_turn(processor, template):
     jinja = chat_template_jinja(get_template(template), with_bos=False)
     text = processor.apply_chat_template(messages_of(case("Hello, who are you?")), chat_template=jinja)
-    assert text.startswith(get_template(template).system_header)
+    template = get_template(template)
+    assert text.startswith(template.user_header if template.system_message is None else template.system_header)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
+def test_jinja_writes_what_build_prompt_writes(processor, template):
+    template, answered = get_template(template), [("Hello", "Hi.")]
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Who are you?"},
+    ]
+    jinja = chat_template_jinja(template, with_bos=False)
+    text = processor.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True)
+    assert text == build_prompt(template, "Who are you?", answered)
+
+
+def test_newer_templates():
+    assert build_prompt(get_template("chatml"), "Q", [("A", "B")]) == (
+        "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert build_prompt(get_template("internvl2_5"), "Q", [], CAREFUL).startswith(
+        f"<|im_start|>system\n{CAREFUL}<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+    )
+    assert "书生·万象" in build_prompt(get_template("internvl2_5"), "Q", [])
+
+
+@pytest.mark.parametrize("template", RECORDED)
 def test_system_turn_replaces_the_default_one(processor, template):
     messages = [{"role": "system", "content": CAREFUL}, {"role": "user", "content": "Hello"}]
     jinja = chat_template_jinja(get_template(template), with_bos=False)
