@@ -1,0 +1,198 @@
+"""Join a vision tower and a language model into a new MiniMonkey with a fresh projector.
+
+    python scripts/assemble.py OpenGVLab/InternViT-300M-448px Qwen/Qwen3-0.6B MyMonkey
+    python scripts/assemble.py OpenGVLab/InternVL2-1B HuggingFaceTB/SmolLM2-135M-Instruct SmolMonkey --template chatml
+
+VISION is an InternViT, published or in transformers' format, or a whole InternVL, Mini-Monkey or MiniMonkey, whose vision
+tower is taken. LANGUAGE is any causal language model of transformers. The result has everything a MiniMonkey has (MSAC, SCM,
+chat) but sees nothing yet: its projector is random, to be trained. That the language model still says what it said is
+checked before anything is written.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from repository import root_class
+from safetensors import safe_open
+from tokenizers import AddedToken
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from importing.tokenizer import convert_tokenizer
+from importing.weights import read_shards
+
+
+PUBLISHED_VISION = "intern_vit_6b"
+NATIVE_VISION = "internvl_vision"
+VISION_PREFIX = "model.vision_tower."
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt"]
+LOGIT_TOLERANCE = 1e-3  # float32, before and after the language model is moved
+
+
+def resolve(source: str) -> Path:
+    """A local folder, or the snapshot of a Hub repository."""
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else Path(snapshot_download(source, allow_patterns=DOWNLOADED))
+
+
+def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The configuration of a vision tower and its weights under the names they have in a MiniMonkey.
+
+    Raises:
+        ValueError: The folder holds no vision tower of this kind.
+    """
+    config_class = root_class("configuration_minimonkey.MiniMonkeyConfig")
+    config_dict, _ = config_class.get_config_dict(folder)
+    kind = config_dict.get("model_type")
+    prefix, text_config = "", None
+    if kind == PUBLISHED_VISION:
+        prefix = "vision_model."
+        vision = root_class("configuration_minimonkey.vision_config_from_published")(config_dict)
+    elif kind == NATIVE_VISION:
+        prefix, vision = VISION_PREFIX, config_dict
+    elif "vision_config" in config_dict and ("llm_config" in config_dict or "text_config" in config_dict):
+        whole = config_class.from_dict(config_dict)
+        vision, text_config = whole.vision_config.to_dict(), whole.text_config
+    else:
+        raise ValueError(
+            f"{folder} has model_type {kind!r}; VISION must be an InternViT ({PUBLISHED_VISION!r}, {NATIVE_VISION!r}) or a "
+            "whole model that has one."
+        )
+    convert, tensors = root_class("checkpoint.convert_tensor"), {}
+    for shard in read_shards(folder):
+        with safe_open(shard.path, framework="pt") as file:
+            for name in shard.shapes:
+                if prefix or "vision" in name:
+                    tensors |= convert(prefix + name, file.get_tensor(name), text_config)
+    return vision, {name: tensor for name, tensor in tensors.items() if name.startswith(VISION_PREFIX)}
+
+
+def extend_tokenizer(tokenizer, template) -> None:
+    """Add the image tokens, and the control tokens of the template that the tokenizer lacks, as special tokens."""
+    spellings = template.system_header + template.user_header + template.assistant_header + template.separator
+    wanted = [*dict.fromkeys(re.findall(r"<\|\w+\|>", spellings)), *root_class("conversation.IMAGE_TOKENS")]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = template.separator
+
+
+@torch.no_grad()
+def assemble(vision_source: str, language_source: str, out: Path, template_name: str, dtype: torch.dtype) -> None:
+    """Read, join, check and write; see the module's text.
+
+    Raises:
+        ValueError: Parts that do not fit, before OUT exists.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; remove it or choose another folder.")
+    template = root_class("conversation.get_template")(template_name)
+    vision_config, vision_weights = read_vision_tower(resolve(vision_source))
+    language_folder = resolve(language_source)
+    tokenizer, with_bos = convert_tokenizer(language_folder)
+    extend_tokenizer(tokenizer, template)
+    language_model = read_language_model(language_folder, len(tokenizer), dtype)
+    model = build_model(vision_config, language_model.config, tokenizer, template_name)
+    move_weights(model, vision_weights, language_model)
+    check_same_logits(model, language_model)
+    write(model.to(dtype), tokenizer, with_bos, template, out)
+
+
+def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Module:
+    """A causal language model with an embedding for each of at least `tokens` tokens; new ones are the mean of the old."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config.get_text_config(), dtype=dtype)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is not a causal language model of transformers: {error}") from error
+    if tokens > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(tokens)
+    return model.eval()
+
+
+def build_model(vision_config: dict, text_config, tokenizer, template_name: str) -> nn.Module:
+    """A MiniMonkey of these parts with fresh weights."""
+    config = root_class("configuration_minimonkey.MiniMonkeyConfig")(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=tokenizer.convert_tokens_to_ids(root_class("conversation.IMAGE_TOKEN")),
+        template=template_name,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        scm_layer=min(1, text_config.num_hidden_layers - 1),
+    )
+    config.architectures = ["MiniMonkeyForConditionalGeneration"]
+    return root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config).eval()
+
+
+def move_weights(model: nn.Module, vision_weights: dict[str, torch.Tensor], language_model: nn.Module) -> None:
+    """Put the parts' weights into the whole; raises `ValueError` with the names where they do not fit."""
+    weights = dict(vision_weights)
+    body = getattr(language_model, language_model.base_model_prefix)
+    weights |= {f"model.language_model.{name}": tensor for name, tensor in body.state_dict().items()}
+    head = language_model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(
+            f"The output layer of {type(language_model).__name__} has a bias; that of a MiniMonkey has none."
+        )
+    weights["lm_head.weight"] = head.weight
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if ".multi_modal_projector." not in name]
+    if missing or unexpected:
+        raise ValueError(f"The parts do not fit: missing {missing[:5]}, unexpected {unexpected[:5]}.")
+
+
+def check_same_logits(model: nn.Module, language_model: nn.Module) -> None:
+    """Raise `ValueError` unless the language model inside `model` still computes what it computed outside.
+
+    Some families treat their logits or embeddings in ways that a MiniMonkey does not (Gemma's soft capping, Cohere's scale).
+    """
+    ids = torch.arange(3, 19)[None]
+    kind = language_model.config.model_type
+    before, after = language_model.float()(input_ids=ids).logits, model.float()(input_ids=ids).logits
+    difference = (before - after).abs().max().item()
+    if not difference <= LOGIT_TOLERANCE * max(1.0, before.abs().max().item()):
+        raise ValueError(
+            f"Inside a MiniMonkey this {kind} gives other logits (by up to {difference:.3g}): its output layer does more "
+            "than multiply. It cannot be used without code of its own."
+        )
+
+
+def write(model: nn.Module, tokenizer, with_bos: bool, template, out: Path) -> None:
+    """Weights, configuration, tokenizer, processor and the code that loads them."""
+    separator = tokenizer.convert_tokens_to_ids(template.separator)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=separator, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(out)
+    size = {"height": model.config.tile_size, "width": model.config.tile_size}
+    image_processor = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")(size=size)
+    jinja = root_class("conversation.chat_template_jinja")(template, None, with_bos)
+    root_class("processing_minimonkey.MiniMonkeyProcessor")(
+        image_processor, tokenizer, image_seq_length=model.config.image_seq_length, chat_template=jinja
+    ).save_pretrained(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vision", metavar="VISION", help="Hub id or folder")
+    parser.add_argument("language", metavar="LANGUAGE", help="Hub id or folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--template", default="chatml", help="chat template, see conversation.TEMPLATES (chatml)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    try:
+        assemble(args.vision, args.language, args.out, args.template, getattr(torch, args.dtype))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {args.out}. Its projector is untrained: fine-tune it before you ask it about pictures.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""assemble.py: vision towers and language models of different families become one model that trains and chats."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES, ROOT, random_tiles, synthetic_picture
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    PreTrainedTokenizerFast,
+)
+
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from assemble import assemble  # noqa: E402
+
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 270,
+}
+
+
+def language_folder(folder: Path, model_type: str, **options) -> Path:
+    """A language model of this family with random weights and a tokenizer of bytes."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**TINY, **options})).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def published_vision(folder: Path) -> Path:
+    """A whole published model, of which only the vision tower is wanted."""
+    return FIXTURES / "models" / "internlm2"
+
+
+def native_vision(folder: Path) -> Path:
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(1)
+    model = InternVLVisionModel(InternVLVisionConfig(**config, image_size=28, patch_size=7))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(
+    params=[("qwen3", {"tie_word_embeddings": True}, published_vision), ("mistral", {}, native_vision)],
+    ids=["qwen3-published", "mistral-native"],
+)
+def parts(request, tmp_path):
+    model_type, options, vision = request.param
+    return vision(tmp_path / "vision"), language_folder(tmp_path / "language", model_type, **options)
+
+
+def test_the_command_joins_two_families(parts, tmp_path):
+    vision, language = parts
+    command = [sys.executable, "scripts/assemble.py", vision, language, tmp_path / "out", "--dtype", "float32"]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        alone = AutoModelForCausalLM.from_pretrained(language).eval()(input_ids=ids).logits
+        assert torch.allclose(model(input_ids=ids).logits[..., :270], alone[..., :270], atol=1e-5)
+    picture = synthetic_picture(200, 100, seed=3)
+    ranges = {"min_tiles": 2, "max_tiles": 4, "adaptive_min_tiles": 2, "adaptive_max_tiles": 3}
+    for use_scm in (False, True):
+        answer = model.chat(
+            processor, picture, "Hello", images_kwargs=ranges, use_scm=use_scm, max_new_tokens=3, do_sample=False
+        )
+        assert isinstance(answer, str)
+
+
+def test_the_vision_tower_is_the_one_given(parts, tmp_path):
+    assemble(str(parts[0]), str(parts[1]), tmp_path / "out", "chatml", torch.float32)
+    model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    size = model.config.tile_size
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        states = tower(random_tiles(0, 1, 3, size, size)).last_hidden_state
+    if parts[0].name == "vision":
+        with torch.no_grad():
+            alone = InternVLVisionModel.from_pretrained(parts[0]).eval()(random_tiles(0, 1, 3, size, size))
+        assert torch.equal(states, alone.last_hidden_state)
+    else:
+        from test_parity import load_published
+
+        with torch.no_grad():
+            whole = load_published("internlm2", tmp_path).model.vision_tower
+            assert torch.allclose(states, whole(random_tiles(0, 1, 3, size, size)).last_hidden_state, atol=1e-5)
+
+
+def test_the_projector_can_be_trained(parts, tmp_path):
+    assemble(str(parts[0]), str(parts[1]), tmp_path / "out", "internlm2-chat", torch.float32)
+    model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).train()
+    model.model.vision_tower.requires_grad_(False)
+    model.model.language_model.requires_grad_(False)
+    size, tokens = model.config.tile_size, model.config.image_seq_length
+    ids = torch.full((1, tokens + 4), 5)
+    ids[0, 2:-2] = model.config.image_token_id
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, pixel_values=random_tiles(0, 1, 3, size, size), labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_a_language_model_whose_logits_are_changed_is_refused(tmp_path):
+    language = language_folder(tmp_path / "language", "gemma2", final_logit_softcapping=0.05)
+    with pytest.raises(ValueError, match="gemma2 gives other logits"):
+        assemble(str(published_vision(tmp_path)), str(language), tmp_path / "out", "chatml", torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_are_something_else(tmp_path):
+    language = language_folder(tmp_path / "language", "qwen3")
+    vision = published_vision(tmp_path)
+    with pytest.raises(ValueError, match="VISION must be an InternViT"):
+        assemble(str(language), str(language), tmp_path / "out", "chatml", torch.float32)
+    with pytest.raises(ValueError, match="Unknown chat template"):
+        assemble(str(vision), str(language), tmp_path / "out", "latin", torch.float32)
+    with pytest.raises(ValueError, match="exists already"):
+        assemble(str(vision), str(language), tmp_path, "chatml", torch.float32)
