@@ -24,6 +24,22 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module  # n
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
+RECORDED = [FIXTURES]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--goldens", type=Path, help="folder with the recorded cases that are too large for fixtures/")
+
+
+def pytest_configure(config):
+    if config.getoption("--goldens"):
+        RECORDED.append(config.getoption("--goldens").resolve())
+
+
+def recorded(path: str) -> Path:
+    """A recorded file or folder, of the fixtures or of --goldens; the test is skipped where there is none."""
+    found = [folder / path for folder in RECORDED if (folder / path).exists()]
+    return found[0] if found else pytest.skip(f"{path} is not in the fixtures; pass --goldens FOLDER")
 
 
 def root_class(name: str):
