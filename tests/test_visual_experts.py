@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import random_tiles, root_class
 from test_model import IMAGE_TOKEN, TINY_TEXT, TINY_VISION, prompt
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, DynamicCache
 
 
@@ -48,6 +49,21 @@ def test_each_kind_of_token_goes_through_its_block_alone(mono):
     assert seen == {"mlp": int((~mask).sum()), "visual_mlp": int(mask.sum())}
     for handle in handles:
         handle.remove()
+
+
+@torch.no_grad()
+def test_an_image_costs_one_block_a_token(mono):
+    layer, hidden, mask = mono.model.language_model.layers[0], torch.randn(1, 40, 32), torch.arange(40)[None] < 30
+    operations = []
+    for run in (
+        lambda: layer.feed_forward(hidden, mask),
+        lambda: layer.mlp(hidden),
+        lambda: (layer.mlp(hidden), layer.visual_mlp(hidden)),  # as published
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        operations.append(counter.get_total_flops())
+    assert operations[0] == operations[1] == operations[2] / 2
 
 
 @torch.no_grad()
