@@ -8,6 +8,7 @@ on shallow copies that share its weights, so other threads can use the model mea
 """
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -47,22 +48,37 @@ class _InChunks(nn.Module):
 
 def _hand_over(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value, attention_mask, **options):
     # Stateless, since the name is registered once for all copies of this file that a process may have loaded.
-    module.receive_attention_inputs(query, key, **options)
+    module.receive_attention_inputs(query, key, attention_mask, **options)
 
 
 AttentionInterface.register(_PROBE, _hand_over)
 
 
-def _receive(query, key, scaling, softcap=None, sliding_window=None, s_aux=None, **_):
-    raise _Reached(AttentionInputs(query[0], key[0], scaling, softcap, sliding_window, s_aux))
+def _receive(query, key, attention_mask, scaling, softcap=None, sliding_window=None, s_aux=None, **_):
+    mask = attention_mask[0] if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 else None
+    raise _Reached(AttentionInputs(query[0], key[0], scaling, softcap, sliding_window, s_aux, mask))
 
 
 def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
     """A copy that shares weights and children with `module`, but for those children that are given."""
     copied = copy.copy(module)
     copied._modules = {**module._modules, **children}
-    copied.__dict__.pop("forward", None)  # accelerate's is bound to the original
+    hook = getattr(module, "_hf_hook", None)
+    if (
+        hook is not None
+    ):  # of accelerate, which moves weights and inputs; the `forward` it made is bound to the original
+        copied.forward = partial(_hooked_forward, copied, hook)
     return copied
+
+
+def _hooked_forward(module: nn.Module, hook, *args, **kwargs):
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    try:
+        output = type(module).forward(module, *args, **kwargs)
+    except _Reached:
+        hook.post_forward(module, None)
+        raise
+    return hook.post_forward(module, output)
 
 
 def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer: int, **kwargs) -> AttentionInputs:
@@ -77,15 +93,16 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
     Raises:
         ValueError: A language model that is not built as transformers' decoders usually are.
     """
-    name = type(language_model).__name__
     layers = getattr(language_model, "layers", None)
-    if layers is None or not hasattr(layers[layer], "self_attn"):
+    attention = getattr(layers[layer], "self_attn", None) if layers is not None else None
+    config = getattr(attention, "config", None)
+    if config is None:
         raise ValueError(
-            f"Scale compression looks for layers[{layer}].self_attn, which {name} does not have; call with use_scm=False"
-            " or choose another scm_layer."
+            f"Scale compression looks for layers[{layer}].self_attn with a configuration, which "
+            f"{type(language_model).__name__} does not have; call with use_scm=False or choose another scm_layer."
         )
-    attention = _copy(layers[layer].self_attn)
-    attention.config = copy.copy(attention.config)
+    attention = _copy(attention)
+    attention.config = copy.copy(config)
     attention.config._attn_implementation = _PROBE
     attention.receive_attention_inputs = _receive
     before = [
@@ -93,11 +110,25 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
         for one in layers[:layer]
     ]
     beginning = nn.ModuleList([*before, _copy(layers[layer], self_attn=attention)])
+    # Dynamic rotary embeddings remember the longest sequence they saw; they shall not remember this one.
+    rotary = {name: copy.deepcopy(child) for name, child in language_model.named_children() if "rotary" in name}
     try:
-        _copy(language_model, layers=beginning)(inputs_embeds=embeddings[None], use_cache=False, **kwargs)
+        _copy(language_model, layers=beginning, **rotary)(inputs_embeds=embeddings[None], use_cache=False, **kwargs)
     except _Reached as reached:
+        _check_mask_is_known(reached.inputs, config, layer)
         return reached.inputs
     raise ValueError(
-        f"{type(attention).__name__} of {name} does not go through transformers' attention interface, where scale "
-        "compression reads its queries and keys; call with use_scm=False."
+        f"{type(attention).__name__} of {type(language_model).__name__} does not go through transformers' attention "
+        "interface, where scale compression reads its queries and keys; call with use_scm=False."
     )
+
+
+def _check_mask_is_known(inputs: AttentionInputs, config, layer: int) -> None:
+    """Some back ends get no mask; what they hide beyond what is causal and in the window is then not known here."""
+    kinds = getattr(config, "layer_types", None) or []
+    kind = kinds[layer] if layer < len(kinds) else "full_attention"
+    if inputs.mask is None and kind not in ("full_attention", "sliding_attention"):
+        raise ValueError(
+            f"Layer {layer} has {kind}, which scale compression can read only with attn_implementation 'eager' or 'sdpa'; "
+            "choose one of them or another scm_layer."
+        )

@@ -17,6 +17,7 @@ Shapes: B rows, N tokens of a row (padding counted), n tokens that are no paddin
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
@@ -33,7 +34,8 @@ class AttentionInputs:
     """What goes into the attention of one layer for one sequence.
 
     query (H, n, d) and key (key/value heads, n, d) after rotation; `softcap`, `sliding_window` and `sinks` (H,) where the
-    layer has them.
+    layer has them. `mask` (1 or H, n, n) says who sees whom, as bool or as what is added to the logits; None: every token
+    sees itself and those before it, within the window.
     """
 
     query: torch.Tensor
@@ -42,6 +44,19 @@ class AttentionInputs:
     softcap: float | None = None
     sliding_window: int | None = None
     sinks: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def hide(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits (H, Q, keys) of the queries at `positions` (Q,) with those of unseen keys at minus infinity."""
+        keys = logits.shape[-1]
+        if self.mask is None:
+            distance = positions[:, None] - torch.arange(keys, device=logits.device)
+            seen = distance >= 0
+            if self.sliding_window is not None:
+                seen &= distance < self.sliding_window
+            return logits.masked_fill_(~seen, -torch.inf)
+        mask = self.mask[:, positions, :keys]
+        return logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
 
 
 @dataclass(frozen=True)
@@ -84,11 +99,7 @@ class CompressionSettings:
     tile_order: str = "detailed_first"
 
     def __post_init__(self):
-        if (
-            isinstance(self.keep_ratio, bool)
-            or not isinstance(self.keep_ratio, (int, float))
-            or not 0 < self.keep_ratio <= 1
-        ):
+        if isinstance(self.keep_ratio, bool) or not isinstance(self.keep_ratio, Real) or not 0 < self.keep_ratio <= 1:
             raise ValueError(f"scm_keep_ratio must be above 0 and at most 1, got {self.keep_ratio!r}.")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or not 0 <= self.layer < self.num_layers:
             raise ValueError(
@@ -121,6 +132,8 @@ def find_images(
     counts, query_ends = _checked_counts(tile_counts), settings.query_ends
     if query_ends is not None and len(query_ends) != len(counts):
         raise ValueError(f"scm_query_ends has {len(query_ends)} entries for {len(counts)} images.")
+    if query_ends is not None and not all(isinstance(end, Integral) for end in query_ends):
+        raise ValueError(f"scm_query_ends must be a list of integers, got {query_ends!r}.")
     rows, columns = (input_ids == image_token_id).nonzero().cpu().unbind(1)
     expected = tokens_per_tile * sum(map(sum, counts))
     if len(rows) != expected:
@@ -164,13 +177,14 @@ def find_images(
 
 
 def _checked_counts(tile_counts: torch.Tensor) -> list[list[int]]:
-    shape = tuple(tile_counts.shape)
-    if len(shape) != 2 or shape[1] != 3 or tile_counts.is_floating_point() or (tile_counts < 0).any():
+    counts = torch.as_tensor(tile_counts)
+    is_integer = not counts.is_floating_point() and counts.dtype != torch.bool
+    if counts.ndim != 2 or counts.shape[1] != 3 or not is_integer or (counts < 0).any():
         raise ValueError(
             "tile_counts must hold the detailed, adaptive and thumbnail tiles of each image, integers of shape "
-            f"(images, 3), got {tile_counts.dtype} of shape {shape}: {tile_counts.tolist()}."
+            f"(images, 3), got {counts.dtype} of shape {tuple(counts.shape)}: {counts.tolist()}."
         )
-    return tile_counts.tolist()
+    return counts.tolist()
 
 
 def kept_positions(
@@ -267,7 +281,6 @@ def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Ten
     """
     heads, key = inputs.query.shape[0], inputs.key.float()
     groups = heads // key.shape[0]
-    key_positions = torch.arange(key.shape[1], device=key.device)
     total = torch.zeros(block.stop - block.start, device=key.device)
     for positions in queries.split(max(1, BLOCK_ELEMENTS // (heads * key.shape[1]))):
         visible = int(positions[-1]) + 1
@@ -278,11 +291,7 @@ def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Ten
         if inputs.softcap is not None:
             logits = torch.tanh(logits / inputs.softcap) * inputs.softcap
         logits = logits.unflatten(1, (groups, -1)).flatten(0, 1)  # (H, Q', visible)
-        distance = positions[:, None] - key_positions[:visible]
-        hidden = distance < 0
-        if inputs.sliding_window is not None:
-            hidden |= distance >= inputs.sliding_window
-        logits.masked_fill_(hidden, -torch.inf)
+        logits = inputs.hide(logits, positions)
         normaliser = logits.logsumexp(dim=-1, keepdim=True)
         if inputs.sinks is not None:
             normaliser = torch.logaddexp(normaliser, inputs.sinks.float().view(-1, 1, 1))

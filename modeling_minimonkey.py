@@ -341,10 +341,14 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
                 raise ValueError("The prompt's ids were given twice, by position and as input_ids.")
             kwargs["input_ids"] = inputs
         input_ids = kwargs.get("input_ids")
+        if use_scm and kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "use_scm=True compresses images: pass pixel_values and input_ids instead of inputs_embeds."
+            )
         if pixel_values is not None:
             if kwargs.get("inputs_embeds") is not None or input_ids is None:
                 raise ValueError("pixel_values need input_ids and no inputs_embeds.")
-            _refuse_what_needs_whole_prompts(generation_config, kwargs, use_scm)
+            self._refuse_what_needs_whole_prompts(generation_config, kwargs, use_scm)
             mask = kwargs.get("attention_mask")
             if use_scm:
                 mask = _whole_mask(mask, input_ids)
@@ -378,6 +382,20 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
         tokens = int((input_ids == self.config.image_token_id).sum())
         if tokens:
             raise ValueError(f"The prompt has {tokens} image tokens, but no pixel_values were given.")
+
+    def _refuse_what_needs_whole_prompts(
+        self, generation_config: GenerationConfig | None, options: dict[str, Any], use_scm: bool
+    ) -> None:
+        """Modes of transformers that read the prompt's ids again, and so lose the images; they give other answers."""
+        sources = (options, vars(generation_config or self.generation_config))
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+            if any(source.get(name) is not None for source in sources):
+                raise ValueError(f"{name} does not work with images; leave it out.")
+        for name in ("position_ids", "past_key_values"):
+            if use_scm and options.get(name) is not None:
+                raise ValueError(
+                    f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."
+                )
 
     def _lengths_in_new_tokens(
         self, generation_config: GenerationConfig | None, options: dict[str, Any], prompt_length: int
@@ -418,20 +436,6 @@ def _whole_mask(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) ->
 def _needs_packing(attention_mask: torch.Tensor, kept: list[torch.Tensor]) -> bool:
     """Whether tokens were left out, or rows end with padding, where generation would go on."""
     return sum(map(len, kept)) < int(attention_mask.sum()) or not bool(attention_mask[:, -1].all())
-
-
-def _refuse_what_needs_whole_prompts(
-    generation_config: GenerationConfig | None, options: dict[str, Any], use_scm: bool
-) -> None:
-    """Modes of transformers that read the prompt's ids again, and so lose the images; they give other answers."""
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
-        if options.get(name) is not None or getattr(generation_config, name, None) is not None:
-            raise ValueError(f"{name} does not work with images; leave it out.")
-    for name in ("position_ids", "past_key_values"):
-        if use_scm and options.get(name) is not None:
-            raise ValueError(
-                f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."
-            )
 
 
 register_checkpoint_conversion_mapping(
