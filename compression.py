@@ -2,7 +2,7 @@
 
 The adaptive tiles, the thumbnail and the text after an image say what matters in it: the detailed tokens that get the most
 of their attention in an early layer of the language model are kept, the others are left out of the prompt. There is
-nothing to train. See section 3.3 of the paper (arXiv 2408.02034).
+nothing to train. Source: the paper (arXiv 2408.02034); the defects of its published code are not repeated.
 
 Knows tensors only; a function that runs the language model up to the queries and keys of one layer (`attention_probe.py`)
 is given to it:
