@@ -15,7 +15,7 @@ import base64
 import binascii
 import io
 import os
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -90,11 +90,12 @@ def load_picture(source: str | Path) -> Image.Image:
     else:
         data, is_bare_base64 = _decode_base64(text, name), True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-                return to_rgb(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if limit is not None and pixels > limit:  # where Pillow only warns
+                raise Image.DecompressionBombError(f"{pixels} pixels, the limit is {limit}")
+            return to_rgb(image)
+    except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} has too many pixels to be opened safely ({error}). If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
@@ -253,7 +254,10 @@ class _MsacMixin:
     def fetch_images(self, image_url_or_urls):
         """Read every path, URL and data URI in a picture or a (nested) list of pictures; leave the rest as it is."""
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
+            if len(image_url_or_urls) < 2:
+                return [self.fetch_images(image) for image in image_url_or_urls]
+            with ThreadPoolExecutor() as decoders:  # Pillow and the network let go of the interpreter meanwhile
+                return list(decoders.map(self.fetch_images, image_url_or_urls))
         if isinstance(image_url_or_urls, (str, Path)):
             return load_picture(image_url_or_urls)
         if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)) and image_url_or_urls.ndim == 2:
@@ -393,33 +397,35 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
     ) -> BatchFeature:
         tile_size = size.height
         grids = [self._grids(image.size, settings, tile_size) for image in images]
-        layers = [
-            self._cut(image, grid, tile_size, resample, device)
-            for image, pair in zip(images, grids)
-            for grid in layer_grids(*pair)
-        ]
+        layers = []
+        for image, pair in zip(images, grids):
+            pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
+            layers += [self._cut(image, pixels, grid, tile_size, resample) for grid in layer_grids(*pair)]
         tiles = self.rescale_and_normalize(
             torch.cat(layers), do_rescale, rescale_factor, do_normalize, image_mean, image_std
         )
         return _batch(tiles.contiguous(), grids, return_tensors)
 
-    def _cut(self, image: Image.Image, grid: tuple[int, int], tile_size: int, resample, device) -> torch.Tensor:
+    def _cut(
+        self, image: Image.Image, pixels: torch.Tensor, grid: tuple[int, int], tile_size: int, resample
+    ) -> torch.Tensor:
         """(columns * rows, 3, S, S) uint8, row by row."""
         columns, rows = grid
-        resized = self._resize_as_pil(image, tile_size * columns, tile_size * rows, resample, device)
+        resized = self._resize_as_pil(image, pixels, tile_size * columns, tile_size * rows, resample)
         tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
         return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
-    def _resize_as_pil(self, image: Image.Image, width: int, height: int, resample, device) -> torch.Tensor:
-        """(3, height, width) uint8, at most one level away from `image.resize`.
+    def _resize_as_pil(
+        self, image: Image.Image, pixels: torch.Tensor, width: int, height: int, resample
+    ) -> torch.Tensor:
+        """(3, height, width) uint8, at most one level away from `image.resize`; `pixels` are those of `image`.
 
         Pillow resizes one direction after the other with 8-bit samples in between. The two kernels differ by a rounding
         in each pass. Reducing averages that out; enlarging does not, nor does reducing by a little, and there Pillow
         itself is used.
         """
         if not all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, (width, height))):
-            return _to_tensor(image.resize((width, height), resample), device)
-        pixels = _to_tensor(image, device)
+            return _to_tensor(image.resize((width, height), resample), pixels.device)
         vertical_first = image.height - height > 2 * (image.width - width)  # Pillow's rule
         between = (height, image.width) if vertical_first else (image.height, width)
         for rows, columns in (between, (height, width)):

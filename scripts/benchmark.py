@@ -1,6 +1,7 @@
 """Speed and memory, always as a ratio against a named baseline of the same run.
 
     python scripts/benchmark.py compression                 SCM at the published 2B dimensions, random weights
+    python scripts/benchmark.py preprocessing               a 12-megapixel JPEG to 12 + 6 + 1 tiles
     python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
 
 Prints a table for people and one JSON line for machines. Runs anywhere: weights are random, nothing is downloaded.
@@ -9,10 +10,10 @@ Prints a table for people and one JSON line for machines. Runs anywhere: weights
 import argparse
 import sys
 
-from benchmarking import compression
+from benchmarking import compression, preprocessing
 
 
-SUBJECTS = {"compression": compression}
+SUBJECTS = {"compression": compression, "preprocessing": preprocessing}
 
 
 def main() -> int:

@@ -1,0 +1,108 @@
+"""Preprocessing: from a picture's file to normalised tiles, beside the way it was published.
+
+The baseline does what the published demo does: it opens the file for each grid, resizes with PIL to each grid and to a
+thumbnail each time, and makes a tensor of every tile by itself.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from repository import root_class
+from torchvision.transforms import v2
+
+from benchmarking.measure import median_seconds, report
+
+
+FORMATS = ("jpeg", "png", "webp")
+TILE_SIZE = 448
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--width", type=int, default=4000)
+    parser.add_argument("--height", type=int, default=3000)
+    parser.add_argument("--formats", nargs="+", default=["jpeg"], choices=FORMATS)
+    parser.add_argument("--preset", default="default", help="tile ranges")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
+    parser.add_argument("--repeats", type=int, default=9)
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    report("preprocessing", rows(args), torch.device("cpu"), settings)
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """A picture about as hard to decode as a photograph: smooth shapes, edges and a little noise."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    noise = np.random.RandomState(0).randint(-6, 7, (height, width, 1))
+    waves = [127 + 90 * np.sin(x / (90 + 30 * c)) * np.cos(y / (70 + 25 * c)) for c in range(3)]
+    edges = 40 * ((x // 53 + y // 71) % 2)
+    return Image.fromarray(np.clip(np.stack(waves, -1) + edges[..., None] + noise, 0, 255).astype(np.uint8))
+
+
+def published_tiles(source, grids) -> torch.Tensor:
+    """(T, 3, S, S) float32 of a file, or of a decoded picture."""
+    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    parts = []
+    for columns, rows in grids:
+        image = source if isinstance(source, Image.Image) else Image.open(source).convert("RGB")
+        resized = image.resize((TILE_SIZE * columns, TILE_SIZE * rows))
+        tiles = [
+            resized.crop((TILE_SIZE * x, TILE_SIZE * y, TILE_SIZE * (x + 1), TILE_SIZE * (y + 1)))
+            for y in range(rows)
+            for x in range(columns)
+        ]
+        parts.append([to_tensor(tile) for tile in [*tiles, image.resize((TILE_SIZE, TILE_SIZE))]])
+    *detailed, thumbnail = parts[0]
+    return torch.stack([*detailed, *parts[1][:-1], thumbnail])
+
+
+def levels_apart(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The largest difference of two normalised pictures in levels of 255."""
+    return float(((first - second).abs() * torch.tensor(STD).view(3, 1, 1) * 255).max())
+
+
+def rows(args: argparse.Namespace) -> list[dict]:
+    picture = photograph(args.width, args.height)
+    processors = {
+        backend: root_class(f"image_processing_minimonkey.{name}")(size={"height": TILE_SIZE, "width": TILE_SIZE})
+        for backend, name in (("torchvision", "MiniMonkeyImageProcessor"), ("pil", "MiniMonkeyImageProcessorPil"))
+    }
+    presets, msac_grids = root_class("tiling.PRESETS"), root_class("tiling.msac_grids")
+    grids = msac_grids(*picture.size, *presets[args.preset], TILE_SIZE)
+    results = []
+    for name, source in sources(picture, args.formats):
+
+        def ours(processor, source=source):
+            return processor([source] * args.batch, preset=args.preset, return_tensors="pt")
+
+        def baseline(source=source):
+            return [published_tiles(source, grids) for _ in range(args.batch)]
+
+        functions = {"published": baseline} | {key: partial(ours, value) for key, value in processors.items()}
+        seconds = median_seconds(functions, torch.device("cpu"), args.repeats)
+        expected = torch.cat(baseline())
+        row = {"source": name, "tiles": len(expected) // args.batch}
+        row |= {f"{way} ms": 1000 * value for way, value in seconds.items()}
+        row |= {f"{way} speedup": seconds["published"] / seconds[way] for way in processors}
+        for way, processor in processors.items():
+            row[f"{way} levels"] = round(levels_apart(ours(processor)["pixel_values"], expected), 2)
+        results.append(row)
+    return results
+
+
+def sources(picture: Image.Image, formats: list[str]) -> Iterator[tuple[str, Path | Image.Image]]:
+    """The picture as a file of each format, and decoded."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in formats:
+            path = Path(folder) / f"picture.{name}"
+            picture.save(path, **({} if name == "png" else {"quality": 90}))
+            yield name, path
+    yield "decoded", picture
