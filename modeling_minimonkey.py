@@ -29,6 +29,10 @@ from .configuration_minimonkey import MiniMonkeyConfig
 from .visual_experts import add_visual_experts
 
 
+# Tiles that go through the vision tower at a time: enough to keep a GPU busy, and memory does not grow with the images.
+VISION_CHUNK_TILES = 16
+
+
 class MiniMonkeyModel(InternVLModel):
     """transformers' InternVL model with the older options of the published family."""
 
@@ -136,9 +140,10 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, InternVLForConditionalGenera
             )
         if tokens == 0:
             return embeddings
-        features = self.get_image_features(pixel_values, return_dict=True).pooler_output  # (T, K, D)
+        chunks = pixel_values.split(VISION_CHUNK_TILES)
+        features = torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
         features = features.to(embeddings.device, embeddings.dtype)
-        return embeddings.masked_scatter(is_image.unsqueeze(-1).to(embeddings.device), features)
+        return embeddings.masked_scatter(is_image.unsqueeze(-1).to(embeddings.device), features)  # features (T, K, D)
 
     def tokens_per_tile(self, pixel_values: torch.Tensor) -> int:
         """Image tokens that each of these tiles gives."""

@@ -1,0 +1,70 @@
+"""Decoding: tokens a second with a growing and a static cache, compiled, beside what memory bandwidth allows.
+
+Every new token reads all weights of the language model once; the floor is that time at the bandwidth that this machine
+reaches when it copies memory.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+from torch import nn
+
+from benchmarking.measure import median_seconds, report
+from benchmarking.models import SIZES, random_config, random_model
+
+
+COPIED_BYTES = 2**29
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", default="2B", choices=(*SIZES, "Nano"), help="dimensions")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens before")
+    parser.add_argument("--tokens", type=int, default=16, help="new tokens")
+    parser.add_argument("--compile", action="store_true", help="also a static cache under torch.compile")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    report("decode", rows(args), torch.device(args.device), settings)
+
+
+def bytes_read(model: nn.Module) -> int:
+    """Of the weights, for one new token; of the input embeddings it is a single row."""
+    body = sum(parameter.nbytes for parameter in model.model.language_model.layers.parameters())
+    return body + model.lm_head.weight.nbytes
+
+
+def generate(model: nn.Module, ids: torch.Tensor, tokens: int, **options) -> torch.Tensor:
+    return model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+
+
+def rows(args: argparse.Namespace) -> list[dict]:
+    device = torch.device(args.device)
+    model = random_model(random_config(args.size, args.layers), device, getattr(torch, args.dtype))
+    ids = torch.arange(3, 3 + args.prompt, device=device)[None] % 300
+    ways = {"growing cache": {}, "static cache": {"cache_implementation": "static"}}
+    runs = {}
+    for name, options in ways.items():
+        for tokens in (1, args.tokens + 1):
+            runs[name, tokens] = partial(generate, model, ids, tokens, **options)
+    if args.compile:
+        compiled = random_model(random_config(args.size, args.layers), device, model.dtype)
+        compiled.forward = torch.compile(compiled.forward, fullgraph=True)
+        for tokens in (1, args.tokens + 1):
+            runs["static cache, compiled", tokens] = partial(
+                generate, compiled, ids, tokens, cache_implementation="static"
+            )
+    block = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
+    runs["copy"] = block.clone
+    seconds = median_seconds(runs, device, args.repeats)
+    floor = bytes_read(model) * seconds["copy"] / (2 * COPIED_BYTES)  # a copy reads and writes
+    results = [{"way": "memory bandwidth", "ms / token": 1000 * floor, "tokens / s": 1 / floor, "time ratio": 1.0}]
+    for name in dict.fromkeys(name for name, _ in (key for key in runs if isinstance(key, tuple))):
+        each = (seconds[name, args.tokens + 1] - seconds[name, 1]) / args.tokens
+        results.append({"way": name, "ms / token": 1000 * each, "tokens / s": 1 / each, "time ratio": each / floor})
+    return results

@@ -1,0 +1,64 @@
+"""Vision: tiles through the vision tower and projector, in chunks of several sizes and compiled, beside all at once."""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from benchmarking.measure import median_seconds, peak_extra_bytes, report
+from benchmarking.models import SIZES, random_config, random_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", default="2B", choices=(*SIZES, "Nano"), help="dimensions")
+    parser.add_argument("--tiles", type=int, default=34)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[16, 8, 4], help="tiles at a time")
+    parser.add_argument("--compile", action="store_true", help="also the vision tower under torch.compile")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    report("vision", rows(args), torch.device(args.device), settings)
+
+
+def in_chunks(model: nn.Module, tiles: torch.Tensor, size: int) -> Callable[[], torch.Tensor]:
+    """A function that gives the features (T, K, D) of all tiles."""
+
+    def features() -> torch.Tensor:
+        parts = [model.get_image_features(part, return_dict=True).pooler_output for part in tiles.split(size)]
+        return torch.cat(parts)
+
+    return features
+
+
+@torch.no_grad()
+def rows(args: argparse.Namespace) -> list[dict]:
+    device = torch.device(args.device)
+    model = random_model(random_config(args.size, layers=1), device, getattr(torch, args.dtype))
+    size = model.config.tile_size
+    generator = torch.Generator(device).manual_seed(0)
+    tiles = torch.empty(args.tiles, 3, size, size, device=device, dtype=model.dtype).normal_(generator=generator)
+    functions = {"all at once": in_chunks(model, tiles, args.tiles)}
+    functions |= {f"{chunk} at a time": in_chunks(model, tiles, chunk) for chunk in args.chunks}
+    if args.compile:
+        compiled = random_model(random_config(args.size, layers=1), device, model.dtype)
+        compiled.model.vision_tower = torch.compile(compiled.model.vision_tower, fullgraph=True)
+        functions[f"compiled, {args.chunks[0]} at a time"] = in_chunks(compiled, tiles, args.chunks[0])
+    seconds = median_seconds(functions, device, args.repeats)
+    extra = {name: peak_extra_bytes(function, device) for name, function in functions.items()}
+    whole = extra["all at once"]
+    return [
+        {
+            "way": name,
+            "s": seconds[name],
+            "ms / tile": 1000 * seconds[name] / args.tiles,
+            "time ratio": seconds[name] / seconds["all at once"],
+            "peak MB": None if whole is None else round(extra[name] / 2**20),
+            "memory ratio": None if not whole else extra[name] / whole,
+        }
+        for name in functions
+    ]
