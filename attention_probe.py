@@ -64,9 +64,8 @@ def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
     copied = copy.copy(module)
     copied._modules = {**module._modules, **children}
     hook = getattr(module, "_hf_hook", None)
-    if (
-        hook is not None
-    ):  # of accelerate, which moves weights and inputs; the `forward` it made is bound to the original
+    if hook is not None:
+        # accelerate's, which moves weights and inputs; the `forward` that it made is bound to the original.
         copied.forward = partial(_hooked_forward, copied, hook)
     return copied
 

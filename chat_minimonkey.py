@@ -183,6 +183,8 @@ def _check(bound: ChatArguments, batch: bool) -> None:
             "use_scm=True needs to know which tiles are detailed: pass target_aspect_ratio=(columns, rows) of the detailed "
             "grid, a list of them for several pictures, or pass the pictures themselves and a processor."
         )
+    if "scm_query_ends" in bound.generation:
+        raise ValueError("chat knows where each turn ended and sets scm_query_ends itself; leave it out.")
     config = bound.generation_config
     if config is not None and not isinstance(config, (dict, GenerationConfig)):
         raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {type(config).__name__}.")

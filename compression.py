@@ -129,11 +129,8 @@ def find_images(
     Raises:
         ValueError: Counts that do not fit the image tokens, an image that is spread over rows or masked.
     """
-    counts, query_ends = _checked_counts(tile_counts), settings.query_ends
-    if query_ends is not None and len(query_ends) != len(counts):
-        raise ValueError(f"scm_query_ends has {len(query_ends)} entries for {len(counts)} images.")
-    if query_ends is not None and not all(isinstance(end, Integral) for end in query_ends):
-        raise ValueError(f"scm_query_ends must be a list of integers, got {query_ends!r}.")
+    counts = _checked_counts(tile_counts)
+    ends = _checked_ends(settings.query_ends, len(counts), input_ids.shape[1])
     rows, columns = (input_ids == image_token_id).nonzero().cpu().unbind(1)
     expected = tokens_per_tile * sum(map(sum, counts))
     if len(rows) != expected:
@@ -142,38 +139,47 @@ def find_images(
             f"{expected} ({tokens_per_tile} a tile)."
         )
     unpadded = attention_mask.bool().cpu().long().cumsum(dim=1)  # tokens up to and with each position
-    images = [[] for _ in range(input_ids.shape[0])]
-    first = 0
-    for number, (detailed, adaptive, thumbnail) in enumerate(counts):
-        tokens = tokens_per_tile * (detailed + adaptive + thumbnail)
-        if not tokens:
+    images: list[list[ImageSpan]] = [[] for _ in range(input_ids.shape[0])]
+    next_token = 0
+    for number, tiles in enumerate(counts):
+        tokens = slice(next_token, next_token + tokens_per_tile * sum(tiles))
+        next_token = tokens.stop
+        if tokens.start == tokens.stop:
             continue
-        row, start, last = int(rows[first]), int(columns[first]), int(columns[first + tokens - 1])
-        if int(rows[first + tokens - 1]) != row or last - start != tokens - 1:
+        row, first, last = _run(rows[tokens], columns[tokens], attention_mask, number)
+        if ends[number] <= last:
             raise ValueError(
-                f"The tokens of image {number} do not stand together in one row; tile_counts are {counts}."
+                f"scm_query_ends[{number}] is {ends[number]}; it must lie after the image, which ends at {last}."
             )
-        if int(attention_mask[row, start : last + 1].bool().sum()) != tokens:
-            raise ValueError(f"attention_mask hides tokens of image {number}.")
-        offset = int(unpadded[row, start]) - 1
-        before = tokens_per_tile * (adaptive if settings.tile_order == "adaptive_first" else 0)
-        query_end = input_ids.shape[1] if query_ends is None else int(query_ends[number])
-        if not last < query_end <= input_ids.shape[1]:
-            raise ValueError(
-                f"scm_query_ends[{number}] is {query_end}; it must lie after the image (ends at {last}) and not after the "
-                f"prompt ({input_ids.shape[1]} tokens)."
-            )
-        images[row].append(
-            ImageSpan(
-                start=offset,
-                stop=offset + tokens,
-                detailed_start=offset + before,
-                detailed_stop=offset + before + tokens_per_tile * detailed,
-                query_stop=int(unpadded[row, query_end - 1]),
-            )
-        )
-        first += tokens
+        start = int(unpadded[row, first]) - 1
+        detailed, adaptive, _ = (tokens_per_tile * count for count in tiles)
+        detailed_start = start + (adaptive if settings.tile_order == "adaptive_first" else 0)
+        stop, query_stop = start + last + 1 - first, int(unpadded[row, ends[number] - 1])
+        images[row].append(ImageSpan(start, stop, detailed_start, detailed_start + detailed, query_stop))
     return images
+
+
+def _run(rows: torch.Tensor, columns: torch.Tensor, attention_mask: torch.Tensor, number: int) -> tuple[int, int, int]:
+    """Row, first and last column of an image's tokens, which must stand together and be seen."""
+    row, first, last = int(rows[0]), int(columns[0]), int(columns[-1])
+    if int(rows[-1]) != row or last - first != len(columns) - 1:
+        raise ValueError(f"The tokens of image {number} do not stand together in one row; check tile_counts.")
+    if not attention_mask[row, first : last + 1].bool().all():
+        raise ValueError(f"attention_mask hides tokens of image {number}.")
+    return row, first, last
+
+
+def _checked_ends(query_ends: list[int] | None, images: int, length: int) -> list[int]:
+    """For each image where its queries end, at the latest with the row."""
+    if query_ends is None:
+        return [length] * images
+    if len(query_ends) != images:
+        raise ValueError(f"scm_query_ends has {len(query_ends)} entries for {images} images.")
+    if not all(isinstance(end, Integral) and not isinstance(end, bool) and end <= length for end in query_ends):
+        raise ValueError(
+            f"scm_query_ends must be integers of at most {length}, the length of a row, got {query_ends!r}."
+        )
+    return [int(end) for end in query_ends]
 
 
 def _checked_counts(tile_counts: torch.Tensor) -> list[list[int]]:

@@ -166,9 +166,9 @@ class MiniMonkeyConfig(InternVLConfig):
         visual_experts (bool): Whether image tokens have feed-forward blocks of their own in the language model, as in
             Mono-InternVL.
         template (str): Name of the chat template in `conversation.TEMPLATES`.
-        system_message (str, *optional*): None is the published default, "" an empty one.
+        system_message (str, *optional*): None is the template's, "" an empty one.
         scm_keep_ratio (float): Share of an image's detailed tokens that the scale compression mechanism keeps.
-        scm_layer (int): The language-model layer whose attention scores them; 1 is the second.
+        scm_layer (int, *optional*): The language-model layer whose attention scores them; by default 1, the second.
         scm_queries (str): "all" scores with adaptive, thumbnail and text tokens, "visual" without text.
 
     Raises:
@@ -184,7 +184,7 @@ class MiniMonkeyConfig(InternVLConfig):
     template: str = "internlm2-chat"
     system_message: str | None = None
     scm_keep_ratio: float = 0.5
-    scm_layer: int = 1
+    scm_layer: int | None = None
     scm_queries: str = "all"
     tie_word_embeddings: bool = False
 
@@ -196,6 +196,10 @@ class MiniMonkeyConfig(InternVLConfig):
             config_dict = {**config_dict, "model_type": cls.model_type}
         elif config_dict.get("model_type") == InternVLConfig.model_type:
             config_dict = {"template": "chatml", **config_dict, "model_type": cls.model_type}
+            tied = config_dict.setdefault(
+                "tie_word_embeddings", InternVLConfig.tie_word_embeddings
+            )  # the whole's counts
+            config_dict["text_config"] = {**(config_dict.get("text_config") or {}), "tie_word_embeddings": tied}
         return config_dict, kwargs
 
     def __post_init__(self, **kwargs):
@@ -213,6 +217,8 @@ class MiniMonkeyConfig(InternVLConfig):
             self.image_token_id = self.text_config.vocab_size - PUBLISHED_IMAGE_TOKEN_FROM_END
         if self.tile_size is None:
             self.tile_size = self.vision_config.image_size[0]
+        if self.scm_layer is None:
+            self.scm_layer = min(1, self.text_config.num_hidden_layers - 1)
         self.image_seq_length = self._image_tokens_per_tile()
         self._check_values()
 

@@ -37,9 +37,9 @@ class VisualExpertDecoderLayer(LlamaDecoderLayer):
         if visual_token_mask is None:
             return self.mlp(hidden_states)
         is_visual = visual_token_mask.to(hidden_states.device)
-        output = torch.empty_like(hidden_states)
-        output[is_visual] = self.visual_mlp(hidden_states[is_visual])
-        output[~is_visual] = self.mlp(hidden_states[~is_visual])
+        visual, text = self.visual_mlp(hidden_states[is_visual]), self.mlp(hidden_states[~is_visual])
+        output = visual.new_empty(hidden_states.shape)  # under autocast of another type than what came in
+        output[is_visual], output[~is_visual] = visual, text
         return output
 
 

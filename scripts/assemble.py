@@ -4,24 +4,25 @@
     python scripts/assemble.py OpenGVLab/InternVL2-1B HuggingFaceTB/SmolLM2-135M-Instruct SmolMonkey --template chatml
 
 VISION is an InternViT, published or in transformers' format, or a whole InternVL, Mini-Monkey or MiniMonkey, whose vision
-tower is taken. LANGUAGE is any causal language model of transformers. The result has everything a MiniMonkey has (MSAC, SCM,
-chat) but sees nothing yet: its projector is random, to be trained. That the language model still says what it said is
-checked before anything is written.
+tower is taken. LANGUAGE is a causal language model of transformers that is built like Llama (Qwen, Mistral, Phi, SmolLM, OLMo,
+...). The result has everything a MiniMonkey has (MSAC, SCM, chat) but sees nothing yet: its projector is random, to be trained.
+That the language model still says what it said is checked before anything is written; OUT appears when it is complete.
 """
 
 import argparse
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from import_checkpoint import resolve_source
 from repository import root_class
 from safetensors import safe_open
 from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from importing.tokenizer import convert_tokenizer
 from importing.weights import read_shards
@@ -30,14 +31,7 @@ from importing.weights import read_shards
 PUBLISHED_VISION = "intern_vit_6b"
 NATIVE_VISION = "internvl_vision"
 VISION_PREFIX = "model.vision_tower."
-DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt"]
-LOGIT_TOLERANCE = 1e-3  # float32, before and after the language model is moved
-
-
-def resolve(source: str) -> Path:
-    """A local folder, or the snapshot of a Hub repository."""
-    folder = Path(source).expanduser()
-    return folder if folder.is_dir() else Path(snapshot_download(source, allow_patterns=DOWNLOADED))
+LOGIT_TOLERANCE = 1e-5  # of the largest logit; the same operations on the same numbers
 
 
 def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -63,6 +57,8 @@ def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             f"{folder} has model_type {kind!r}; VISION must be an InternViT ({PUBLISHED_VISION!r}, {NATIVE_VISION!r}) or a "
             "whole model that has one."
         )
+    if not vision.get("num_hidden_layers"):
+        raise ValueError(f"{folder} has no vision tower, only a patch embedding, as Mono-InternVL does.")
     convert, tensors = root_class("checkpoint.convert_tensor"), {}
     for shard in read_shards(folder):
         with safe_open(shard.path, framework="pt") as file:
@@ -91,24 +87,39 @@ def assemble(vision_source: str, language_source: str, out: Path, template_name:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; remove it or choose another folder.")
     template = root_class("conversation.get_template")(template_name)
-    vision_config, vision_weights = read_vision_tower(resolve(vision_source))
-    language_folder = resolve(language_source)
+    vision_config, vision_weights = read_vision_tower(resolve_source(vision_source))
+    language_folder = resolve_source(language_source)
     tokenizer, with_bos = convert_tokenizer(language_folder)
     extend_tokenizer(tokenizer, template)
     language_model = read_language_model(language_folder, len(tokenizer), dtype)
-    model = build_model(vision_config, language_model.config, tokenizer, template_name)
+    model = build_model(vision_config, language_model.config, tokenizer, template_name).to(dtype)
     move_weights(model, vision_weights, language_model)
     check_same_logits(model, language_model)
-    write(model.to(dtype), tokenizer, with_bos, template, out)
+    work = out.with_name(out.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    write(model, tokenizer, with_bos, template, work)
+    if out.exists():
+        out.rmdir()
+    work.replace(out)
 
 
 def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Module:
     """A causal language model with an embedding for each of at least `tokens` tokens; new ones are the mean of the old."""
     try:
-        config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config.get_text_config(), dtype=dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder} is not a causal language model of transformers: {error}") from error
+    problems = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
+    if problems:
+        raise ValueError(f"The weights in {folder} are not those of a {type(model).__name__}: {problems}.")
+    body = getattr(model, model.base_model_prefix, None)
+    layers = getattr(body, "layers", None)
+    if not layers or not hasattr(body, "embed_tokens") or not hasattr(layers[0], "self_attn"):
+        raise ValueError(
+            f"{type(model).__name__} is not built like Llama (embed_tokens, layers, self_attn), which a MiniMonkey expects."
+        )
     if tokens > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(tokens)
     return model.eval()
@@ -122,7 +133,6 @@ def build_model(vision_config: dict, text_config, tokenizer, template_name: str)
         image_token_id=tokenizer.convert_tokens_to_ids(root_class("conversation.IMAGE_TOKEN")),
         template=template_name,
         tie_word_embeddings=text_config.tie_word_embeddings,
-        scm_layer=min(1, text_config.num_hidden_layers - 1),
     )
     config.architectures = ["MiniMonkeyForConditionalGeneration"]
     return root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config).eval()
@@ -152,7 +162,7 @@ def check_same_logits(model: nn.Module, language_model: nn.Module) -> None:
     """
     ids = torch.arange(3, 19)[None]
     kind = language_model.config.model_type
-    before, after = language_model.float()(input_ids=ids).logits, model.float()(input_ids=ids).logits
+    before, after = language_model(input_ids=ids).logits, model(input_ids=ids).logits
     difference = (before - after).abs().max().item()
     if not difference <= LOGIT_TOLERANCE * max(1.0, before.abs().max().item()):
         raise ValueError(

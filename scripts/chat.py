@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from repository import ROOT
+from repository import ROOT, add_tile_arguments, tile_options
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-TILE_RANGES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
 
 
 def is_picture(text: str) -> bool:
@@ -37,9 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="cuda, cpu, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--attn-implementation", default=None, help="sdpa, eager or flash_attention_2")
-    parser.add_argument("--preset", default=None, help="tile ranges of a published benchmark, e.g. docvqa")
-    for name in TILE_RANGES:
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=None)
+    add_tile_arguments(parser)
     parser.add_argument("--use-scm", action="store_true", help="compress the tokens of the pictures' detailed tiles")
     parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
@@ -67,7 +64,6 @@ def load(args: argparse.Namespace):
 
 def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:
     """Print the answer while it is made; returns the history with this turn."""
-    ranges = {name: getattr(args, name) for name in (*TILE_RANGES, "preset") if getattr(args, name) is not None}
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     _, history = model.chat(
         processor,
@@ -75,7 +71,7 @@ def ask(processor, model, args: argparse.Namespace, question: str, history: list
         question,
         history=history,
         return_history=True,
-        images_kwargs=ranges,
+        images_kwargs=tile_options(args),
         use_scm=args.use_scm,
         scm_keep_ratio=args.scm_keep_ratio,
         max_new_tokens=args.max_new_tokens,

@@ -78,7 +78,7 @@ def read_config(folder: Path) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if "llm_config" not in config and "text_config" not in config:
-        raise ValueError(f"{path} is no InternVL2 or Mini-Monkey configuration: it has no llm_config.")
+        raise ValueError(f"{path} is no configuration of this family: it has neither llm_config nor text_config.")
     return root_class("configuration_minimonkey.MiniMonkeyConfig").get_config_dict(folder)[0]
 
 

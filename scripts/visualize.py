@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image, ImageDraw
-from repository import ROOT, root_class
+from repository import ROOT, add_tile_arguments, root_class, tile_options
 from transformers import AutoModel, AutoProcessor
 
 
-TILE_RANGES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
 DETAILED_COLOUR, ADAPTIVE_COLOUR = (40, 110, 255), (255, 140, 0)
 DARKNESS = 0.3  # brightness of a token that is left out
 SHORT_SIDE = 448  # smaller pictures are enlarged to this, so that seams are narrow beside letters
@@ -85,9 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("question")
     parser.add_argument("--out", type=Path, default=Path("compressed.png"), help="PNG to write (compressed.png)")
     parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
-    parser.add_argument("--preset", default="default", help="tile ranges (default: those of the paper)")
-    for name in TILE_RANGES:
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=None)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_tile_arguments(parser, preset="default")
     parser.add_argument("--keep-ratio", type=float, default=None, help="default: the model's")
     parser.add_argument("--layer", type=int, default=None, help="default: the model's")
     parser.add_argument("--queries", choices=("all", "visual"), default=None, help="default: the model's")
@@ -95,8 +93,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.out.parent.is_dir():
+        raise ValueError(f"There is no folder {args.out.parent} to write {args.out.name} into.")
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    ranges = {name: getattr(args, name) for name in TILE_RANGES if getattr(args, name) is not None}
     picture = root_class("image_processing_minimonkey.load_picture")(args.image)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": args.question}]
     inputs = processor.apply_chat_template(
@@ -104,14 +103,15 @@ def run(args: argparse.Namespace) -> None:
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
-        processor_kwargs={"images_kwargs": {"preset": args.preset, **ranges}},
+        processor_kwargs={"images_kwargs": tile_options(args)},
     )
     columns, rows, *adaptive = inputs["tile_grids"][0].tolist()
     if columns * rows == 1:
         raise ValueError(
             "This picture gives no detailed tiles, so there is nothing to compress; raise --max-tiles or change --preset."
         )
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).eval()
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(args.device).eval()
+    inputs = inputs.to(args.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     (kept,) = model.kept_positions(
         **inputs, scm_keep_ratio=args.keep_ratio, scm_layer=args.layer, scm_queries=args.queries

@@ -4,6 +4,7 @@ Measured on the language model alone, and for the memory of a whole `generate` w
 """
 
 import argparse
+import re
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from benchmarking.measure import free_bytes, median_seconds, peak_extra_bytes, report
-from benchmarking.models import SIZES, random_config, random_model
+from benchmarking.models import DTYPES, SIZES, random_config, random_model
 
 
 TEXT_BEFORE, TEXT_AFTER = 40, 30  # tokens of a prompt around its image
@@ -23,16 +24,27 @@ EAGER_MATRICES = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="2B", choices=(*SIZES, "Nano"), help="dimensions (default: 2B)")
-    parser.add_argument("--tiles", nargs="+", default=["4+3+1", "9+6+1", "12+6+1", "24+9+1"], metavar="D+A+T")
+    parser.add_argument(
+        "--tiles", nargs="+", type=tile_counts, default=["4+3+1", "9+6+1", "12+6+1", "24+9+1"], metavar="D+A+T"
+    )
     parser.add_argument("--keep-ratio", type=float, default=0.5)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument(
         "--scoring-dtype", default="float32", help="float32 (default) makes the order of scores definite"
     )
-    parser.add_argument("--dtype", default="bfloat16", help="of prefill and generate (default: bfloat16)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=DTYPES, help="of prefill and generate (default: bfloat16)"
+    )
     parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model for prefill")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tile_counts(text: str) -> str:
+    """Detailed, adaptive and thumbnail tiles, as 12+6+1."""
+    if not re.fullmatch(r"\d+\+\d+\+\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 12+6+1 (detailed, adaptive and thumbnail tiles)")
+    return text
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from repository import ROOT, root_class
 from torch import nn
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 _VISION = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
@@ -62,7 +63,7 @@ def random_config(size: str, layers: int | None = None):
     else:
         config = config_class(vision_config=dict(_VISION), text_config={**SIZES[size], "tie_word_embeddings": False})
     if layers is not None:
-        fields = {**config.to_dict(), "scm_layer": min(config.scm_layer, layers - 1)}
+        fields = {**config.to_dict(), "scm_layer": None}
         fields["text_config"] = {**config.text_config.to_dict(), "num_hidden_layers": layers}
         fields["text_config"].pop("layer_types", None)
         config = config_class(**fields)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarking.measure import median_seconds, peak_extra_bytes, report
-from benchmarking.models import SIZES, random_config, random_model
+from benchmarking.models import DTYPES, SIZES, random_config, random_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiles", type=int, default=34)
     parser.add_argument("--chunks", type=int, nargs="+", default=[16, 8, 4], help="tiles at a time")
     parser.add_argument("--compile", action="store_true", help="also the vision tower under torch.compile")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,0 +1,281 @@
+"""`generate` for prompts with images: vision runs once, scale compression shortens the prompt, padding may be on either side.
+
+What transformers' generation gets is a prompt of embeddings and a mask, rewritten before its first step; greedy, beams,
+sampling, streaming and static caches then work as for any model. The ids that are returned begin with the whole prompt.
+
+Shapes: B rows, N tokens of a row, T tiles of all images of the batch, S tile size in pixels, I images, D width of the
+language model.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from .attention_probe import attention_inputs
+from .compression import AttentionInputs, CompressionSettings, find_images, kept_positions, pack
+
+
+# On a cache: how many tokens of its prompt it never saw.
+LEFT_OUT = "scm_left_out"
+
+
+class GenerateMixin:
+    """`generate` and `kept_positions` for a model that has `encode_images` and a MiniMonkeyConfig."""
+
+    @torch.no_grad()
+    def kept_positions(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        tile_counts: torch.Tensor | None = None,
+        tile_grids: torch.Tensor | None = None,
+        **scm_options: Any,
+    ) -> list[torch.Tensor]:
+        """The positions of a prompt that scale compression keeps; see `generate` for the arguments.
+
+        Returns:
+            For each row the indices into the padded row that stay, ascending int64, padding left out.
+
+        Raises:
+            ValueError: See `generate`.
+        """
+        settings = self._compression_settings(**scm_options)
+        mask = _whole_mask(attention_mask, input_ids)
+        return self._encode_and_compress(input_ids, mask, pixel_values, tile_counts, settings)[1]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        tile_counts: torch.Tensor | None = None,
+        tile_grids: torch.Tensor | None = None,
+        use_scm: bool = False,
+        scm_keep_ratio: float | None = None,
+        scm_layer: int | None = None,
+        scm_queries: str | None = None,
+        scm_query_ends: list[int] | None = None,
+        tile_order: str = "detailed_first",
+        **kwargs: Any,
+    ):
+        """Generate as any transformers model does; returns the prompt's ids and the new ones (B, N + new).
+
+        Vision runs once, before the first step, whatever the number of beams or returned sequences. Prompts with images may
+        be padded on either side.
+
+        Args:
+            inputs: The prompt's ids (B, N); `input_ids=` works too.
+            generation_config: Settings, as for any transformers model.
+            pixel_values: (T, 3, S, S) tiles of all images.
+            tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image; scale compression needs them.
+            tile_grids: Accepted so that a processor's whole output can be passed; not used.
+            use_scm: Scale compression: of an image's detailed tokens the language model reads only those that the image's
+                other tokens and the text attend to most. The ids returned begin with the whole prompt all the same.
+            scm_keep_ratio: Share of the detailed tokens that stay, above 0 and at most 1.
+            scm_layer: The layer whose attention decides.
+            scm_queries: "all" as in the paper, or "visual" for scores that depend on nothing but the image.
+            scm_query_ends: For each image the index into its padded row before which the text that scores it ends; the
+                row's end by default. `chat` gives the end of the turn that brought the image.
+            tile_order: Whether an image's detailed or its adaptive tiles come first, which only compression needs to know;
+                the processor's is "detailed_first".
+            **kwargs: Everything `GenerationMixin.generate` takes.
+
+        `scm_keep_ratio`, `scm_layer` and `scm_queries` are by default those of the configuration.
+
+        Raises:
+            ValueError: See `encode_images`; settings of SCM out of range or given without `use_scm=True`; with images or
+                SCM also `assistant_model`, `prompt_lookup_num_tokens` and `prefill_chunk_size`; with SCM `position_ids` and
+                `past_key_values`, and later on the cache that it returned.
+        """
+        scm_options = {
+            "scm_keep_ratio": scm_keep_ratio,
+            "scm_layer": scm_layer,
+            "scm_queries": scm_queries,
+            "scm_query_ends": scm_query_ends,
+        }
+        given = [name for name, value in scm_options.items() if value is not None]
+        if given and not use_scm:
+            raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
+        settings = self._compression_settings(**scm_options, tile_order=tile_order) if use_scm else None
+        if inputs is not None:
+            if kwargs.get("input_ids") is not None:
+                raise ValueError("The prompt's ids were given twice, by position and as input_ids.")
+            kwargs["input_ids"] = inputs
+        self._check_what_fits(generation_config, kwargs, pixel_values is not None, use_scm)
+        left_out = 0
+        if pixel_values is not None or (use_scm and kwargs.get("input_ids") is not None):
+            generation_config, left_out = self._embed_prompt(
+                generation_config, kwargs, pixel_values, tile_counts, settings
+            )
+        elif all(kwargs.get(name) is None for name in ("inputs_embeds", "past_key_values")):
+            self._check_no_image_tokens(kwargs.get("input_ids"))
+        output = super().generate(generation_config=generation_config, **kwargs)
+        if left_out and getattr(output, "past_key_values", None) is not None:
+            setattr(output.past_key_values, LEFT_OUT, left_out)
+        return output
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, visual_token_mask=None, **kwargs
+    ):
+        """As in transformers; image tokens are only in the prompt, so no later step is told where they are."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        embeddings = inputs.get("inputs_embeds")
+        if visual_token_mask is not None and embeddings is not None:
+            inputs["visual_token_mask"] = visual_token_mask[:, -embeddings.shape[1] :]  # what is not cached yet
+        return inputs
+
+    def _compression_settings(
+        self,
+        scm_keep_ratio: float | None = None,
+        scm_layer: int | None = None,
+        scm_queries: str | None = None,
+        scm_query_ends: list[int] | None = None,
+        tile_order: str = "detailed_first",
+    ) -> CompressionSettings:
+        config = self.config
+        return CompressionSettings(
+            keep_ratio=config.scm_keep_ratio if scm_keep_ratio is None else scm_keep_ratio,
+            layer=config.scm_layer if scm_layer is None else scm_layer,
+            num_layers=config.text_config.num_hidden_layers,
+            queries=config.scm_queries if scm_queries is None else scm_queries,
+            query_ends=scm_query_ends,
+            tile_order=tile_order,
+        )
+
+    def _embed_prompt(
+        self,
+        generation_config: GenerationConfig | None,
+        options: dict[str, Any],
+        pixel_values: torch.Tensor | None,
+        tile_counts: torch.Tensor | None,
+        settings: CompressionSettings | None,
+    ) -> tuple[GenerationConfig | None, int]:
+        """Put the prompt's embeddings into `options`, compressed and padded on the left where that is needed.
+
+        Returns:
+            The generation configuration for it, and the tokens of the longest row that were left out.
+        """
+        input_ids, mask = options["input_ids"], options.get("attention_mask")
+        if settings is not None:
+            mask = _whole_mask(mask, input_ids)
+            embeddings, kept = self._encode_and_compress(input_ids, mask, pixel_values, tile_counts, settings)
+        else:
+            embeddings = self.encode_images(input_ids, pixel_values)
+            kept = [row.nonzero().squeeze(1) for row in mask] if mask is not None and mask.ndim == 2 else None
+        is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
+        if kept is not None and _needs_packing(mask, kept):
+            generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
+            (embeddings, is_image), options["attention_mask"] = pack((embeddings, is_image), kept)
+        options["inputs_embeds"] = embeddings
+        if self.config.visual_experts:
+            options["visual_token_mask"] = is_image
+        return generation_config, input_ids.shape[1] - embeddings.shape[1]
+
+    def _encode_and_compress(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        tile_counts: torch.Tensor | None,
+        settings: CompressionSettings,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The prompt's embeddings (B, N, D), and the positions of each row that stay."""
+        if pixel_values is None:
+            self._check_no_image_tokens(input_ids)
+            return self.get_input_embeddings()(input_ids), [row.nonzero().squeeze(1) for row in attention_mask]
+        if tile_counts is None:
+            raise ValueError(
+                "Scale compression needs to know an image's detailed tiles: pass tile_counts (images, 3), which the "
+                "processor returns beside pixel_values; chat needs target_aspect_ratio for tiles that you cut yourself."
+            )
+        self._check_pixel_values(pixel_values)
+        tokens_per_tile = self.tokens_per_tile(pixel_values)
+        images = find_images(
+            input_ids, attention_mask, tile_counts, self.config.image_token_id, tokens_per_tile, settings
+        )
+        embeddings = self.encode_images(input_ids, pixel_values)
+
+        def probe(sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
+            routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
+            return attention_inputs(self.model.language_model, sequence, settings.layer, **routing)
+
+        return embeddings, kept_positions(embeddings, attention_mask, images, settings, probe)
+
+    def _check_no_image_tokens(self, input_ids: torch.Tensor | None) -> None:
+        tokens = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
+        if tokens:
+            raise ValueError(f"The prompt has {tokens} image tokens, but no pixel_values were given.")
+
+    def _check_what_fits(
+        self, generation_config: GenerationConfig | None, options: dict[str, Any], has_images: bool, use_scm: bool
+    ) -> None:
+        """Refuse what transformers would do with other tokens than the model saw; it gives other answers."""
+        if getattr(options.get("past_key_values"), LEFT_OUT, 0):
+            raise ValueError(
+                "past_key_values come from a generation with scale compression and lack tokens that input_ids have; leave "
+                "them out."
+            )
+        if use_scm and options.get("inputs_embeds") is not None:
+            raise ValueError(
+                "use_scm=True compresses images: pass pixel_values and input_ids instead of inputs_embeds."
+            )
+        if not has_images and not use_scm:
+            return
+        if options.get("inputs_embeds") is not None or options.get("input_ids") is None:
+            raise ValueError("pixel_values need input_ids and no inputs_embeds.")
+        sources = (options, vars(generation_config or self.generation_config))
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+            if any(source.get(name) is not None for source in sources):
+                raise ValueError(f"{name} does not work with images; leave it out.")
+        for name in ("position_ids", "past_key_values"):
+            if use_scm and options.get(name) is not None:
+                raise ValueError(
+                    f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."
+                )
+
+    def _lengths_in_new_tokens(
+        self, generation_config: GenerationConfig | None, options: dict[str, Any], prompt_length: int
+    ) -> GenerationConfig | None:
+        """Say limits that count the prompt as limits of new tokens: what is embedded is shorter than the prompt's ids.
+
+        Moves them in `options` and returns the configuration without them; that of the caller is not changed.
+        """
+        generation_config = copy.copy(generation_config)
+        for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            sources = (options, vars(generation_config or GenerationConfig()), vars(self.generation_config))
+            length = next((source[total] for source in sources if source.get(total) is not None), None)
+            if length is None or any(source.get(new) is not None for source in sources):
+                continue
+            if total == "max_length" and length <= prompt_length:
+                raise ValueError(
+                    f"The prompt has {prompt_length} tokens, but max_length is {length}; raise it or pass max_new_tokens."
+                )
+            options.pop(total, None)
+            options[new] = max(length - prompt_length, 0)
+            if generation_config is not None:
+                setattr(generation_config, total, None)
+        return generation_config
+
+
+def _whole_mask(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
+    """The mask of a prompt (B, N), ones where there is none."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} for scale compression, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    return attention_mask
+
+
+def _needs_packing(attention_mask: torch.Tensor, kept: list[torch.Tensor]) -> bool:
+    """Whether tokens were left out, or rows end with padding, where generation would go on."""
+    return sum(map(len, kept)) < int(attention_mask.sum()) or not bool(attention_mask[:, -1].all())
