@@ -24,7 +24,7 @@ from urllib.request import url2pathname
 import numpy as np
 import torch
 from huggingface_hub import get_session
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import (
@@ -130,7 +130,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: Its file is broken.
     """
     try:
-        image = ImageOps.exif_transpose(_first_frame(image))
+        image = _first_frame(image)
+        image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # transposing copies, even where nothing turns
+            image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"The picture cannot be decoded: {error}") from error
     if image.mode.startswith("I;16"):
@@ -141,7 +144,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _first_frame(image: Image.Image) -> Image.Image:
