@@ -281,7 +281,10 @@ class ChatMixin:
         if bound.images is not None:
             inputs = bound.processor.image_processor(bound.images, return_tensors="pt", **bound.images_kwargs)
             pixel_values, counts = inputs["pixel_values"], inputs["tile_counts"]
-            return Pictures(pixel_values.to(self.device, self.dtype), counts.sum(dim=1).tolist(), counts)
+            dtype = (
+                self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
+            )  # uint8 stays, see encode_images
+            return Pictures(pixel_values.to(self.device, dtype), counts.sum(dim=1).tolist(), counts)
         if bound.pixel_values is None:
             return Pictures()
         tiles = bound.num_patches_list

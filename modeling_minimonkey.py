@@ -16,6 +16,7 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
 from .chat_minimonkey import ChatMixin
@@ -131,7 +132,8 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
 
         Args:
             input_ids: (B, N)
-            pixel_values: (T, 3, S, S), normalised, in the order of the image tokens.
+            pixel_values: (T, 3, S, S) in the order of the image tokens: normalised, or uint8, which are normalised here (with
+                ImageNet's mean and deviation, on the model's device; a quarter of the bytes to move there).
             image_flags: (T,) or (T, 1); tiles flagged 0 are padding and give no features.
 
         Returns:
@@ -153,7 +155,7 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
             )
         if tokens == 0:
             return embeddings
-        chunks = pixel_values.split(VISION_CHUNK_TILES)
+        chunks = map(self._normalised, pixel_values.split(VISION_CHUNK_TILES))
         features = torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
         features = features.to(embeddings.device, embeddings.dtype)
         return embeddings.masked_scatter(is_image.unsqueeze(-1).to(embeddings.device), features)  # features (T, K, D)
@@ -163,6 +165,15 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
         patch_size, ratio = self.config.vision_config.patch_size[0], self.config.downsample_ratio
         return int(pixel_values.shape[-1] // patch_size * ratio) ** 2
 
+    def _normalised(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values
+        mean, std = (
+            torch.tensor(values, device=pixel_values.device).view(-1, 1, 1)
+            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+        return ((pixel_values / 255 - mean) / std).to(self.dtype)
+
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         channels, patch_size = self.config.vision_config.num_channels, self.config.vision_config.patch_size[0]
         shape = tuple(pixel_values.shape)
@@ -170,9 +181,9 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
             raise ValueError(f"pixel_values must be tiles of shape (tiles, {channels}, S, S), got {shape}.")
         if shape[2] % (patch_size * round(1 / self.config.downsample_ratio)):
             raise ValueError(f"Tiles of {shape[2]} px do not hold a whole number of {patch_size} px patch groups.")
-        if not pixel_values.is_floating_point():
+        if not pixel_values.is_floating_point() and pixel_values.dtype != torch.uint8:
             raise ValueError(
-                f"pixel_values must be normalised floating-point tiles, got {pixel_values.dtype}; use the processor."
+                f"pixel_values must be normalised floating-point tiles, or uint8, got {pixel_values.dtype}; use the processor."
             )
         if not hasattr(self, "hf_device_map") and pixel_values.device != self.device:
             raise ValueError(

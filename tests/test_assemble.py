@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, random_tiles, synthetic_picture
+from safetensors.torch import load_file, save_file
+from test_visual_experts import tiny_mono
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     InternVLVisionConfig,
     InternVLVisionModel,
     PreTrainedTokenizerFast,
@@ -146,3 +150,55 @@ def test_parts_that_are_something_else(tmp_path):
         assemble(str(vision), str(language), tmp_path / "out", "latin", torch.float32)
     with pytest.raises(ValueError, match="exists already"):
         assemble(str(vision), str(language), tmp_path, "chatml", torch.float32)
+
+
+def without_some_weights(folder: Path) -> Path:
+    path = language_folder(folder, "qwen3") / "model.safetensors"
+    weights = {name: tensor for name, tensor in load_file(path).items() if ".layers.1.mlp." not in name}
+    save_file(weights, path, {"format": "pt"})
+    return folder
+
+
+def whole_internvl(folder: Path) -> Path:
+    native_vision(folder)
+    vision = InternVLVisionConfig.from_pretrained(folder)
+    text = AutoConfig.from_pretrained(language_folder(folder, "qwen3"))
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=260)
+    InternVLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("language", "message"),
+    [
+        (without_some_weights, r"are not those of a Qwen3ForCausalLM.*layers\.1\.mlp"),
+        (whole_internvl, "is not a causal language model of transformers"),
+        (lambda folder: ROOT, "is not a causal language model of transformers"),  # a MiniMonkey
+        (lambda folder: language_folder(folder, "gpt2"), "GPT2LMHeadModel is not built like Llama"),
+        (lambda folder: folder / "missing", "There is no folder"),
+    ],
+    ids=["missing_weights", "internvl", "minimonkey", "gpt2", "no_folder"],
+)
+def test_language_models_that_cannot_be_used(language, message, tmp_path):
+    source, out = language(tmp_path / "language"), tmp_path / "out"
+    with pytest.raises(ValueError, match=message):
+        assemble(str(published_vision(tmp_path)), str(source), out, "chatml", torch.float32)
+    assert not out.exists()
+    assert not out.with_name("out.partial").exists()
+
+
+def test_a_patch_embedding_is_no_vision_tower(tmp_path):
+    tiny_mono().save_pretrained(tmp_path / "mono")
+    language = language_folder(tmp_path / "language", "qwen3")
+    with pytest.raises(ValueError, match="only a patch embedding"):
+        assemble(str(tmp_path / "mono"), str(language), tmp_path / "out", "chatml", torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left_beside_what_was_written(tmp_path):
+    language = language_folder(tmp_path / "language", "qwen3")
+    (tmp_path / "out.partial").mkdir()  # of a run that was stopped
+    (tmp_path / "out.partial" / "rest").touch()
+    assemble(str(published_vision(tmp_path)), str(language), tmp_path / "out", "chatml", torch.float32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["language", "out"]
+    assert not (tmp_path / "out" / "rest").exists()

@@ -2,9 +2,11 @@
 
 import copy
 import json
+from itertools import product
 
 import pytest
 from conftest import FIXTURES, root_class
+from test_model import IMAGE_TOKEN, TINY_TEXT, TINY_VISION
 
 
 CONFIG = root_class("configuration_minimonkey.MiniMonkeyConfig")
@@ -80,3 +82,22 @@ def with_published(**changes) -> dict:
 def test_impossible_values_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         CONFIG.from_dict(with_published(**changes))
+
+
+@pytest.mark.parametrize(("whole", "text"), product([None, True, False], repeat=2))
+def test_the_tie_of_transformers_internvl_is_that_of_the_whole(whole, text, tmp_path):
+    parts = {"text_config": {**TINY_TEXT, "model_type": "qwen2"}, "vision_config": TINY_VISION}
+    config = {"model_type": "internvl", "image_token_id": IMAGE_TOKEN, **parts}
+    for part, tied in ((config, whole), (config["text_config"], text)):
+        part.pop("tie_word_embeddings", None)
+        if tied is not None:
+            part["tie_word_embeddings"] = tied
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for loaded in (CONFIG.from_pretrained(tmp_path), CONFIG.from_dict(CONFIG.get_config_dict(tmp_path)[0])):
+        expected = True if whole is None else whole
+        assert (loaded.tie_word_embeddings, loaded.text_config.tie_word_embeddings) == (expected, expected)
+
+
+def test_one_layer_needs_no_scm_layer():
+    text = {**TINY_TEXT, "model_type": "llama", "num_hidden_layers": 1}
+    assert CONFIG(text_config=text, vision_config=TINY_VISION, image_token_id=IMAGE_TOKEN).scm_layer == 0

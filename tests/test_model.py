@@ -1,12 +1,14 @@
 """The model beyond parity: generation modes, precision, memory options, saving, inputs that do not fit."""
 
 import copy
+import sys
 import threading
 
 import pytest
 import torch
 from conftest import ROOT, random_tiles, root_class
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -220,18 +222,41 @@ def test_image_tokens_and_features_of_different_number():
 @pytest.mark.parametrize(
     ("tiles", "message"),
     [
-        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), "floating-point"),
+        (torch.zeros(2, 3, 28, 28, dtype=torch.int64), "floating-point"),
         (torch.zeros(3, 28, 28), r"\(tiles, 3, S, S\)"),
         (torch.zeros(2, 4, 28, 28), r"\(tiles, 3, S, S\)"),
         (torch.zeros(2, 3, 28, 35), r"\(tiles, 3, S, S\)"),
         (torch.zeros(2, 3, 30, 30), "patch groups"),
         (torch.zeros(2, 3, 28, 28, device="meta"), "model.device"),
     ],
-    ids=["uint8", "three_dimensions", "four_channels", "not_square", "odd_size", "other_device"],
+    ids=["integers", "three_dimensions", "four_channels", "not_square", "odd_size", "other_device"],
 )
 def test_tiles_that_do_not_fit(tiles, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(**{**prompt(2), "pixel_values": tiles})
+
+
+def test_whole_numbers_are_normalised_by_the_model(nano, processor):
+    image = Image.open(ROOT / "assets" / "example.png")
+    raw = {"images_kwargs": {"do_rescale": False, "do_normalize": False}}
+    tiles = processor.image_processor(image, return_tensors="pt", **raw["images_kwargs"])["pixel_values"]
+    assert tiles.dtype == torch.uint8
+    normalised = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    ids = torch.full((1, 49), nano.config.image_token_id)
+    assert torch.allclose(nano.encode_images(ids, tiles), nano.encode_images(ids, normalised), atol=1e-4)
+    options = {"max_new_tokens": 16, "do_sample": False}
+    assert nano.chat(processor, image, "Read the text.", **raw, **options) == nano.chat(
+        processor, image, "Read the text.", **options
+    )
+
+
+def test_many_tiles_go_through_in_chunks(monkeypatch):
+    model, batch, calls = tiny_model(), prompt(5), []
+    whole = model.encode_images(batch["input_ids"], batch["pixel_values"])
+    monkeypatch.setattr(sys.modules[type(model).__module__], "VISION_CHUNK_TILES", 2)
+    model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+    assert torch.allclose(model.encode_images(batch["input_ids"], batch["pixel_values"]), whole, atol=1e-5)
+    assert len(calls) == 3
 
 
 def test_tiles_without_a_prompt():
@@ -270,6 +295,24 @@ def test_inputs_are_not_changed():
     before = copy.deepcopy(batch)
     model.generate(**batch, max_new_tokens=2)
     assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+@torch.no_grad()
+def test_the_vision_tower_compiles_whole():
+    tower, tiles = tiny_model().model.vision_tower, random_tiles(0, 2, 3, 28, 28)
+    expected = tower(tiles).last_hidden_state
+    compiled = torch.compile(tower, fullgraph=True, backend=(counter := CompileCounter()))
+    assert torch.equal(compiled(tiles).last_hidden_state, expected)
+    assert counter.frame_count == 1
+
+
+def test_a_decoding_step_compiles_whole():
+    model, batch = tiny_model(), prompt(2, 1)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    expected = model.generate(**batch, **options)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=(counter := CompileCounter()))
+    assert torch.equal(model.generate(**batch, **options), expected)
+    assert counter.frame_count == 2  # the prompt, and a step
 
 
 @pytest.mark.gpu

@@ -82,6 +82,37 @@ def test_benchmark_of_compression():
     assert reports[1]["rows"][0]["kept"] == 462 - 2 * 49
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["preprocessing", "--width", 400, "--height", 300, "--repeats", 1],
+        ["vision", "--size", "Nano", "--tiles", 4, "--chunks", 2, "--repeats", 1],
+        ["decode", "--size", "Nano", "--tokens", 2, "--repeats", 1],
+        ["load", "--size", "Nano", "--repeats", 1],
+        ["stages", "--size", "Nano", "--width", 400, "--height", 300, "--picture", "stages.png"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_benchmarks_report(arguments, tmp_path):
+    arguments = [tmp_path / argument if argument == "stages.png" else argument for argument in arguments]
+    result = run("scripts/benchmark.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    (report,) = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert report["benchmark"].split("/")[0] == arguments[0]
+    assert report["rows"]
+    assert "--picture" not in arguments or Image.open(tmp_path / "stages.png").size[0] > 0
+
+
+def test_benchmark_names_the_form_of_tiles():
+    result = run("scripts/benchmark.py", "compression", "--tiles", "4x3")
+    assert result.returncode == 2
+    assert "'4x3' is not of the form 12+6+1" in result.stderr
+
+
+def test_the_readme_has_no_placeholders():
+    assert "@@" not in (ROOT / "README.md").read_text()
+
+
 def test_training_and_evaluation_run(tmp_path):
     from synthetic.text_images import font_files, words
 

@@ -138,6 +138,36 @@ def test_a_prompt_in_pieces_and_a_new_image_in_a_later_turn(mono):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("new_image", [False, True])
+def test_generation_goes_on_from_the_cache_of_a_prefix(mono, new_image):
+    first, second = prompt(2), prompt(1, length=20)
+    ids, pixels, cached = first["input_ids"], first["pixel_values"], 17
+    if new_image:
+        ids, pixels, cached = (
+            torch.cat([ids, second["input_ids"]], dim=1),
+            torch.cat([pixels, second["pixel_values"]]),
+            24,
+        )
+    cache = DynamicCache(config=mono.config.text_config)
+    mono(input_ids=ids[:, :cached], pixel_values=first["pixel_values"], past_key_values=cache)
+    output = mono.generate(input_ids=ids, pixel_values=pixels, past_key_values=cache, **GREEDY)
+    assert torch.equal(output, mono.generate(input_ids=ids, pixel_values=pixels, **GREEDY))
+
+
+def test_embeddings_need_a_mask_of_the_image_tokens(mono):
+    for model in (mono, mono.model):
+        with pytest.raises(ValueError, match="visual_token_mask"):
+            model(inputs_embeds=torch.zeros(1, 5, 32))
+
+
+@torch.no_grad()
+def test_the_model_without_its_head_knows_the_image_tokens(mono):
+    batch = prompt(2, 1)
+    expected = mono(**batch, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(mono.model(**batch).last_hidden_state, expected)
+
+
+@torch.no_grad()
 def test_compression_scores_with_the_experts(mono):
     """The judge is the attention that the whole model reports."""
     batch, counts = prompt(4), torch.tensor([[2, 1, 1]])
@@ -168,6 +198,18 @@ def test_gradients_reach_the_block_that_was_used():
     model(input_ids=text, labels=text).loss.backward()
     assert layer.visual_mlp.up_proj.weight.grad is None
     assert layer.mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_mixed_precision():
+    model, batch = tiny_mono().train(), prompt(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    layer = model.model.language_model.layers[0]
+    for block in (layer.mlp, layer.visual_mlp):
+        gradient = block.up_proj.weight.grad
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0
 
 
 def test_experts_of_another_family_are_refused():

@@ -4,6 +4,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,10 +40,15 @@ def read_plain(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def copy_each(tensors: Iterable[torch.Tensor]) -> None:
-    """Files are mapped into memory and read when they are used; so each weight is copied once, as moving it to a GPU does."""
-    for tensor in tensors:
-        tensor.detach().clone()
+def copied(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies in memory of their own. Files are mapped, and read only when their weights are used; this reads them."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def in_use(loaded) -> None:
+    """Touch every page, so that memory counts what use would take."""
+    for tensor in loaded if isinstance(loaded, list) else loaded.parameters():
+        tensor.detach().view(-1).view(torch.uint8)[::4096].sum()
 
 
 def rows(args: argparse.Namespace, folder: Path) -> list[dict]:
@@ -57,18 +63,21 @@ def rows(args: argparse.Namespace, folder: Path) -> list[dict]:
     import_checkpoint(str(published), imported, image_token_id)
     model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
     options = {"dtype": torch.bfloat16, "image_token_id": image_token_id}
-    functions = {
-        "plain read": lambda: copy_each(read_plain(published).values()),
-        "published": lambda: copy_each(model_class.from_pretrained(published, **options).parameters()),
-        "imported": lambda: copy_each(
-            AutoModel.from_pretrained(imported, trust_remote_code=True, dtype=torch.bfloat16).parameters()
-        ),
+    ways = {
+        "plain read": lambda: list(read_plain(published).values()),
+        "published": lambda: model_class.from_pretrained(published, **options),
+        "imported": lambda: AutoModel.from_pretrained(imported, trust_remote_code=True, dtype=torch.bfloat16),
     }
-    seconds = median_seconds(functions, cpu, args.repeats)
+
+    def load_and_copy(way):
+        loaded = way()
+        return copied(loaded if isinstance(loaded, list) else loaded.parameters())
+
+    seconds = median_seconds({name: partial(load_and_copy, way) for name, way in ways.items()}, cpu, args.repeats)
     size = sum(path.stat().st_size for path in published.glob("*.safetensors"))
     results = []
-    for name, function in functions.items():
-        extra = peak_extra_bytes(function, cpu)
+    for name, way in ways.items():
+        extra = peak_extra_bytes(lambda way=way: in_use(way()), cpu)
         row = {"way": name, "s": seconds[name], "time ratio": seconds[name] / seconds["plain read"]}
         row |= {"peak MB": None if extra is None else round(extra / 2**20)}
         results.append({**row, "peak / file": None if extra is None else extra / size})
