@@ -1,9 +1,12 @@
-"""Loading: `from_pretrained` of a published checkpoint, and of an imported one, beside reading the same files plain."""
+"""Loading: `from_pretrained` of a published checkpoint, and of an imported one, beside reading the same files plain.
+
+Each time from the disk, not from what the system remembers of it, and until every weight is there.
+"""
 
 import argparse
 import json
+import os
 import tempfile
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -40,13 +43,17 @@ def read_plain(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def copied(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies in memory of their own. Files are mapped, and read only when their weights are used; this reads them."""
-    return [tensor.detach().clone() for tensor in tensors]
+def evict(folder: Path) -> None:
+    """Let the system forget that it has read these files, as after a restart; only where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def in_use(loaded) -> None:
-    """Touch every page, so that memory counts what use would take."""
+    """Touch every page: files are mapped into memory, and read only when their weights are used."""
     for tensor in loaded if isinstance(loaded, list) else loaded.parameters():
         tensor.detach().view(-1).view(torch.uint8)[::4096].sum()
 
@@ -64,19 +71,22 @@ def rows(args: argparse.Namespace, folder: Path) -> list[dict]:
     model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
     options = {"dtype": torch.bfloat16, "image_token_id": image_token_id}
     ways = {
-        "plain read": lambda: list(read_plain(published).values()),
-        "published": lambda: model_class.from_pretrained(published, **options),
-        "imported": lambda: AutoModel.from_pretrained(imported, trust_remote_code=True, dtype=torch.bfloat16),
+        "plain read": (published, lambda: list(read_plain(published).values())),
+        "published": (published, lambda: model_class.from_pretrained(published, **options)),
+        "imported": (
+            imported,
+            lambda: AutoModel.from_pretrained(imported, trust_remote_code=True, dtype=torch.bfloat16),
+        ),
     }
 
-    def load_and_copy(way):
-        loaded = way()
-        return copied(loaded if isinstance(loaded, list) else loaded.parameters())
+    def load(source: Path, way) -> None:
+        evict(source)
+        in_use(way())
 
-    seconds = median_seconds({name: partial(load_and_copy, way) for name, way in ways.items()}, cpu, args.repeats)
+    seconds = median_seconds({name: partial(load, *way) for name, way in ways.items()}, cpu, args.repeats)
     size = sum(path.stat().st_size for path in published.glob("*.safetensors"))
     results = []
-    for name, way in ways.items():
+    for name, (_, way) in ways.items():
         extra = peak_extra_bytes(lambda way=way: in_use(way()), cpu)
         row = {"way": name, "s": seconds[name], "time ratio": seconds[name] / seconds["plain read"]}
         row |= {"peak MB": None if extra is None else round(extra / 2**20)}
