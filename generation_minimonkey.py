@@ -17,8 +17,8 @@ from .attention_probe import attention_inputs
 from .compression import AttentionInputs, CompressionSettings, find_images, kept_positions, pack
 
 
-# On a cache: how many tokens of its prompt it never saw.
-LEFT_OUT = "scm_left_out"
+# On a cache: its positions are not those of the ids that were returned with it.
+REPACKED = "prompt_was_repacked"
 
 
 class GenerateMixin:
@@ -107,16 +107,16 @@ class GenerateMixin:
                 raise ValueError("The prompt's ids were given twice, by position and as input_ids.")
             kwargs["input_ids"] = inputs
         self._check_what_fits(generation_config, kwargs, pixel_values is not None, use_scm)
-        left_out = 0
+        repacked = False
         if pixel_values is not None or (use_scm and kwargs.get("input_ids") is not None):
-            generation_config, left_out = self._embed_prompt(
+            generation_config, repacked = self._embed_prompt(
                 generation_config, kwargs, pixel_values, tile_counts, settings
             )
         elif all(kwargs.get(name) is None for name in ("inputs_embeds", "past_key_values")):
             self._check_no_image_tokens(kwargs.get("input_ids"))
         output = super().generate(generation_config=generation_config, **kwargs)
-        if left_out and getattr(output, "past_key_values", None) is not None:
-            setattr(output.past_key_values, LEFT_OUT, left_out)
+        if repacked and getattr(output, "past_key_values", None) is not None:
+            setattr(output.past_key_values, REPACKED, True)
         return output
 
     def prepare_inputs_for_generation(
@@ -156,11 +156,11 @@ class GenerateMixin:
         pixel_values: torch.Tensor | None,
         tile_counts: torch.Tensor | None,
         settings: CompressionSettings | None,
-    ) -> tuple[GenerationConfig | None, int]:
+    ) -> tuple[GenerationConfig | None, bool]:
         """Put the prompt's embeddings into `options`, compressed and padded on the left where that is needed.
 
         Returns:
-            The generation configuration for it, and the tokens of the longest row that were left out.
+            The generation configuration for it, and whether tokens were left out or moved.
         """
         input_ids, mask = options["input_ids"], options.get("attention_mask")
         if settings is not None:
@@ -170,13 +170,14 @@ class GenerateMixin:
             embeddings = self.encode_images(input_ids, pixel_values)
             kept = [row.nonzero().squeeze(1) for row in mask] if mask is not None and mask.ndim == 2 else None
         is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
-        if kept is not None and _needs_packing(mask, kept):
+        repacked = kept is not None and _needs_packing(mask, kept)
+        if repacked:
             generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
             (embeddings, is_image), options["attention_mask"] = pack((embeddings, is_image), kept)
         options["inputs_embeds"] = embeddings
         if self.config.visual_experts:
             options["visual_token_mask"] = is_image
-        return generation_config, input_ids.shape[1] - embeddings.shape[1]
+        return generation_config, repacked
 
     def _encode_and_compress(
         self,
@@ -217,10 +218,10 @@ class GenerateMixin:
         self, generation_config: GenerationConfig | None, options: dict[str, Any], has_images: bool, use_scm: bool
     ) -> None:
         """Refuse what transformers would do with other tokens than the model saw; it gives other answers."""
-        if getattr(options.get("past_key_values"), LEFT_OUT, 0):
+        if getattr(options.get("past_key_values"), REPACKED, False):
             raise ValueError(
-                "past_key_values come from a generation with scale compression and lack tokens that input_ids have; leave "
-                "them out."
+                "past_key_values come from a generation whose prompt was shortened by scale compression, or moved because it "
+                "was padded on the right; they do not fit its input_ids. Leave them out."
             )
         if use_scm and options.get("inputs_embeds") is not None:
             raise ValueError(

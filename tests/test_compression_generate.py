@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from compression_helpers import GREEDY, LANGUAGE_MODELS, ROWS, alone, batch, eager_kept, without_padding
+from compression_helpers import GREEDY, IMAGE, LANGUAGE_MODELS, ROWS, alone, batch, eager_kept, without_padding
 from test_model import tiny_model
 from transformers import GenerationConfig
 
@@ -365,8 +365,9 @@ def test_dynamic_rope_forgets_the_scored_prompt():
 # --- what does not go together ---------------------------------------------------------------------------------------
 
 
-def test_the_cache_of_a_compressed_prompt_is_refused_later():
-    model, one = tiny_model(), batch(ROWS[0])
+@pytest.mark.parametrize("rows", [ROWS[:1], ((3, IMAGE, 9), (60,))], ids=["alone", "beside_longer_text"])
+def test_the_cache_of_a_compressed_prompt_is_refused_later(rows):
+    model, one = tiny_model(), batch(*rows)
     first = model.generate(**one, **GREEDY, use_scm=True, return_dict_in_generate=True)
     for later in ({}, {"pixel_values": one["pixel_values"]}):
         with pytest.raises(ValueError, match="scale compression"):
@@ -379,3 +380,19 @@ def test_embeddings_are_not_compressed():
     for given in ({}, one):
         with pytest.raises(ValueError, match="instead of inputs_embeds"):
             model.generate(inputs_embeds=embeddings, **given, **GREEDY, use_scm=True)
+
+
+@pytest.mark.gpu
+def test_flash_attention_keeps_what_sdpa_keeps():
+    """Head sizes of the published models; flash attention hands out no weights, and the published code crashes with it."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    model = tiny_model("llama", **sizes).to("cuda", torch.bfloat16)
+    one = {name: value.to("cuda") for name, value in batch((3, IMAGE, 9)).items()}
+    one["pixel_values"] = one["pixel_values"].to(torch.bfloat16)
+    kept = {}
+    for implementation in ("sdpa", "flash_attention_2"):
+        model.set_attn_implementation(implementation)
+        kept[implementation] = model.kept_positions(**one)[0].tolist()
+        assert model.generate(**one, use_scm=True, **GREEDY).shape[1] > one["input_ids"].shape[1]
+    together = set(kept["sdpa"]) & set(kept["flash_attention_2"])
+    assert len(together) >= len(kept["sdpa"]) - 2  # in bfloat16 neighbours in the order may change places
