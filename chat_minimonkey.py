@@ -281,9 +281,8 @@ class ChatMixin:
         if bound.images is not None:
             inputs = bound.processor.image_processor(bound.images, return_tensors="pt", **bound.images_kwargs)
             pixel_values, counts = inputs["pixel_values"], inputs["tile_counts"]
-            dtype = (
-                self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
-            )  # uint8 stays, see encode_images
+            # uint8 tiles are normalised by the model, see encode_images.
+            dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
             return Pictures(pixel_values.to(self.device, dtype), counts.sum(dim=1).tolist(), counts)
         if bound.pixel_values is None:
             return Pictures()

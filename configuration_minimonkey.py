@@ -143,7 +143,10 @@ def config_from_published(published: dict[str, Any]) -> dict[str, Any]:
     config["visual_experts"] = published["llm_config"]["architectures"][0] == "InternLM2VEForCausalLM"
     config["vision_config"] = vision_config_from_published(published.get("vision_config") or {})
     config["pixel_shuffle_version"] = config.pop("ps_version", "v1")
-    config["vision_feature_layer"] = config.pop("select_layer", -1)
+    layer = config.pop("select_layer", -1)
+    config["vision_feature_layer"] = (
+        layer if config["vision_config"]["num_hidden_layers"] else -1
+    )  # Mono-InternVL has none
     config["tile_size"] = config.pop("force_image_size", None)
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"]
     return config
@@ -196,9 +199,8 @@ class MiniMonkeyConfig(InternVLConfig):
             config_dict = {**config_dict, "model_type": cls.model_type}
         elif config_dict.get("model_type") == InternVLConfig.model_type:
             config_dict = {"template": "chatml", **config_dict, "model_type": cls.model_type}
-            tied = config_dict.setdefault(
-                "tie_word_embeddings", InternVLConfig.tie_word_embeddings
-            )  # the whole's counts
+            # What the whole says counts in transformers, also where it says nothing.
+            tied = config_dict.setdefault("tie_word_embeddings", InternVLConfig.tie_word_embeddings)
             config_dict["text_config"] = {**(config_dict.get("text_config") or {}), "tie_word_embeddings": tied}
         return config_dict, kwargs
 
