@@ -22,8 +22,9 @@ from repository import root_class
 from safetensors import safe_open
 from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
+from importing.folder import check_free, finish, generation_config, save_processor, work_folder
 from importing.tokenizer import convert_tokenizer
 from importing.weights import read_shards
 
@@ -84,8 +85,7 @@ def assemble(vision_source: str, language_source: str, out: Path, template_name:
     Raises:
         ValueError: Parts that do not fit, before OUT exists.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; remove it or choose another folder.")
+    check_free(out)
     template = root_class("conversation.get_template")(template_name)
     vision_config, vision_weights = read_vision_tower(resolve_source(vision_source))
     language_folder = resolve_source(language_source)
@@ -95,12 +95,12 @@ def assemble(vision_source: str, language_source: str, out: Path, template_name:
     model = build_model(vision_config, language_model.config, tokenizer, template_name).to(dtype)
     move_weights(model, vision_weights, language_model)
     check_same_logits(model, language_model)
-    work = out.with_name(out.name + ".partial")
+    work = work_folder(out)
     shutil.rmtree(work, ignore_errors=True)
-    write(model, tokenizer, with_bos, template, work)
-    if out.exists():
-        out.rmdir()
-    work.replace(out)
+    model.generation_config = generation_config(model.config, tokenizer)
+    model.save_pretrained(work)
+    save_processor(work, model.config, tokenizer, with_bos)
+    finish(out)
 
 
 def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Module:
@@ -169,21 +169,6 @@ def check_same_logits(model: nn.Module, language_model: nn.Module) -> None:
             f"Inside a MiniMonkey this {kind} gives other logits (by up to {difference:.3g}): its output layer does more "
             "than multiply. It cannot be used without code of its own."
         )
-
-
-def write(model: nn.Module, tokenizer, with_bos: bool, template, out: Path) -> None:
-    """Weights, configuration, tokenizer, processor and the code that loads them."""
-    separator = tokenizer.convert_tokens_to_ids(template.separator)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=separator, pad_token_id=tokenizer.pad_token_id
-    )
-    model.save_pretrained(out)
-    size = {"height": model.config.tile_size, "width": model.config.tile_size}
-    image_processor = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")(size=size)
-    jinja = root_class("conversation.chat_template_jinja")(template, None, with_bos)
-    root_class("processing_minimonkey.MiniMonkeyProcessor")(
-        image_processor, tokenizer, image_seq_length=model.config.image_seq_length, chat_template=jinja
-    ).save_pretrained(out)
 
 
 def main() -> int:

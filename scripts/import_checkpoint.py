@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from repository import ROOT, root_class
-from transformers import GenerationConfig
 
+from importing.folder import check_free, finish, generation_config, image_processor, save_processor, work_folder
 from importing.tokenizer import convert_tokenizer, has_tokenizer
 from importing.weights import Shard, check_against_model, convert_shards, read_shards
 
@@ -34,8 +34,7 @@ def import_checkpoint(source: str, out: Path, image_token_id: int | None = None)
     Raises:
         ValueError: Anything that does not fit, before OUT exists.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; remove it or choose another folder.")
+    check_free(out)
     folder = resolve_source(source)
     config_dict = read_config(folder)
     tokenizer, with_bos = convert_tokenizer(folder) if has_tokenizer(folder) else (None, True)
@@ -53,9 +52,7 @@ def import_checkpoint(source: str, out: Path, image_token_id: int | None = None)
     convert_shards(shards, work, convert)
     write_settings(work, config, tokenizer, with_bos)
     (work / "import.json").unlink()
-    if out.exists():
-        out.rmdir()
-    work.replace(out)
+    finish(out)
 
 
 def resolve_source(source: str) -> Path:
@@ -121,7 +118,7 @@ def fingerprint(config, shards: list[Shard]) -> str:
 
 def prepare_work_folder(out: Path, mark: str) -> Path:
     """OUT.partial: what an interrupted run of the same import left, or a new one."""
-    work = out.with_name(out.name + ".partial")
+    work = work_folder(out)
     state = work / "import.json"
     if work.exists() and not (state.is_file() and json.loads(state.read_text()).get("fingerprint") == mark):
         shutil.rmtree(work)
@@ -132,26 +129,13 @@ def prepare_work_folder(out: Path, mark: str) -> Path:
 
 def write_settings(work: Path, config, tokenizer, with_bos: bool) -> None:
     """Everything but the weights: configuration, tokenizer, processor and the code that loads them."""
-    conversation = {name: root_class(f"conversation.{name}") for name in ("get_template", "chat_template_jinja")}
-    template = conversation["get_template"](config.template)
     config.architectures = ["MiniMonkeyForConditionalGeneration"]
     config.save_pretrained(work)
-    image_processor = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")(
-        size={"height": config.tile_size, "width": config.tile_size}
-    )
     if tokenizer is None:
-        image_processor.save_pretrained(work)
+        image_processor(config).save_pretrained(work)
     else:
-        jinja = conversation["chat_template_jinja"](template, config.system_message, with_bos)
-        root_class("processing_minimonkey.MiniMonkeyProcessor")(
-            image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=jinja
-        ).save_pretrained(work)
-        separator = tokenizer.convert_tokens_to_ids(template.separator)
-        GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=separator,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else separator,
-        ).save_pretrained(work)
+        save_processor(work, config, tokenizer, with_bos)
+        generation_config(config, tokenizer).save_pretrained(work)
     for code in ROOT.glob("*.py"):
         shutil.copy(code, work)
 

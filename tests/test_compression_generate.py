@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from compression_helpers import GREEDY, IMAGE, LANGUAGE_MODELS, ROWS, alone, batch, eager_kept, without_padding
-from test_model import tiny_model
+from test_model import GENERATION_MODES, tiny_model
 from transformers import GenerationConfig
 
 
@@ -121,17 +121,7 @@ def test_greedy_tokens_are_those_of_the_kept_embeddings(row):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"num_beams": 3},
-        {"num_beams": 4, "num_return_sequences": 4},
-        {"do_sample": True, "top_k": 1},
-        {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
-        {"cache_implementation": "static"},
-        {"use_cache": False},
-        {"return_dict_in_generate": True},
-    ],
-    ids="-".join,
+    "options", [*GENERATION_MODES, {"use_cache": False}, {"return_dict_in_generate": True}], ids="-".join
 )
 def test_generation_modes_start_from_the_kept_embeddings(options):
     """Every mode gives what it gives on embeddings packed by hand; those without a choice give the greedy tokens."""

@@ -42,6 +42,13 @@ TINY_TEXT = {
     "tie_word_embeddings": False,
 }
 IMAGE_TOKEN = 60
+GENERATION_MODES = [
+    {"num_beams": 3},
+    {"num_beams": 4, "num_return_sequences": 4},
+    {"do_sample": True, "top_k": 1},
+    {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
+    {"cache_implementation": "static"},
+]
 
 
 def tiny_model(model_type: str = "llama", **options):
@@ -90,17 +97,7 @@ def test_a_row_of_a_batch_gives_what_it_gives_alone():
         first_tile += tiles
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_beams": 3},
-        {"num_beams": 4, "num_return_sequences": 4},
-        {"do_sample": True, "top_k": 1},
-        {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
-        {"cache_implementation": "static"},
-    ],
-    ids="-".join,
-)
+@pytest.mark.parametrize("options", GENERATION_MODES, ids="-".join)
 def test_generation_modes(options):
     model, batch = tiny_model(), prompt(2, 1)
     output = model.generate(**batch, max_new_tokens=6, eos_token_id=None, **options)

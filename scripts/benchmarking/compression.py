@@ -12,8 +12,8 @@ from repository import root_class
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from benchmarking.measure import free_bytes, median_seconds, peak_extra_bytes, report
-from benchmarking.models import DTYPES, SIZES, random_config, random_model
+from benchmarking.measure import free_bytes, median_seconds, megabytes, peak_extra_bytes, report
+from benchmarking.models import DTYPES, SIZES, random_config, random_model, random_tiles
 
 
 TEXT_BEFORE, TEXT_AFTER = 40, 30  # tokens of a prompt around its image
@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-ratio", type=float, default=0.5)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument(
-        "--scoring-dtype", default="float32", help="float32 (default) makes the order of scores definite"
+        "--scoring-dtype",
+        default="float32",
+        choices=DTYPES,
+        help="float32 (default) makes the order of scores definite",
     )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=DTYPES, help="of prefill and generate (default: bfloat16)"
@@ -52,9 +55,7 @@ def run(args: argparse.Namespace) -> None:
     parts = {"scoring": scoring, "prefill": prefill, "generate": generate}
     for part in args.parts:
         rows = parts[part](args, device)
-        report(
-            f"compression/{part}", rows, device, {name: value for name, value in vars(args).items() if name != "run"}
-        )
+        report(f"compression/{part}", rows, device, args)
 
 
 def published_scores(language_model: nn.Module, embeddings: torch.Tensor, block: slice) -> torch.Tensor:
@@ -94,7 +95,7 @@ class Prompt:
         )
         self.tokens = TEXT_BEFORE + image_tokens + TEXT_AFTER
         self.block = slice(TEXT_BEFORE, TEXT_BEFORE + detailed)
-        self.tiles = random_tiles(int(tile_counts.sum()), config.tile_size, model)
+        self.tiles = random_tiles(int(tile_counts.sum()), model)
         self.input_ids = torch.full((1, self.tokens), 5, device=model.device)
         self.input_ids[0, TEXT_BEFORE : TEXT_BEFORE + image_tokens] = config.image_token_id
         self.mask = torch.ones_like(self.input_ids)
@@ -119,12 +120,6 @@ class Prompt:
         return self._pack((self.embeddings,), [self.kept_positions()])[0][0]
 
 
-def random_tiles(tiles: int, size: int, model: nn.Module) -> torch.Tensor:
-    generator = torch.Generator(model.device).manual_seed(2)
-    values = torch.empty(tiles, 3, size, size, device=model.device, dtype=model.dtype)
-    return values.normal_(generator=generator)
-
-
 @torch.no_grad()
 def scoring(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Kept positions by ours and by the published way, from the same embeddings."""
@@ -143,7 +138,7 @@ def scoring(args: argparse.Namespace, device: torch.device) -> list[dict]:
         kept = {name: function() for name, function in functions.items()}
         row |= {f"{name} s": seconds.get(name) for name in ("eager", "ours")}
         row["time ratio"] = seconds["ours"] / seconds["eager"] if "eager" in seconds else None
-        row |= {f"{name} MB": _megabytes(extra.get(name)) for name in ("eager", "ours")}
+        row |= {f"{name} MB": megabytes(extra.get(name)) for name in ("eager", "ours")}
         known = extra["ours"] is not None and extra.get("eager")
         row["memory ratio"] = extra["ours"] / extra["eager"] if known else None
         row["same kept"] = bool(torch.equal(kept["ours"], kept["eager"])) if "eager" in kept else None
@@ -197,10 +192,6 @@ def generate(args: argparse.Namespace, device: torch.device) -> list[dict]:
             for use_scm in (False, True)
         }
         ratio = extra[True] / extra[False] if extra[False] else None
-        row = {"tiles": tiles, "tokens": prompt.tokens, "plain MB": _megabytes(extra[False])}
-        rows.append({**row, "SCM MB": _megabytes(extra[True]), "memory ratio": ratio})
+        row = {"tiles": tiles, "tokens": prompt.tokens, "plain MB": megabytes(extra[False])}
+        rows.append({**row, "SCM MB": megabytes(extra[True]), "memory ratio": ratio})
     return rows
-
-
-def _megabytes(size: int | None) -> int | None:
-    return None if size is None else round(size / 2**20)

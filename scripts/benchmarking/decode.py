@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = {name: value for name, value in vars(args).items() if name != "run"}
-    report("decode", rows(args), torch.device(args.device), settings)
+    report("decode", rows(args), torch.device(args.device), args)
 
 
 def bytes_read(model: nn.Module) -> int:

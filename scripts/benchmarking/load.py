@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from benchmarking.checkpoints import published_config, save_published
-from benchmarking.measure import median_seconds, peak_extra_bytes, report
+from benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
 from benchmarking.models import random_config, random_model
 
 
@@ -30,9 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
-    settings = {name: str(value) for name, value in vars(args).items() if name != "run"}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        report("load", rows(args, Path(folder)), torch.device("cpu"), settings)
+        report("load", rows(args, Path(folder)), torch.device("cpu"), args)
 
 
 def read_plain(folder: Path) -> dict[str, torch.Tensor]:
@@ -89,6 +88,6 @@ def rows(args: argparse.Namespace, folder: Path) -> list[dict]:
     for name, (_, way) in ways.items():
         extra = peak_extra_bytes(lambda way=way: in_use(way()), cpu)
         row = {"way": name, "s": seconds[name], "time ratio": seconds[name] / seconds["plain read"]}
-        row |= {"peak MB": None if extra is None else round(extra / 2**20)}
+        row |= {"peak MB": megabytes(extra)}
         results.append({**row, "peak / file": None if extra is None else extra / size})
     return results

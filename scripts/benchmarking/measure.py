@@ -3,6 +3,7 @@
 Machines are shared, so two ways are never timed one after the other but in turns, and what counts is their ratio.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -89,14 +90,20 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def report(name: str, rows: list[dict], device: torch.device, settings: dict) -> None:
+def report(name: str, rows: list[dict], device: torch.device, args: argparse.Namespace) -> None:
     """One table for people, one JSON line for machines."""
     columns = list(rows[0])
     cells = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
     for line in cells:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
-    print(json.dumps({"benchmark": name, **machine(device), "settings": settings, "rows": rows}))
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    print(json.dumps({"benchmark": name, **machine(device), "settings": settings, "rows": rows}, default=str))
+
+
+def megabytes(size: int | None) -> int | None:
+    """Bytes in MiB, rounded."""
+    return None if size is None else round(size / 2**20)
 
 
 def _cell(value) -> str:

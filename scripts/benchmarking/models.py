@@ -83,3 +83,10 @@ def random_model(config, device: torch.device, dtype: torch.dtype) -> nn.Module:
                 value = value.fill_(1.0) if value.ndim == 1 else value.normal_(std=0.02, generator=generator)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
     return model.to(device).eval()
+
+
+def random_tiles(tiles: int, model: nn.Module) -> torch.Tensor:
+    """(tiles, 3, S, S) pixel values, on the device and in the type of a model."""
+    size, generator = model.config.tile_size, torch.Generator(model.device).manual_seed(2)
+    values = torch.empty(tiles, 3, size, size, device=model.device, dtype=model.dtype)
+    return values.normal_(generator=generator)

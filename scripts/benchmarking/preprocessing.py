@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = {name: value for name, value in vars(args).items() if name != "run"}
-    report("preprocessing", rows(args), torch.device("cpu"), settings)
+    report("preprocessing", rows(args), torch.device("cpu"), args)
 
 
 def photograph(width: int, height: int) -> Image.Image:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     results = rows(args, device)
     if args.picture:
         draw(results).save(args.picture)
-    report("stages", results, device, {name: str(value) for name, value in vars(args).items() if name != "run"})
+    report("stages", results, device, args)
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarking.measure import median_seconds, peak_extra_bytes, report
-from benchmarking.models import DTYPES, SIZES, random_config, random_model
+from benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
+from benchmarking.models import DTYPES, SIZES, random_config, random_model, random_tiles
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = {name: value for name, value in vars(args).items() if name != "run"}
-    report("vision", rows(args), torch.device(args.device), settings)
+    report("vision", rows(args), torch.device(args.device), args)
 
 
 def in_chunks(model: nn.Module, tiles: torch.Tensor, size: int) -> Callable[[], torch.Tensor]:
@@ -39,9 +38,7 @@ def in_chunks(model: nn.Module, tiles: torch.Tensor, size: int) -> Callable[[], 
 def rows(args: argparse.Namespace) -> list[dict]:
     device = torch.device(args.device)
     model = random_model(random_config(args.size, layers=1), device, getattr(torch, args.dtype))
-    size = model.config.tile_size
-    generator = torch.Generator(device).manual_seed(0)
-    tiles = torch.empty(args.tiles, 3, size, size, device=device, dtype=model.dtype).normal_(generator=generator)
+    tiles = random_tiles(args.tiles, model)
     functions = {"all at once": in_chunks(model, tiles, args.tiles)}
     functions |= {f"{chunk} at a time": in_chunks(model, tiles, chunk) for chunk in args.chunks}
     if args.compile:
@@ -57,7 +54,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
             "s": seconds[name],
             "ms / tile": 1000 * seconds[name] / args.tiles,
             "time ratio": seconds[name] / seconds["all at once"],
-            "peak MB": None if whole is None else round(extra[name] / 2**20),
+            "peak MB": megabytes(extra[name]),
             "memory ratio": None if not whole else extra[name] / whole,
         }
         for name in functions
