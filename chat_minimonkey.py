@@ -1,27 +1,27 @@
 """`model.chat` and `model.batch_chat`: one call from question to answer, with history.
 
-Three ways to call are in use and all work, by position and by keyword:
+    answer, history = model.chat(processor, "receipt.png", "What is the total?", return_history=True)
+    answer, history = model.chat(processor, "receipt.png", "And the date?", history=history, return_history=True)
 
-    model.chat(processor, images, question, history=None, **generation)
-    model.chat(tokenizer, pixel_values, target_aspect_ratio, question, generation_config, ...)    published Mini-Monkey
-    model.chat(tokenizer, pixel_values, question, generation_config, ...)                         published InternVL
-
-Knows prompts and the model's `generate`; pictures are the processor's business.
+The ways to call are in chat_arguments.py, what comes back in chat_answer.py, what a history remembers in prompt_memory.py.
+Knows prompts and the model's `generate`; pictures and videos are the processor's business.
 """
 
-from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from dataclasses import dataclass, field
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
-from .compression import TILE_ORDERS
+from .chat_answer import AnswerStream, ChatAnswer, ChatHistory, trim
+from .chat_arguments import ChatArguments, bind_arguments
 from .conversation import (
     IMAGE_END,
     IMAGE_PLACEHOLDER,
     IMAGE_START,
     IMAGE_TOKEN,
+    VIDEO_PLACEHOLDER,
     begins_with_bos,
     build_prompt,
     check_history,
@@ -30,212 +30,140 @@ from .conversation import (
     get_template,
     protect,
 )
-from .processing_minimonkey import check_placeholders, count_pictures, count_placeholders, expand_placeholders
-from .tiling import SINGLE_TILE
+from .processing_minimonkey import (
+    check_placeholders,
+    count_placeholders,
+    expand_placeholders,
+    expand_videos,
+    flatten_pictures,
+    list_videos,
+    video_options,
+)
+from .prompt_memory import PromptMemory, Turn, picture_key
+from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 
-PROCESSOR_ORDER = ("processor", "images", "question", "history")
-BATCH_PROCESSOR_ORDER = ("processor", "images", "questions", "history")
-_IMAGE_TOKEN_NAMES = ("IMG_START_TOKEN", "IMG_END_TOKEN", "IMG_CONTEXT_TOKEN")
-_TILES = ("tokenizer", "pixel_values")
-_TURN = ("history", "return_history", "num_patches_list", *_IMAGE_TOKEN_NAMES, "verbose")
-MINI_MONKEY_ORDER = (*_TILES, "target_aspect_ratio", "question", "generation_config", "use_scm", *_TURN)
-INTERNVL_ORDER = (*_TILES, "question", "generation_config", *_TURN)
-BATCH_ORDER = (
-    *_TILES,
-    "questions",
-    "generation_config",
-    "num_patches_list",
-    "history",
-    "return_history",
-    *_IMAGE_TOKEN_NAMES,
-    "verbose",
-)
 
+@dataclass
+class Picture:
+    """A picture to cut, and the image processor's options for it; or the tiles (t, 3, S, S) that the caller cut."""
 
-Conversation = tuple[str, list[tuple[str, str]]]  # a question and the (question, answer) pairs before it
+    source: Any
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class ChatArguments:
-    """The arguments of a call, whichever way it was made."""
+class Conversation:
+    """One row of a call: the turns as the history keeps them, and as the prompt has them, with the frames of videos."""
 
-    processor: Any = None
-    tokenizer: Any = None
-    images: Any = None
-    pixel_values: torch.Tensor | None = None
-    question: str | None = None
-    questions: list[str] | None = None
-    history: list | None = None
-    return_history: bool = False
-    generation_config: GenerationConfig | dict | None = None
-    system_message: str | None = None
-    num_patches_list: list[int] | None = None
-    target_aspect_ratio: Any = None
-    tile_order: str = "detailed_first"
-    use_scm: bool = False
-    images_kwargs: dict[str, Any] = field(default_factory=dict)
-    IMG_START_TOKEN: str = IMAGE_START
-    IMG_END_TOKEN: str = IMAGE_END
-    IMG_CONTEXT_TOKEN: str = IMAGE_TOKEN
-    verbose: bool = False
-    generation: dict[str, Any] = field(default_factory=dict)
+    question: str
+    history: list[tuple[str, str]]
+    pictures: list[Picture]
+    prompt_question: str = ""
+    prompt_history: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.prompt_question, self.prompt_history = self.question, self.history
+
+    def texts(self) -> list[str]:
+        """Everything that may hold a placeholder, in order."""
+        return [*(text for turn in self.history for text in turn), self.question]
 
 
 @dataclass
-class Pictures:
-    """The tiles of all pictures of a call: pixel_values (T, 3, S, S), how many tiles each picture has, and how many of them
-    are detailed, adaptive and thumbnail tiles (pictures, 3), where that is known."""
+class CutPictures:
+    """The tiles of all pictures of a call, and how many of each picture's tiles are detailed, adaptive and thumbnail tiles
+    (pictures, 3).
 
-    pixel_values: torch.Tensor | None = None
-    tiles: list[int] = field(default_factory=list)
-    tile_counts: torch.Tensor | None = None
-
-
-def is_processor(candidate) -> bool:
-    """Whether this is a processor and not a bare tokenizer."""
-    return hasattr(candidate, "image_processor")
-
-
-def is_tiles(candidate) -> bool:
-    """Whether this is a tensor of normalised tiles, cut by the caller, and not a picture."""
-    return isinstance(candidate, torch.Tensor) and candidate.ndim == 4 and candidate.is_floating_point()
-
-
-def bind_arguments(args: tuple, kwargs: dict[str, Any], batch: bool = False) -> ChatArguments:
-    """Give each argument its name, from the order in which it was passed.
-
-    Raises:
-        ValueError: Arguments that fit none of the orders, an argument given twice, or pictures with a bare tokenizer.
+    With a memory there is a `turn`, and `pixel_values` hold those pictures alone that are new to it.
     """
-    order = _order(args, kwargs, batch)
-    if len(args) > len(order):
-        raise ValueError(f"chat takes at most {len(order)} positional arguments ({', '.join(order)}), got {len(args)}.")
-    named = dict(zip(order, args))
-    twice = named.keys() & kwargs.keys()
-    if twice:
-        raise ValueError(f"chat got {', '.join(sorted(twice))} twice, by position and by keyword.")
-    named |= kwargs
-    known = {name: named.pop(name) for name in list(named) if name in ChatArguments.__dataclass_fields__}
-    bound = ChatArguments(**known, generation=named)
-    bound.processor = bound.processor if bound.processor is not None else bound.tokenizer
-    if bound.processor is None:
-        raise ValueError("chat needs a processor (or, for tiles or text alone, a tokenizer) as its first argument.")
-    bound.tokenizer = bound.processor.tokenizer if is_processor(bound.processor) else bound.processor
-    if bound.images is not None and bound.pixel_values is not None:
-        raise ValueError("chat takes pictures (images) or tiles (pixel_values), not both.")
-    shown = bound.pixel_values if bound.images is None else bound.images
-    bound.pixel_values, bound.images = (shown, None) if is_tiles(shown) else (None, shown)
-    if bound.images is not None and not is_processor(bound.processor):
-        raise ValueError(
-            "A bare tokenizer cannot cut pictures: pass the processor (AutoProcessor.from_pretrained) as the first "
-            f"argument, or normalised floating-point tiles (tiles, 3, S, S) instead of {_describe(bound.images)}."
-        )
-    _check(bound, batch)
-    return bound
+
+    pixel_values: torch.Tensor | None = None
+    tile_counts: torch.Tensor | None = None
+    turn: Turn | None = None
+
+    @property
+    def tiles(self) -> list[int]:
+        """How many tiles each picture has."""
+        return [] if self.tile_counts is None else self.tile_counts.sum(dim=1).tolist()
 
 
-def _describe(value) -> str:
-    is_tensor = isinstance(value, torch.Tensor)
-    return f"a {value.dtype} tensor of {tuple(value.shape)}" if is_tensor else type(value).__name__
+@dataclass
+class _Inputs:
+    """What `generate` is called with, and what the answers are made of."""
 
-
-def _order(args: tuple, kwargs: dict[str, Any], batch: bool) -> tuple[str, ...]:
-    has_settings = len(args) > 3 and isinstance(args[3], (dict, GenerationConfig))
-    is_ours = bool(kwargs.keys() & {"processor", "images"}) or (
-        bool(args) and is_processor(args[0]) and not has_settings and not kwargs.keys() & {"pixel_values"}
-    )
-    if batch:
-        return BATCH_PROCESSOR_ORDER if is_ours else BATCH_ORDER
-    if len(args) > 2 and not isinstance(args[2], str):
-        return MINI_MONKEY_ORDER
-    if is_ours and "target_aspect_ratio" not in kwargs:
-        return PROCESSOR_ORDER
-    # With a keyword for it, what stands third in the Mini-Monkey order is not there by position.
-    return MINI_MONKEY_ORDER if "target_aspect_ratio" in kwargs and len(args) < 3 else INTERNVL_ORDER
-
-
-def _check(bound: ChatArguments, batch: bool) -> None:
-    if batch:
-        questions = bound.questions
-        if (
-            isinstance(questions, str)
-            or not questions
-            or not all(isinstance(text, str) and text.strip() for text in questions)
-        ):
-            raise ValueError(f"`questions` must be a list of strings that are not empty, got {questions!r}.")
-        if bound.history is not None and not isinstance(bound.history, (list, tuple)):
-            raise ValueError(
-                f"`history` is a list with one history for each question, got {type(bound.history).__name__}."
-            )
-    elif not isinstance(bound.question, str) or not bound.question.strip():
-        raise ValueError(f"`question` must be text that is not empty, got {bound.question!r}.")
-    if bound.num_patches_list is not None and bound.images is not None:
-        raise ValueError("num_patches_list belongs to tiles; pictures are counted when they are cut.")
-    if bound.tile_order not in TILE_ORDERS:
-        raise ValueError(f"tile_order is 'detailed_first' or 'adaptive_first', got {bound.tile_order!r}.")
-    if bound.images is not None and bound.tile_order != "detailed_first":
-        raise ValueError(f"tile_order={bound.tile_order!r} belongs to tiles that you cut yourself; leave it out here.")
-    if bound.use_scm and bound.pixel_values is not None and bound.target_aspect_ratio is None:
-        raise ValueError(
-            "use_scm=True needs to know which tiles are detailed: pass target_aspect_ratio=(columns, rows) of the detailed "
-            "grid, a list of them for several pictures, or pass the pictures themselves and a processor."
-        )
-    if "scm_query_ends" in bound.generation:
-        raise ValueError("chat knows where each turn ended and sets scm_query_ends itself; leave it out.")
-    config = bound.generation_config
-    if config is not None and not isinstance(config, (dict, GenerationConfig)):
-        raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {type(config).__name__}.")
+    options: dict[str, Any]
+    conversations: list[Conversation]
+    memory: PromptMemory | None
+    ends: list[str]
 
 
 class ChatMixin:
     """`chat` and `batch_chat` for a model that has `generate` and a MiniMonkeyConfig."""
 
-    def chat(self, *args, **kwargs) -> str | tuple[str, list[tuple[str, str]]]:
-        """Ask a question about pictures, or without any.
+    # Of how many conversations the key/value caches are kept; the one that was longest without a turn goes first.
+    remembered_conversations = 1
+
+    def chat(self, *args, **kwargs) -> str | tuple[str, ChatHistory] | ChatAnswer | AnswerStream:
+        """Ask a question about pictures and videos, or without any.
 
         Called as `chat(processor, images, question, history=None, ...)`, or in one of the two published orders with tiles
         that the caller cut: `chat(tokenizer, pixel_values, [target_aspect_ratio,] question, generation_config, ...)`.
+
+        A history that `chat` returned remembers what was computed: the next turn costs only what is new, as long as it is
+        passed on as it is, with the same pictures. Memory: the key/value cache of `model.remembered_conversations`
+        conversations (1), freed with the history, by `history.forget()`, or not kept with `remember=False`.
 
         Args:
             processor: A `MiniMonkeyProcessor`; a tokenizer will do for tiles or text alone.
             images: None, a picture (PIL image, array, path, URL, data URI) or a list: all of the conversation, in order. A
                 floating-point tensor of four dimensions is taken as tiles.
             pixel_values: (T, 3, S, S) tiles instead, `num_patches_list` saying how many belong to each picture.
-            question: May say with `<image>` where each picture belongs; without, new pictures come first.
+            question: May say with `<image>` and `<video>` where each picture and video belongs; without, new ones come first.
             history: The (question, answer) pairs of earlier turns.
             return_history: Return (answer, history) instead of the answer.
+            return_dict: Return a `ChatAnswer`, with the probabilities of the answer's tokens.
+            stream: Return an `AnswerStream`, which yields the answer's text while it is made.
             generation_config: A dict or a GenerationConfig; it is not changed.
             system_message: Instead of the configured one.
             images_kwargs: Options of the image processor, `{"preset": "docvqa"}` for example.
+            tile_budget: Most tiles of all pictures together; each gets the same share (see `tiling.share_tile_budget`).
+            videos: None, a video (path, URL, frames) or a list, all of the conversation, in order. A video becomes numbered
+                frames of one tile each.
+            videos_kwargs: How frames are chosen: num_frames, fps, start, end (seconds), see `video_frames.load_frames`; and
+                options of the image processor for them.
+            max_prompt_tokens: Longest prompt that is not refused; by default the context length of the language model.
             use_scm: Compress the pictures' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. A
                 picture is scored by the turn that brought it, also when a later turn computes it anew.
             target_aspect_ratio: For SCM with tiles: (columns, rows) of the detailed grid, or a list of one for each picture.
             tile_order: Whether the detailed or the adaptive tiles come first in `pixel_values`: "detailed_first", or
                 "adaptive_first" as in the published demo.
-            **generation: Everything `generate` takes: max_new_tokens, do_sample, num_beams, streamer, ...
+            skip_special_tokens: False leaves special tokens in the answer: `<ref>` and `<box>` of grounding for example.
+            remember: False computes everything anew and keeps nothing for the next turn.
+            **generation: Everything `generate` takes: max_new_tokens, do_sample, num_beams, stop_strings, streamer, ... The
+                answer ends before a stop string.
 
         Raises:
-            ValueError: Arguments that do not fit together, with what to pass instead.
+            ValueError: Arguments that do not fit together, a prompt that is too long, with what to pass instead.
         """
         bound = bind_arguments(args, kwargs)
-        history = check_history(bound.history)
-        pictures = _count_pictures(bound)
-        may_insert = not history or bound.images is not None
-        question = _place_images(bound.question, history, pictures) if may_insert else bound.question
-        check_placeholders(_texts(question, history), pictures)
-        (answer,) = self._answers(bound, [(question, history)], self._cut(bound))
-        history.append((question, answer))
-        return (answer, history) if bound.return_history else answer
+        inputs = self._prepare(bound, [self._conversation(bound)], self._memory(bound))
+        if bound.stream:
+            return self._stream(bound, inputs)
+        answer = self._run(bound, inputs)
+        if bound.return_dict:
+            return answer
+        return (answer.text, answer.history) if bound.return_history else answer.text
 
     def batch_chat(self, *args, **kwargs) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
         """Ask several questions at once, each about its own pictures.
 
-        Called as `batch_chat(processor, images, questions, history=None, ...)` with one entry of `images` for each question
-        (None, a picture or a list), or in the published order `batch_chat(tokenizer, pixel_values, questions,
-        generation_config, num_patches_list, ...)` with one picture for each question that does not say `<image>` itself.
+        Called as `batch_chat(processor, images, questions, history=None, ...)` with one entry of `images` (and of `videos`)
+        for each question (None, a picture or a list), or in the published order `batch_chat(tokenizer, pixel_values,
+        questions, generation_config, num_patches_list, ...)` with one picture for each question that does not say `<image>`
+        itself. Other arguments as in `chat`. Histories are taken and returned, and computed from the start.
 
         Returns:
             The answers, and with `return_history=True` also one history for each.
@@ -244,57 +172,128 @@ class ChatMixin:
             ValueError: See `chat`.
         """
         bound = bind_arguments(args, kwargs, batch=True)
+        conversations = self._conversations(bound)
+        answers = self._answers(bound, self._prepare(bound, conversations, None))
+        histories = [
+            [*conversation.history, (conversation.question, answer.text)]
+            for conversation, answer in zip(conversations, answers)
+        ]
+        texts = [answer.text for answer in answers]
+        return (texts, histories) if bound.return_history else texts
+
+    # --- conversations -----------------------------------------------------------------------------------------------
+
+    def _memory(self, bound: ChatArguments) -> PromptMemory | None:
+        """The memory that came with the history, a fresh one for a history to be returned, or none."""
+        if not bound.remember or self.remembered_conversations < 1:
+            return None
+        memory = getattr(bound.history, "memory", None)
+        if memory is not None and memory.belongs_to(self):
+            return memory
+        keeps_history = bound.return_history or bound.return_dict or bound.stream
+        return PromptMemory(self) if keeps_history else None
+
+    def _conversation(self, bound: ChatArguments) -> Conversation:
+        history = check_history(bound.history)
+        if bound.pixel_values is None:
+            pictures = flatten_pictures(bound.images)
+            return self._with_media(bound, bound.question, history, pictures, list_videos(bound.videos), "The text")
+        pictures = [Picture(tiles) for tiles in _split_tiles(bound)]
+        question = bound.question if history else _place_images(bound.question, history, len(pictures))
+        conversation = Conversation(question, history, pictures)
+        check_placeholders(conversation.texts(), len(pictures))
+        return conversation
+
+    def _conversations(self, bound: ChatArguments) -> list[Conversation]:
+        """The rows of a batch."""
         rows = len(bound.questions)
         histories = [check_history(history) for history in bound.history or [None] * rows]
         if len(histories) != rows:
             raise ValueError(f"{rows} questions were given, but {len(histories)} histories.")
-        counts = self._pictures_of_rows(bound)
-        questions = [
-            question if count is None else _place_images(question, history, count)
-            for question, history, count in zip(bound.questions, histories, counts)
+        if bound.pixel_values is not None:
+            return _rows_of_tiles(bound, histories)
+        images, videos = _rows(bound.images, rows, "images"), _rows(bound.videos, rows, "videos")
+        return [
+            self._with_media(
+                bound,
+                question,
+                history,
+                flatten_pictures(row_images),
+                list_videos(row_videos),
+                f"Row {row}",
+            )
+            for row, (question, history, row_images, row_videos) in enumerate(
+                zip(bound.questions, histories, images, videos)
+            )
         ]
-        for row, (question, history, count) in enumerate(zip(questions, histories, counts)):
-            if count is not None:
-                check_placeholders(_texts(question, history), count, f"Row {row}")
-        answers = self._answers(bound, list(zip(questions, histories)), self._cut(bound))
-        for history, question, answer in zip(histories, questions, answers):
-            history.append((question, answer))
-        return (answers, histories) if bound.return_history else answers
 
     @staticmethod
-    def _pictures_of_rows(bound: ChatArguments) -> list[int | None]:
-        """How many pictures each row gets; None where there are none or the question says it."""
-        rows = len(bound.questions)
-        if bound.images is not None:
-            if not isinstance(bound.images, (list, tuple)) or len(bound.images) != rows:
-                raise ValueError(f"images must be a list with one entry for each of the {rows} questions.")
-            counts = [count_pictures(row) for row in bound.images]
-            nested = [row if isinstance(row, (list, tuple)) else [row] for row in bound.images]
-            bound.images = [image for row in nested for image in row if image is not None] or None
-            return counts
-        if bound.pixel_values is None:
-            return [None] * rows
-        return [None if IMAGE_PLACEHOLDER in question else 1 for question in bound.questions]
+    def _with_media(
+        bound: ChatArguments, question: str, history: list[tuple[str, str]], images: list, videos: list, subject: str
+    ) -> Conversation:
+        """A conversation whose placeholders are filled: each image and each frame of a video is one of its pictures."""
+        if images or not history:
+            question = _place_images(question, history, len(images))
+        if videos:
+            question = _place_videos(question, history, len(videos))
+        conversation = Conversation(question, history, [])
+        check_placeholders(conversation.texts(), len(images), subject)
+        check_placeholders(conversation.texts(), len(videos), subject, VIDEO_PLACEHOLDER)
+        options = _picture_options(bound, len(images))
+        sampling, frame_options = video_options(options, bound.videos_kwargs)
+        frames = [bound.processor.load_frames(video, **sampling) for video in videos]
+        expanded, order = expand_videos(conversation.texts(), [len(video) for video in frames])
+        remaining = {
+            IMAGE_PLACEHOLDER: iter([Picture(image, options) for image in images]),
+            VIDEO_PLACEHOLDER: iter([Picture(frame, frame_options) for video in frames for frame in video]),
+        }
+        conversation.pictures = [next(remaining[kind]) for kind in order]
+        conversation.prompt_question = expanded[-1]
+        conversation.prompt_history = list(zip(expanded[:-1:2], expanded[1:-1:2]))
+        return conversation
 
-    def _cut(self, bound: ChatArguments) -> Pictures:
-        """The tiles of all pictures, cut here or by the caller."""
-        if bound.images is not None:
-            inputs = bound.processor.image_processor(bound.images, return_tensors="pt", **bound.images_kwargs)
-            pixel_values, counts = inputs["pixel_values"], inputs["tile_counts"]
-            # uint8 tiles are normalised by the model, see encode_images.
-            dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
-            return Pictures(pixel_values.to(self.device, dtype), counts.sum(dim=1).tolist(), counts)
-        if bound.pixel_values is None:
-            return Pictures()
-        tiles = bound.num_patches_list
-        tiles = [bound.pixel_values.shape[0]] if tiles is None else [int(count) for count in tiles]
-        if sum(tiles) != bound.pixel_values.shape[0]:
-            raise ValueError(
-                f"num_patches_list {tiles} adds up to {sum(tiles)}, but pixel_values hold {bound.pixel_values.shape[0]} "
-                "tiles."
-            )
-        counts = _tile_counts(bound.target_aspect_ratio, tiles) if bound.use_scm else None
-        return Pictures(bound.pixel_values.to(self.device, self.dtype), tiles, counts)
+    # --- pictures ----------------------------------------------------------------------------------------------------
+
+    def _cut(self, bound: ChatArguments, conversations: list[Conversation], memory: PromptMemory | None) -> CutPictures:
+        """The tiles of all pictures, cut here or by the caller; with a memory, of those that it does not know."""
+        pictures = [picture for conversation in conversations for picture in conversation.pictures]
+        if not pictures:
+            return CutPictures(turn=None if memory is None else memory.begin_turn([]))
+        counts, settings = None, ""
+        if bound.pixel_values is not None:
+            counts, settings = _counts_of_tiles(bound, pictures), bound.tile_order
+        elif memory is not None:
+            settings = bound.processor.image_processor.to_json_string()
+        if memory is None:
+            return CutPictures(*self._tiles(bound, pictures, counts))
+        per_picture = [picture.options for picture in pictures] if counts is None else counts.tolist()
+        keys = [picture_key(picture.source, (settings, of)) for picture, of in zip(pictures, per_picture)]
+        turn = memory.begin_turn(keys)
+        known, pixel_values = dict(turn.tile_counts), None
+        new = {key: i for i, key in reversed([*enumerate(keys)]) if key not in turn.features}
+        if new:
+            first = sorted(new.values())
+            counts = None if counts is None else counts[first]
+            pixel_values, counts = self._tiles(bound, [pictures[i] for i in first], counts)
+            known |= {keys[i]: count for i, count in zip(first, counts.tolist())}
+        return CutPictures(pixel_values, torch.tensor([known[key] for key in keys]), turn)
+
+    def _tiles(
+        self, bound: ChatArguments, pictures: list[Picture], counts: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """pixel_values (T, 3, S, S) on the model's device and tile_counts (pictures, 3)."""
+        if counts is not None:
+            return torch.cat([picture.source for picture in pictures]).to(self.device, self.dtype), counts
+        parts = [
+            bound.processor.image_processor([picture.source for picture in group], return_tensors="pt", **options)
+            for options, group in groupby(pictures, key=lambda picture: picture.options)
+        ]
+        pixel_values = torch.cat([part["pixel_values"] for part in parts])
+        # uint8 tiles are normalised by the model, see encode_images.
+        dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
+        return pixel_values.to(self.device, dtype), torch.cat([part["tile_counts"] for part in parts])
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
 
     def _prompt(self, bound: ChatArguments, question: str, history: list[tuple[str, str]]) -> str:
         """The prompt with placeholders; what people wrote is protected from acting as control tokens."""
@@ -307,10 +306,12 @@ class ChatMixin:
             None if system is None else protect(system, spellings),
         )
 
-    def _encode(self, bound: ChatArguments, prompts: list[str], pictures: Pictures) -> list[list[int]]:
+    def _encode(
+        self, bound: ChatArguments, prompts: list[str], tiles: list[int], tokens_per_tile: int
+    ) -> list[list[int]]:
         """The token ids of prompts, image tokens in the places of the pictures."""
         image_token_id = bound.tokenizer.convert_tokens_to_ids(bound.IMG_CONTEXT_TOKEN)
-        if pictures.tiles and image_token_id != self.config.image_token_id:
+        if tiles and image_token_id != self.config.image_token_id:
             raise ValueError(
                 f"{bound.IMG_CONTEXT_TOKEN} has id {image_token_id} in the tokenizer, but the model's image_token_id is "
                 f"{self.config.image_token_id}; they belong to different checkpoints."
@@ -322,42 +323,64 @@ class ChatMixin:
         ):
             raise ValueError(f"The image tokens of this model are {IMAGE_START}, {IMAGE_END} and {IMAGE_TOKEN}.")
         bos = bound.tokenizer.bos_token if begins_with_bos(bound.tokenizer) else ""
-        tokens = self.config.image_seq_length
-        if pictures.pixel_values is not None:
-            tokens = self.tokens_per_tile(pictures.pixel_values)
-        return [encode(bound.tokenizer, bos + text) for text in expand_placeholders(prompts, pictures.tiles, tokens)]
+        texts = expand_placeholders(prompts, tiles, tokens_per_tile)
+        return [encode(bound.tokenizer, bos + text) for text in texts]
 
-    def _answers(self, bound: ChatArguments, conversations: list[Conversation], pictures: Pictures) -> list[str]:
-        prompts = [self._prompt(bound, question, history) for question, history in conversations]
-        rows = self._encode(bound, prompts, pictures)
+    def _tokens_per_tile(self, pictures: CutPictures) -> int:
+        if pictures.pixel_values is not None:
+            return self.tokens_per_tile(pictures.pixel_values)
+        turn = pictures.turn
+        if turn is None or not turn.keys:
+            return self.config.image_seq_length
+        return len(turn.features[turn.keys[0]]) // sum(turn.tile_counts[turn.keys[0]])
+
+    def _prepare(self, bound: ChatArguments, conversations: list[Conversation], memory: PromptMemory | None) -> _Inputs:
+        """Everything up to the model: prompts, tiles and settings, checked."""
+        template = get_template(self.config.template)
+        options = self._generation_options(bound, template.separator)
+        pictures = self._cut(bound, conversations, memory)
+        per_tile = self._tokens_per_tile(pictures)
+        prompts = [self._prompt(bound, row.prompt_question, row.prompt_history) for row in conversations]
+        rows = self._encode(bound, prompts, pictures.tiles, per_tile)
+        self._check_length(bound, rows, pictures.tiles, per_tile)
         inputs = bound.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.device)
-        scm = {}
+        options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        options |= {"pixel_values": pictures.pixel_values, "use_scm": bound.use_scm}
         if bound.use_scm and pictures.tiles:
-            ends = self._query_ends(bound, conversations, rows, pictures)
-            scm = {"tile_counts": pictures.tile_counts, "tile_order": bound.tile_order, "scm_query_ends": ends}
-        separator = get_template(self.config.template).separator
-        options = self._generation_options(bound, separator)
-        output = self.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            pixel_values=pictures.pixel_values,
-            use_scm=bound.use_scm,
-            **scm,
-            **options,
+            ends = self._query_ends(bound, conversations, rows, pictures.tiles, per_tile)
+            options |= {"tile_order": bound.tile_order, "scm_query_ends": ends, "tile_counts": pictures.tile_counts}
+        if memory is not None:
+            options |= {"turn": pictures.turn, "tile_counts": pictures.tile_counts}
+        stops = options.get("stop_strings") or []
+        ends = [template.separator, *([stops] if isinstance(stops, str) else stops)]
+        return _Inputs(options, conversations, memory, ends)
+
+    def _check_length(self, bound: ChatArguments, rows: list[list[int]], tiles: list[int], per_tile: int) -> None:
+        limit = bound.max_prompt_tokens or self.config.context_length
+        longest = max(map(len, rows))
+        if limit is None or longest <= limit:
+            return
+        spare = (limit - longest) // per_tile + sum(tiles)
+        fewer = f"fewer tiles (tile_budget={spare}, or another preset in images_kwargs), " if spare > 0 else ""
+        raise ValueError(
+            f"The prompt has {longest} tokens, of which {sum(tiles)} tiles of pictures take {sum(tiles) * per_tile}, but the "
+            f"limit is {limit} ({'max_prompt_tokens' if bound.max_prompt_tokens else 'the context length of the model'}). "
+            f"Use {fewer if tiles else ''}fewer pictures, a shorter history or question."
         )
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        per_row = sequences.shape[0] // len(rows)
-        new_tokens = sequences[::per_row, inputs["input_ids"].shape[1] :]
-        texts = bound.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        return [text.split(separator)[0].strip() for text in texts]
 
     def _query_ends(
-        self, bound: ChatArguments, conversations: list[Conversation], rows: list[list[int]], pictures: Pictures
+        self,
+        bound: ChatArguments,
+        conversations: list[Conversation],
+        rows: list[list[int]],
+        tiles: list[int],
+        tokens_per_tile: int,
     ) -> list[int]:
         """For each picture the index into its padded row where the prompt of the turn that brought it ended."""
-        length, ends, tiles = max(map(len, rows)), [], list(pictures.tiles)
-        for (question, history), row in zip(conversations, rows):
-            turns = [*history, (question, "")]
+        length, ends = max(map(len, rows)), []
+        for conversation, row in zip(conversations, rows):
+            history = conversation.prompt_history
+            turns = [*history, (conversation.prompt_question, "")]
             said_before = ["", *(answer for _, answer in history)]
             pictures_seen = 0
             for turn, (asked, _) in enumerate(turns):
@@ -367,14 +390,15 @@ class ChatMixin:
                     end = len(row)
                     if turn < len(history):
                         prompt = self._prompt(bound, asked, history[:turn])
-                        seen = replace(pictures, tiles=tiles[:pictures_seen])
-                        end = _common_start(self._encode(bound, [prompt], seen)[0], row)
+                        end = _common_start(
+                            self._encode(bound, [prompt], tiles[:pictures_seen], tokens_per_tile)[0], row
+                        )
                     ends += [length - len(row) + end] * new
             tiles = tiles[pictures_seen:]
         return ends
 
     def _generation_options(self, bound: ChatArguments, separator: str) -> dict[str, Any]:
-        """The caller's settings in a fresh dict; an answer ends with the template's separator."""
+        """The caller's settings in a fresh dict; an answer ends with the template's separator or the model's own end tokens."""
         options = dict(bound.generation)
         config = bound.generation_config
         if isinstance(config, GenerationConfig):
@@ -384,13 +408,64 @@ class ChatMixin:
             options = {**config, **options}
         end = bound.tokenizer.convert_tokens_to_ids(separator)
         if options.get("eos_token_id") is None:
-            options["eos_token_id"] = end
+            own = self.generation_config.eos_token_id
+            others = {*(own if isinstance(own, (list, tuple)) else [own])} - {None, end}
+            options["eos_token_id"] = [end, *sorted(others)] if others else end
         if options.get("pad_token_id") is None:
             options["pad_token_id"] = end if bound.tokenizer.pad_token_id is None else bound.tokenizer.pad_token_id
         limits = ("max_new_tokens", "max_length")
         if not any(options.get(name) for name in limits) and not self.generation_config.max_new_tokens:
             options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        if options.get("stop_strings"):
+            options.setdefault("tokenizer", bound.tokenizer)
+        if bound.return_dict:
+            options |= {"return_dict_in_generate": True, "output_logits": True}
         return options
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def _stream(self, bound: ChatArguments, inputs: _Inputs) -> AnswerStream:
+        def run(streamer, stop) -> ChatAnswer:
+            criteria = StoppingCriteriaList([*(inputs.options.get("stopping_criteria") or []), stop])
+            inputs.options |= {"streamer": streamer, "stopping_criteria": criteria}
+            return self._run(bound, inputs)
+
+        return AnswerStream(run, lambda ids: self._decode(bound, ids), inputs.ends)
+
+    def _run(self, bound: ChatArguments, inputs: _Inputs) -> ChatAnswer:
+        return self._answers(bound, inputs)[0]
+
+    def _answers(self, bound: ChatArguments, inputs: _Inputs) -> list[ChatAnswer]:
+        output = self.generate(**inputs.options)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        rows, length = inputs.options["input_ids"].shape
+        first = range(0, len(sequences), len(sequences) // rows)  # of several returned sequences the best
+        probabilities = self._log_probabilities(output) if bound.return_dict else None
+        answers = []
+        for conversation, row in zip(inputs.conversations, first):
+            ids = _up_to_end(sequences[row, length:].tolist(), inputs.options["eos_token_id"])
+            text = trim(self._decode(bound, ids), inputs.ends)
+            history = ChatHistory([*conversation.history, (conversation.question, text)], inputs.memory)
+            answer = ChatAnswer(text, history, ids)
+            if probabilities is not None:
+                answer.log_probabilities = probabilities[row, : len(ids)].tolist()
+            answers.append(answer)
+        return answers
+
+    def _log_probabilities(self, output) -> torch.Tensor:
+        """Of each new token (rows, new), before sampling's settings."""
+        beams = getattr(output, "beam_indices", None)
+        return self.compute_transition_scores(output.sequences, output.logits, beams, normalize_logits=True)
+
+    @staticmethod
+    def _decode(bound: ChatArguments, ids: list[int]) -> str:
+        return bound.tokenizer.decode(ids, skip_special_tokens=bound.skip_special_tokens)
+
+
+def _up_to_end(ids: list[int], ends: int | list[int]) -> list[int]:
+    """Ids up to and with the first end token; padding may follow it."""
+    ends = torch.as_tensor(ends).flatten().tolist()
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), None)]
 
 
 def _common_start(first: list[int], second: list[int]) -> int:
@@ -423,18 +498,54 @@ def _tile_counts(target_aspect_ratio, tiles: list[int]) -> torch.Tensor:
     return torch.tensor(counts)
 
 
-def _texts(question: str, history: list[tuple[str, str]]) -> list[str]:
-    """Everything in a conversation that may hold a placeholder."""
-    return [*(text for turn in history for text in turn), question]
+def _counts_of_tiles(bound: ChatArguments, pictures: list[Picture]) -> torch.Tensor:
+    """tile_counts (pictures, 3) of pictures that the caller cut; which tiles are detailed only SCM needs to know."""
+    tiles = [len(picture.source) for picture in pictures]
+    return _tile_counts(bound.target_aspect_ratio, tiles) if bound.use_scm else torch.tensor([[0, 0, n] for n in tiles])
 
 
-def _count_pictures(bound: ChatArguments) -> int:
-    """How many pictures a conversation is about, before any of them is opened."""
-    if bound.images is not None:
-        return count_pictures(bound.images)
-    if bound.pixel_values is None:
-        return 0
-    return 1 if bound.num_patches_list is None else len(bound.num_patches_list)
+def _split_tiles(bound: ChatArguments) -> tuple[torch.Tensor, ...]:
+    """The tiles of each picture that the caller cut."""
+    tiles = bound.num_patches_list
+    tiles = [len(bound.pixel_values)] if tiles is None else [int(count) for count in tiles]
+    if sum(tiles) != len(bound.pixel_values):
+        raise ValueError(
+            f"num_patches_list {tiles} adds up to {sum(tiles)}, but pixel_values hold {len(bound.pixel_values)} tiles."
+        )
+    return bound.pixel_values.split(tiles)
+
+
+def _rows_of_tiles(bound: ChatArguments, histories: list[list[tuple[str, str]]]) -> list[Conversation]:
+    """The rows of a batch of tiles: the pictures belong to the rows by their placeholders."""
+    pictures, rows = iter(_split_tiles(bound)), []
+    for question, history in zip(bound.questions, histories):
+        question = question if IMAGE_PLACEHOLDER in question else _place_images(question, history, 1)
+        conversation = Conversation(question, history, [])
+        conversation.pictures = [
+            Picture(tiles) for _, tiles in zip(range(count_placeholders(conversation.texts())), pictures)
+        ]
+        rows.append(conversation)
+    texts = [text for conversation in rows for text in conversation.texts()]
+    check_placeholders(texts, len(_split_tiles(bound)))
+    return rows
+
+
+def _rows(media, rows: int, name: str) -> list:
+    """One entry of pictures or videos for each row of a batch."""
+    if media is None:
+        return [None] * rows
+    if not isinstance(media, (list, tuple)) or len(media) != rows:
+        raise ValueError(f"{name} must be a list with one entry for each of the {rows} questions.")
+    return list(media)
+
+
+def _picture_options(bound: ChatArguments, images: int) -> dict[str, Any]:
+    """The image processor's options, with what each picture gets of a tile budget."""
+    if bound.tile_budget is None or not images:
+        return bound.images_kwargs
+    ranges = bound.processor.image_processor.tile_ranges(**bound.images_kwargs)
+    options = {name: value for name, value in bound.images_kwargs.items() if name != "preset"}
+    return {**options, **dict(zip(RANGE_NAMES, share_tile_budget(bound.tile_budget, images, ranges)))}
 
 
 def _place_images(question: str, history: list[tuple[str, str]], images: int) -> str:
@@ -447,3 +558,9 @@ def _place_images(question: str, history: list[tuple[str, str]], images: int) ->
         return f"{IMAGE_PLACEHOLDER}\n{question}"
     first = in_history + 1
     return "".join(f"Image-{first + i}: {IMAGE_PLACEHOLDER}\n" for i in range(missing)) + question
+
+
+def _place_videos(question: str, history: list[tuple[str, str]], videos: int) -> str:
+    """`question` with placeholders in front for videos that have none."""
+    missing = videos - count_placeholders([text for turn in history for text in turn], VIDEO_PLACEHOLDER)
+    return question if VIDEO_PLACEHOLDER in question else f"{VIDEO_PLACEHOLDER}\n" * max(missing, 0) + question

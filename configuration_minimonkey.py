@@ -224,6 +224,28 @@ class MiniMonkeyConfig(InternVLConfig):
         self.image_seq_length = self._image_tokens_per_tile()
         self._check_values()
 
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the language model is made for, those that its rope is stretched to among them."""
+        length = getattr(self.text_config, "max_position_embeddings", None)
+        factors = [rope.get("factor") or 1 for rope in self._ropes() if rope.get("rope_type") in ("dynamic", "linear")]
+        return None if length is None else int(length * max(factors, default=1))
+
+    @property
+    def cacheable_length(self) -> float:
+        """Up to how many tokens cached keys stay right; some kinds of rope rotate all keys anew beyond a length."""
+        limits = [
+            rope.get("original_max_position_embeddings") or self.text_config.max_position_embeddings
+            for rope in self._ropes()
+            if rope.get("rope_type") in ("dynamic", "longrope")
+        ]
+        return min(limits, default=float("inf"))
+
+    def _ropes(self) -> list[dict[str, Any]]:
+        """The rope settings of the language model, of which it may have one for each kind of layer."""
+        parameters = getattr(self.text_config, "rope_parameters", None) or {}
+        return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+
     def _image_tokens_per_tile(self) -> int:
         """Language-model tokens of one tile; raises `ValueError` if the grid cannot be shuffled."""
         patch_size = self.vision_config.patch_size

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
 IMAGE_START, IMAGE_END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
 # In the order of their ids in the published tokenizers, where they follow the vocabulary of the language model.
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_TOKEN, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
@@ -121,7 +122,7 @@ def chat_template_jinja(template: ChatTemplate, system_message: str | None = Non
         "{% for item in content %}"
         "{% if item['type'] == 'text' %}{{ item['text'] }}"
         "{% elif item['type'] == 'image' %}{{ '" + IMAGE_PLACEHOLDER + "\\n' }}"
-        "{% elif item['type'] == 'video' %}{{ '<video>\\n' }}"
+        "{% elif item['type'] == 'video' %}{{ '" + VIDEO_PLACEHOLDER + "\\n' }}"
         "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
     )
     gap = literal(template.gap) if template.gap else ""

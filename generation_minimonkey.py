@@ -8,17 +8,34 @@ language model.
 """
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from .attention_probe import attention_inputs
 from .compression import AttentionInputs, CompressionSettings, find_images, kept_positions, pack
+from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, new_cache
 
 
 # On a cache: its positions are not those of the ids that were returned with it.
 REPACKED = "prompt_was_repacked"
+
+
+@dataclass
+class _Embedded:
+    """A prompt (B, N) as embeddings (B, N, D), and which positions of each row the language model reads.
+
+    `kept` is None where a mask of another shape than (B, N) decides that. With a memory there is one row, of which the
+    `cache` holds the first of the `kept` positions already.
+    """
+
+    embeddings: torch.Tensor
+    kept: list[torch.Tensor] | None
+    prompt: Prompt | None = None
+    cache: Cache | None = None
 
 
 class GenerateMixin:
@@ -61,6 +78,7 @@ class GenerateMixin:
         scm_queries: str | None = None,
         scm_query_ends: list[int] | None = None,
         tile_order: str = "detailed_first",
+        turn: Turn | None = None,
         **kwargs: Any,
     ):
         """Generate as any transformers model does; returns the prompt's ids and the new ones (B, N + new).
@@ -83,6 +101,9 @@ class GenerateMixin:
                 row's end by default. `chat` gives the end of the turn that brought the image.
             tile_order: Whether an image's detailed or its adaptive tiles come first, which only compression needs to know;
                 the processor's is "detailed_first".
+            turn: What `chat` hands over so that a turn costs only what is new, see prompt_memory.py. `pixel_values` are then
+                the tiles of those images alone whose features it does not hold, and `tile_counts` those of all. One row
+                without padding.
             **kwargs: Everything `GenerationMixin.generate` takes.
 
         `scm_keep_ratio`, `scm_layer` and `scm_queries` are by default those of the configuration.
@@ -106,16 +127,24 @@ class GenerateMixin:
             if kwargs.get("input_ids") is not None:
                 raise ValueError("The prompt's ids were given twice, by position and as input_ids.")
             kwargs["input_ids"] = inputs
-        self._check_what_fits(generation_config, kwargs, pixel_values is not None, use_scm)
-        repacked = False
-        if pixel_values is not None or (use_scm and kwargs.get("input_ids") is not None):
-            generation_config, repacked = self._embed_prompt(
-                generation_config, kwargs, pixel_values, tile_counts, settings
-            )
+        has_images = pixel_values is not None or bool(turn is not None and turn.keys)
+        self._check_what_fits(generation_config, kwargs, has_images, use_scm)
+        embedded, repacked = None, False
+        can_remember = turn is not None and self._can_remember(generation_config, kwargs)
+        if turn is not None and (turn.keys or can_remember):
+            settings = settings or self._compression_settings(scm_keep_ratio=1.0)
+            embedded = self._embed_turn(kwargs, pixel_values, tile_counts, settings, turn, can_remember)
+        elif pixel_values is not None or (use_scm and kwargs.get("input_ids") is not None):
+            embedded = self._embed_prompt(kwargs, pixel_values, tile_counts, settings)
         elif all(kwargs.get(name) is None for name in ("inputs_embeds", "past_key_values")):
             self._check_no_image_tokens(kwargs.get("input_ids"))
+        prompt_length = 0 if embedded is None else embedded.embeddings.shape[1]
+        if embedded is not None:
+            generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
         output = super().generate(generation_config=generation_config, **kwargs)
-        if repacked and getattr(output, "past_key_values", None) is not None:
+        if embedded is not None and embedded.cache is not None:
+            self._remember(turn.memory, embedded, output, prompt_length)
+        elif repacked and getattr(output, "past_key_values", None) is not None:
             setattr(output.past_key_values, REPACKED, True)
         return output
 
@@ -151,30 +180,111 @@ class GenerateMixin:
 
     def _embed_prompt(
         self,
-        generation_config: GenerationConfig | None,
         options: dict[str, Any],
         pixel_values: torch.Tensor | None,
         tile_counts: torch.Tensor | None,
         settings: CompressionSettings | None,
+    ) -> _Embedded:
+        """The prompt of `options` as embeddings, and what of it stays."""
+        input_ids, mask = options["input_ids"], options.get("attention_mask")
+        if settings is not None:
+            mask = _whole_mask(mask, input_ids)
+            return _Embedded(*self._encode_and_compress(input_ids, mask, pixel_values, tile_counts, settings))
+        kept = [row.nonzero().squeeze(1) for row in mask] if mask is not None and mask.ndim == 2 else None
+        return _Embedded(self.encode_images(input_ids, pixel_values), kept)
+
+    def _embed_turn(
+        self,
+        options: dict[str, Any],
+        pixel_values: torch.Tensor | None,
+        tile_counts: torch.Tensor | None,
+        settings: CompressionSettings,
+        turn: Turn,
+        can_remember: bool,
+    ) -> _Embedded:
+        """As `_embed_prompt`, with what is remembered of the prompt: features, kept positions and, if it can serve, a cache."""
+        input_ids = options["input_ids"]
+        mask = _whole_mask(options.get("attention_mask"), input_ids)
+        if len(input_ids) != 1 or not bool(mask.all()):
+            raise ValueError("A turn is of one conversation: pass one row without padding.")
+        counts = torch.empty(0, 3, dtype=torch.long) if tile_counts is None else torch.as_tensor(tile_counts)
+        features = self._recall_features(turn, counts, pixel_values)
+        tokens_per_tile = len(features) // int(counts.sum()) if turn.keys else 1
+        (images,) = find_images(input_ids, mask, counts, self.config.image_token_id, tokens_per_tile, settings)
+        embeddings = self.place_features(input_ids, features)
+        prompt = Prompt(input_ids[0].tolist(), list(zip(turn.keys, images)), settings)
+        recalled, cache = Recalled(), None
+        if can_remember:
+            recalled = turn.memory.take_cache(prompt)
+            cache = recalled.cache or new_cache(self)
+        # What is in the cache was scored by the turn that brought it; it still routes image tokens to visual experts.
+        scored = [
+            replace(image, detailed_stop=image.detailed_start) if image.start < recalled.start else image
+            for image in images
+        ]
+        (kept,) = kept_positions(embeddings, mask, [scored], settings, self._probe(settings))
+        kept = torch.cat([recalled.kept.to(kept.device), kept[kept >= recalled.start]])
+        return _Embedded(embeddings, [kept], prompt, cache)
+
+    def _recall_features(self, turn: Turn, counts: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """The features (tokens, D) of all images of a conversation; only those of unseen images are computed."""
+        tiles = {key: int(count.sum()) for key, count in zip(turn.keys, counts)}
+        unseen = [key for key in tiles if key not in turn.features]
+        given, expected = 0 if pixel_values is None else len(pixel_values), sum(tiles[key] for key in unseen)
+        if given != expected:
+            raise ValueError(
+                f"pixel_values hold {given} tiles, but the images that are new in this turn have {expected}."
+            )
+        features = dict(turn.features)
+        if unseen:
+            encoded = self.encode_tiles(pixel_values)
+            per_tile = len(encoded) // given
+            features |= zip(unseen, encoded.split([tiles[key] * per_tile for key in unseen]))
+        counts_and_features = {key: (count.tolist(), features[key]) for key, count in zip(turn.keys, counts)}
+        turn.memory.remember_pictures(counts_and_features)
+        if not turn.keys:
+            return torch.empty(0, self.config.text_config.hidden_size, device=self.device)
+        return torch.cat([features[key] for key in turn.keys])
+
+    def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
+        """Whether this generation can go on from a cache and leave one: one row, an ordinary cache, no other decoding."""
+
+        def asked(name: str):
+            sources = (options, vars(generation_config or self.generation_config), vars(self.generation_config))
+            return next((source[name] for source in sources if source.get(name) is not None), None)
+
+        is_one_row = all((asked(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
+        others = ("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
+        others = (*others, "prefill_chunk_size", "custom_generate")
+        is_ordinary = all(asked(name) is None for name in others) and asked("use_cache") is not False
+        fits = options["input_ids"].shape[1] <= self.config.cacheable_length
+        return is_one_row and is_ordinary and fits
+
+    def _remember(self, memory: PromptMemory, embedded: _Embedded, output, prompt_length: int) -> None:
+        if embedded.cache.get_seq_length() <= self.config.cacheable_length:
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+            new_ids = sequences[0, prompt_length:].tolist()
+            memory.remember(embedded.prompt, embedded.kept[0], embedded.cache, new_ids)
+
+    def _use_embedded(
+        self, generation_config: GenerationConfig | None, options: dict[str, Any], embedded: _Embedded
     ) -> tuple[GenerationConfig | None, bool]:
-        """Put the prompt's embeddings into `options`, compressed and padded on the left where that is needed.
+        """Put the prompt's embeddings into `options`, without what is left out and padded on the left.
 
         Returns:
             The generation configuration for it, and whether tokens were left out or moved.
         """
-        input_ids, mask = options["input_ids"], options.get("attention_mask")
-        if settings is not None:
-            mask = _whole_mask(mask, input_ids)
-            embeddings, kept = self._encode_and_compress(input_ids, mask, pixel_values, tile_counts, settings)
-        else:
-            embeddings = self.encode_images(input_ids, pixel_values)
-            kept = [row.nonzero().squeeze(1) for row in mask] if mask is not None and mask.ndim == 2 else None
+        input_ids, embeddings = options["input_ids"], embedded.embeddings
         is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
-        repacked = kept is not None and _needs_packing(mask, kept)
+        mask = options.get("attention_mask")
+        mask = _whole_mask(mask, input_ids) if embedded.kept is not None else mask
+        repacked = embedded.kept is not None and _needs_packing(mask, embedded.kept)
         if repacked:
             generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
-            (embeddings, is_image), options["attention_mask"] = pack((embeddings, is_image), kept)
+            (embeddings, is_image), options["attention_mask"] = pack((embeddings, is_image), embedded.kept)
         options["inputs_embeds"] = embeddings
+        if embedded.cache is not None:
+            options["past_key_values"] = embedded.cache
         if self.config.visual_experts:
             options["visual_token_mask"] = is_image
         return generation_config, repacked
@@ -202,12 +312,14 @@ class GenerateMixin:
             input_ids, attention_mask, tile_counts, self.config.image_token_id, tokens_per_tile, settings
         )
         embeddings = self.encode_images(input_ids, pixel_values)
+        return embeddings, kept_positions(embeddings, attention_mask, images, settings, self._probe(settings))
 
+    def _probe(self, settings: CompressionSettings) -> Callable[[torch.Tensor, torch.Tensor], AttentionInputs]:
         def probe(sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
             routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
             return attention_inputs(self.model.language_model, sequence, settings.layer, **routing)
 
-        return embeddings, kept_positions(embeddings, attention_mask, images, settings, probe)
+        return probe
 
     def _check_no_image_tokens(self, input_ids: torch.Tensor | None) -> None:
         tokens = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())

@@ -38,7 +38,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .tiling import PRESETS, RANGE_NAMES, check_tile_range, layer_grids, msac_grids, tile_counts
+from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_grids, msac_grids, tile_counts
 
 
 BACKGROUND = (255, 255, 255)
@@ -287,6 +287,11 @@ class _MsacMixin:
         if isinstance(images, (list, tuple)) and len(images) == 0:
             raise ValueError("The list of pictures is empty.")
         return super()._prepare_images_structure(images, *args, **kwargs)
+
+    def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
+        """The four tile ranges that a call with these options uses."""
+        settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs)}
+        return tuple(settings[name] for name in RANGE_NAMES)
 
     @staticmethod
     def _grids(size: tuple[int, int], settings: dict[str, Any], tile_size: int) -> tuple:

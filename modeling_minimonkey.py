@@ -145,20 +145,29 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
         self._check_pixel_values(pixel_values)
         if image_flags is not None:
             pixel_values = pixel_values[image_flags.flatten() == 1]
-        embeddings = self.get_input_embeddings()(input_ids)
-        is_image = input_ids == self.config.image_token_id
-        tokens, features_per_tile = int(is_image.sum()), self.tokens_per_tile(pixel_values)
+        tokens = int((input_ids == self.config.image_token_id).sum())
+        features_per_tile = self.tokens_per_tile(pixel_values)
         if tokens != pixel_values.shape[0] * features_per_tile:
             raise ValueError(
                 f"The prompt has {tokens} image tokens (id {self.config.image_token_id}), but {pixel_values.shape[0]} "
                 f"tiles give {pixel_values.shape[0] * features_per_tile} features ({features_per_tile} each)."
             )
         if tokens == 0:
-            return embeddings
+            return self.get_input_embeddings()(input_ids)
+        return self.place_features(input_ids, self.encode_tiles(pixel_values))
+
+    def encode_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the language model sees of tiles (T, 3, S, S): (T * K, D), for `pixel_values` see `encode_images`."""
+        self._check_pixel_values(pixel_values)
         chunks = map(self._normalised, pixel_values.split(VISION_CHUNK_TILES))
         features = torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
-        features = features.to(embeddings.device, embeddings.dtype)
-        return embeddings.masked_scatter(is_image.unsqueeze(-1).to(embeddings.device), features)  # features (T, K, D)
+        return features.flatten(0, -2)
+
+    def place_features(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, N, D) of a prompt (B, N) with `features` (image tokens, D) in the places of its image tokens."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        is_image = (input_ids == self.config.image_token_id).unsqueeze(-1).to(embeddings.device)
+        return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
 
     def tokens_per_tile(self, pixel_values: torch.Tensor) -> int:
         """Image tokens that each of these tiles gives."""

@@ -9,17 +9,22 @@ its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the 
 """
 
 import re
+from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
+import torch
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, VideosKwargs
+from transformers.video_utils import make_batched_videos
 
 from .conversation import (
     IMAGE_END,
     IMAGE_PLACEHOLDER,
     IMAGE_START,
     IMAGE_TOKEN,
+    VIDEO_PLACEHOLDER,
     control_tokens,
     encode,
     has_pictures,
@@ -27,10 +32,32 @@ from .conversation import (
     protect_messages,
 )
 from .image_processing_minimonkey import MiniMonkeyImageProcessorKwargs
+from .tiling import RANGE_NAMES
+from .video_frames import load_frames
+
+
+VIDEO_OPTIONS = ("num_frames", "fps", "start", "end", "video_backend", "frame_tiles")
+
+
+class MiniMonkeyVideosKwargs(VideosKwargs, total=False):
+    r"""
+    start, end (`float`, *optional*):
+        The part of the video that is shown, in seconds.
+    video_backend (`str`, *optional*):
+        What reads the file: "pyav", "decord", "torchcodec" or "opencv"; by default the first that is installed.
+    frame_tiles (`int`, *optional*, defaults to 1):
+        Most tiles of a frame, in one grid; of more than one, a thumbnail is added.
+    """
+
+    start: float | None
+    end: float | None
+    video_backend: str | None
+    frame_tiles: int
 
 
 class MiniMonkeyProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: MiniMonkeyImageProcessorKwargs
+    videos_kwargs: MiniMonkeyVideosKwargs
     _defaults = {
         "text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": False},
         "common_kwargs": {"return_tensors": "pt"},
@@ -66,28 +93,85 @@ def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[s
     ]
 
 
-def count_placeholders(texts: list[str]) -> int:
-    """How many `<image>` there are in all of `texts`."""
-    return sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+def expand_videos(texts: Iterable[str], frames: list[int]) -> tuple[list[str], list[str]]:
+    """Put numbered frames where each `<video>` stands, `Frame1: <image>` and so on, as the published demo writes them.
+
+    Args:
+        texts: With one `<video>` for each video.
+        frames: How many frames each video has.
+
+    Returns:
+        The texts, and in the order of their pictures whether each is an `<image>` or a frame of a `<video>`.
+    """
+    videos, kinds = iter(frames), []
+
+    def write(match: re.Match) -> str:
+        if match[0] == IMAGE_PLACEHOLDER:
+            kinds.append(IMAGE_PLACEHOLDER)
+            return match[0]
+        count = next(videos)
+        kinds.extend([VIDEO_PLACEHOLDER] * count)
+        return "\n".join(f"Frame{i + 1}: {IMAGE_PLACEHOLDER}" for i in range(count))
+
+    pattern = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)}")
+    return [pattern.sub(write, text) for text in texts], kinds
 
 
-def check_placeholders(texts: list[str], images: int, subject: str = "The text") -> None:
-    """Raise `ValueError` about `subject` unless `texts` have one `<image>` for each of `images` pictures."""
-    placeholders = count_placeholders(texts)
-    if placeholders != images:
+def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) -> tuple[dict, dict]:
+    """How the frames of videos are chosen, and the image processor's options for them: one tile each, else as for images.
+
+    Raises:
+        ValueError: An option that videos do not have.
+    """
+    unknown = videos_kwargs.keys() - set(VIDEO_OPTIONS)
+    if unknown:
+        known = ", ".join(VIDEO_OPTIONS)
+        raise ValueError(f"Unknown options of videos: {', '.join(sorted(unknown))}; known are {known}.")
+    sampling = dict(videos_kwargs)
+    ranges = dict(zip(RANGE_NAMES, (1, sampling.pop("frame_tiles", 1), 1, 1)))
+    if "video_backend" in sampling:
+        sampling["backend"] = sampling.pop("video_backend")
+    return sampling, {**{name: value for name, value in images_kwargs.items() if name != "preset"}, **ranges}
+
+
+def count_placeholders(texts: list[str], placeholder: str = IMAGE_PLACEHOLDER) -> int:
+    """How many placeholders there are in all of `texts`."""
+    return sum(text.count(placeholder) for text in texts)
+
+
+def check_placeholders(
+    texts: list[str], given: int, subject: str = "The text", placeholder: str = IMAGE_PLACEHOLDER
+) -> None:
+    """Raise `ValueError` about `subject` unless `texts` have one placeholder for each of `given` pictures or videos."""
+    placeholders, kind = count_placeholders(texts, placeholder), placeholder.strip("<>")
+    if placeholders != given:
         raise ValueError(
-            f"{subject} has {placeholders} {IMAGE_PLACEHOLDER} placeholders, but {images} images were given; "
-            "each image needs exactly one."
+            f"{subject} has {placeholders} {placeholder} placeholders, but {given} {kind}s were given; "
+            f"each {kind} needs exactly one."
         )
 
 
-def count_pictures(images) -> int:
-    """How many pictures a (nested) list holds, without opening one; an array of four dimensions is a batch."""
+def list_videos(videos) -> list:
+    """The videos of a call, each a path, a URL or frames; rows of videos, as `apply_chat_template` gives them, are joined."""
+
+    def is_video(item) -> bool:
+        return isinstance(item, (str, list, tuple)) or getattr(item, "ndim", 0) == 4
+
+    if isinstance(videos, (list, tuple)) and all(
+        isinstance(row, (list, tuple)) and all(map(is_video, row)) for row in videos
+    ):
+        videos = [video for row in videos for video in row]
+    is_empty = videos is None or (isinstance(videos, (list, tuple)) and not videos)
+    return [] if is_empty else make_batched_videos(videos)
+
+
+def flatten_pictures(images) -> list:
+    """The pictures of a (nested) list, without opening one; an array of four dimensions is a batch."""
     if images is None:
-        return 0
+        return []
     if isinstance(images, (list, tuple)):
-        return sum(map(count_pictures, images))
-    return images.shape[0] if getattr(images, "ndim", 3) == 4 else 1
+        return [picture for row in images for picture in flatten_pictures(row)]
+    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
 class MiniMonkeyProcessor(ProcessorMixin):
@@ -123,22 +207,24 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
         Args:
             images: As the image processor takes them; nested lists give each text its own.
-            text: A prompt or a list of prompts with one `<image>` for each picture. Control tokens in them count;
-                text that is not to be trusted goes through `apply_chat_template(tokenize=True)`.
-            **kwargs: Options of tokenizer and image processor, flat or as `text_kwargs` and `images_kwargs`. By default
-                rows are padded on the left and tensors are returned; `return_tensors=None` leaves token ids as lists.
+            text: A prompt or a list of prompts with one `<image>` for each picture and one `<video>` for each video. Control
+                tokens in them count; text that is not to be trusted goes through `apply_chat_template(tokenize=True)`.
+            videos: A path, a URL or frames, or a (nested) list of them. `<video>` becomes numbered frames of one tile each;
+                `num_frames`, `fps`, `start` and `end` choose them, see `video_frames.load_frames`.
+            **kwargs: Options of tokenizer, image processor and videos, flat or as `text_kwargs`, `images_kwargs` and
+                `videos_kwargs`. By default rows are padded on the left and tensors are returned; `return_tensors=None` leaves
+                token ids as lists.
 
         Returns:
             input_ids, attention_mask (B, N) and, with pictures, pixel_values, tile_counts, tile_grids (see
             `MiniMonkeyImageProcessor.preprocess`).
 
         Raises:
-            ValueError: No text, placeholders and pictures of different number, or a limit that would cut an image.
+            ValueError: No text, placeholders and pictures or videos of different number, a video that cannot be read, or a
+                limit that would cut an image.
         """
         if text is None:
             raise ValueError("text is missing; to cut pictures alone, call processor.image_processor(images).")
-        if videos is not None:
-            raise ValueError("Videos are not supported in this version; pass frames as images.")
         as_lists = "return_tensors" in kwargs and kwargs["return_tensors"] is None
         merged = self._merge_kwargs(
             MiniMonkeyProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
@@ -150,28 +236,58 @@ class MiniMonkeyProcessor(ProcessorMixin):
             )
         self._check_images(texts, images)
         image_inputs, tiles = {}, []
-        if count_pictures(images):
+        prompts = texts
+        if videos is not None:
+            prompts, image_inputs = self._with_frames(texts, images, videos, merged)
+        elif flatten_pictures(images):
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
+        if image_inputs:
             tiles = [int(sum(counts)) for counts in image_inputs["tile_counts"]]
-        expanded = expand_placeholders(texts, tiles, self.image_seq_length)
+        expanded = expand_placeholders(prompts, tiles, self.image_seq_length)
         options = merged["text_kwargs"]
         text_inputs = self._encode(expanded, options)
         if options.get("return_text_replacement_offsets"):
-            text_inputs["text_replacement_offsets"] = placeholder_spans(texts, expanded)
+            text_inputs["text_replacement_offsets"] = placeholder_spans(prompts, expanded)
         return BatchFeature(
             {**text_inputs, **image_inputs},
             tensor_type=None if as_lists else options.get("return_tensors"),
             skip_tensor_conversion=["text_replacement_offsets"],
         )
 
+    def load_frames(self, video, **videos_kwargs: Any) -> list:
+        """The frames of a video that the model would see, see `video_frames.load_frames`."""
+        return load_frames(video, **videos_kwargs)
+
+    def _with_frames(
+        self, texts: list[str], images, videos, merged: dict[str, Any]
+    ) -> tuple[list[str], dict[str, Any]]:
+        """The texts with the frames of their videos, and the tiles of images and frames in the order of the texts."""
+        videos = list_videos(videos)
+        check_placeholders(texts, len(videos), placeholder=VIDEO_PLACEHOLDER)
+        given = {name: merged["videos_kwargs"].get(name) for name in VIDEO_OPTIONS}
+        sampling, cutting = video_options(
+            merged["images_kwargs"], {name: value for name, value in given.items() if value is not None}
+        )
+        frames = [load_frames(video, **sampling) for video in videos]
+        texts, kinds = expand_videos(texts, list(map(len, frames)))
+        pictures = {
+            IMAGE_PLACEHOLDER: (iter(flatten_pictures(images)), merged["images_kwargs"]),
+            VIDEO_PLACEHOLDER: (iter([frame for video in frames for frame in video]), cutting),
+        }
+        parts = []
+        for kind, group in groupby(kinds):
+            source, options = pictures[kind]
+            parts.append(self.image_processor([next(source) for _ in group], **{**options, "return_tensors": "pt"}))
+        return texts, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     @staticmethod
     def _check_images(texts: list[str], images) -> None:
-        check_placeholders(texts, count_pictures(images))
+        check_placeholders(texts, len(flatten_pictures(images)))
         if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
             if len(images) != len(texts):
                 raise ValueError(f"{len(images)} lists of images were given for {len(texts)} texts.")
             for row, (text, pictures) in enumerate(zip(texts, images)):
-                check_placeholders([text], count_pictures(pictures), f"Row {row}")
+                check_placeholders([text], len(flatten_pictures(pictures)), f"Row {row}")
 
     def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         """Token ids, padded as `options` say; nothing is added in front or behind."""
@@ -222,7 +338,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         if kwargs.get("return_assistant_tokens_mask") and not allows_for_images and has_pictures(conversation):
             raise ValueError("With images, return_assistant_tokens_mask needs a newer transformers, 5.23 for example.")
         if tokenize and sanitize:
-            spellings = [*control_tokens(self.tokenizer), IMAGE_PLACEHOLDER]
+            spellings = [*control_tokens(self.tokenizer), IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER]
             conversation = protect_messages(conversation, spellings)
         return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
 

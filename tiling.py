@@ -19,7 +19,8 @@ TileRanges = tuple[int, int, int, int]
 """(min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles)"""
 
 # Tile ranges of the published evaluation, by benchmark; "default" is that of the demo, "others" that of every
-# benchmark without a row of its own.
+# benchmark without a row of its own. "multi_view" is ours, for pictures of `multi_view.py`: no adaptive tiles, which
+# would mix cameras (a range of one tile holds no grid that does not divide the detailed one).
 PRESETS: dict[str, TileRanges] = {
     "default": (4, 12, 3, 7),
     "chartqa": (4, 12, 1, 3),
@@ -36,6 +37,7 @@ PRESETS: dict[str, TileRanges] = {
     "vlmevalkit_docvqa": (14, 23, 5, 15),
     "vlmevalkit_textvqa": (14, 23, 5, 15),
     "vlmevalkit_infovqa": (15, 23, 3, 5),
+    "multi_view": (1, 12, 1, 1),
 }
 
 SINGLE_TILE: Grid = (1, 1)
@@ -129,3 +131,25 @@ def tile_counts(detailed: Grid, adaptive: Grid) -> tuple[int, int, int]:
         return 0 if grid == SINGLE_TILE else grid[0] * grid[1]
 
     return count(detailed), count(adaptive), 1
+
+
+def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges) -> TileRanges:
+    """Tile ranges for each of `images` pictures that together give at most `tile_budget` tiles, thumbnails counted.
+
+    Every picture gets the same share; within it detailed and adaptive tiles keep their proportion.
+
+    Raises:
+        ValueError: Less than one tile for each picture.
+    """
+    share = tile_budget // images
+    if share < 1:
+        raise ValueError(
+            f"A tile_budget of {tile_budget} does not give each of {images} pictures its one thumbnail; raise it to at least "
+            f"{images}, or pass fewer pictures."
+        )
+    min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = ranges
+    if max_tiles + adaptive_max_tiles < share:
+        return ranges
+    detailed = max(1, -(-(share - 1) * max_tiles // (max_tiles + adaptive_max_tiles)))
+    adaptive = max(1, share - 1 - detailed)
+    return min(min_tiles, detailed), detailed, min(adaptive_min_tiles, adaptive), adaptive

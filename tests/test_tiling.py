@@ -56,11 +56,11 @@ def test_grids_without_arguments_are_those_of_the_published_demo():
         assert [*detailed, *adaptive] == grids, size
 
 
-def test_presets_are_the_published_tile_ranges():
-    assert PRESETS == PUBLISHED_RANGES
+def test_presets_are_the_published_tile_ranges_and_one_of_ours():
+    assert PRESETS == {**PUBLISHED_RANGES, "multi_view": (1, 12, 1, 1)}  # that one is ours
 
 
-@pytest.mark.parametrize("name", PUBLISHED_RANGES)
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("size", [(1, 1), (1280, 720), (720, 1280), (30, 3000), (448, 448)])
 def test_grids_of_a_preset_keep_its_ranges(name, size):
     least, most, adaptive_least, adaptive_most = PRESETS[name]

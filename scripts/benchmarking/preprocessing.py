@@ -37,10 +37,10 @@ def run(args: argparse.Namespace) -> None:
     report("preprocessing", rows(args), torch.device("cpu"), args)
 
 
-def photograph(width: int, height: int) -> Image.Image:
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture about as hard to decode as a photograph: smooth shapes, edges and a little noise."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    noise = np.random.RandomState(0).randint(-6, 7, (height, width, 1))
+    noise = np.random.RandomState(seed).randint(-6, 7, (height, width, 1))
     waves = [127 + 90 * np.sin(x / (90 + 30 * c)) * np.cos(y / (70 + 25 * c)) for c in range(3)]
     edges = 40 * ((x // 53 + y // 71) % 2)
     return Image.fromarray(np.clip(np.stack(waves, -1) + edges[..., None] + noise, 0, 255).astype(np.uint8))

@@ -1,0 +1,202 @@
+"""What `chat` gives back: answers with their confidence, histories that remember, answers that arrive piece by piece.
+
+Knows text and token ids, no prompts and no model.
+
+    for text in model.chat(processor, "page.png", "Read the text.", stream=True):
+        print(text, end="")
+"""
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from .prompt_memory import PromptMemory
+
+
+class ChatHistory(list):
+    """The (question, answer) pairs of a conversation, a list like any other, that remembers what was computed for it.
+
+    The next `chat` that gets it computes only what is new. Edited, it still serves as far as it is the same; a copy or a
+    pickled one is a plain list, whose conversation is computed from the start.
+    """
+
+    def __init__(self, turns: list[tuple[str, str]], memory: PromptMemory | None = None):
+        super().__init__(turns)
+        self.memory = memory
+
+    def forget(self) -> None:
+        """Free the memory that the conversation holds (its key/value cache and the features of its pictures)."""
+        if self.memory is not None:
+            self.memory.forget()
+
+    def __reduce_ex__(self, protocol):
+        return list, (list(self),)
+
+
+@dataclass
+class ChatAnswer:
+    """An answer and what is known about it, see `return_dict=True` of `chat`.
+
+    `token_ids` are those that were generated, the end token among them, and `log_probabilities` those that the model gave
+    each of them, before temperature and other settings of sampling.
+    """
+
+    text: str
+    history: ChatHistory
+    token_ids: list[int] = field(default_factory=list)
+    log_probabilities: list[float] | None = None
+
+    @property
+    def confidence(self) -> float | None:
+        """The geometric mean of the tokens' probabilities, 0 to 1."""
+        if not self.log_probabilities:
+            return None
+        return math.exp(sum(self.log_probabilities) / len(self.log_probabilities))
+
+
+def trim(text: str, ends: list[str]) -> str:
+    """The text before the first of `ends`, without white space around it."""
+    return text[: min((text.index(end) for end in ends if end in text), default=None)].strip()
+
+
+def trim_pieces(pieces: Iterator[str], ends: list[str]) -> Iterator[str]:
+    """What `trim` gives for the joined `pieces`, as early as it is certain."""
+    held, has_begun = "", False
+    for piece in pieces:
+        held = held + piece if has_begun else (held + piece).lstrip()
+        has_begun = has_begun or bool(held)
+        if any(end in held for end in ends):
+            break
+        certain = held[: len(held) - max((_overlap(held, end) for end in ends), default=0)].rstrip()
+        if certain:
+            yield certain
+            held = held[len(certain) :]
+    rest = held[: min((held.index(end) for end in ends if end in held), default=None)].rstrip()
+    if rest:
+        yield rest
+
+
+def _overlap(text: str, end: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `end`."""
+    return next((n for n in range(min(len(text), len(end)), 0, -1) if text.endswith(end[:n])), 0)
+
+
+class _TokenQueue(BaseStreamer):
+    """Hands the new tokens of a generation from its thread to another."""
+
+    def __init__(self):
+        self.queue: queue.Queue[int | None] = queue.Queue()
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._is_prompt:
+            for token in value.flatten().tolist():
+                self.queue.put(token)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def _generate(run, tokens: _TokenQueue, stop: _StopWhen, outcome: dict[str, Any]) -> None:
+    try:
+        outcome["answer"] = run(tokens, stop)
+    except Exception as error:  # raised again where the answer is read
+        outcome["error"] = error
+    finally:
+        tokens.end()
+
+
+def _growing_text(tokens: _TokenQueue, decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """What each new token adds to the decoded text; characters of several tokens wait until they are whole."""
+    ids, given = [], ""
+    for token in iter(tokens.queue.get, None):
+        ids.append(token)
+        text = decode(ids)
+        if text.startswith(given) and not text.endswith("\ufffd"):
+            yield text[len(given) :]
+            given = text
+    yield decode(ids)[len(given) :]
+
+
+class AnswerStream:
+    """The pieces of an answer while it is made; joined they are the whole answer. Iterate over it once.
+
+    Afterwards `answer` and `history` are there. `close()`, or leaving a `with` block, ends the generation early; the answer
+    is then what was made so far.
+
+    Args:
+        run: Generates, given a streamer and a stopping criterion, and returns the whole answer.
+        decode: From token ids to their text.
+        ends: Texts that end the answer.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[BaseStreamer, StoppingCriteria], ChatAnswer],
+        decode: Callable[[list[int]], str],
+        ends: list[str],
+    ):
+        tokens, self._stop, self._outcome = _TokenQueue(), threading.Event(), {}
+        self._pieces = trim_pieces(_growing_text(tokens, decode), ends)
+        # The thread knows nothing of this object, so that an abandoned stream is deleted, which ends the generation.
+        arguments = (run, tokens, _StopWhen(self._stop), self._outcome)
+        self._thread = threading.Thread(target=_generate, args=arguments, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> "AnswerStream":
+        return self
+
+    def __next__(self) -> str:
+        for piece in self._pieces:
+            return piece
+        self._finish()
+        raise StopIteration
+
+    def _finish(self) -> ChatAnswer:
+        self._thread.join()
+        if "error" in self._outcome:
+            raise self._outcome["error"]
+        return self._outcome["answer"]
+
+    @property
+    def result(self) -> ChatAnswer:
+        """The whole answer; waits until it is complete."""
+        return self._finish()
+
+    @property
+    def answer(self) -> str:
+        return self.result.text
+
+    @property
+    def history(self) -> ChatHistory:
+        return self.result.history
+
+    def close(self) -> None:
+        """End the generation with the next token, if it is still under way."""
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> "AnswerStream":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def __del__(self):
+        self._stop.set()

@@ -1,0 +1,201 @@
+"""What a conversation remembers of its prompt, so that its next turn costs only what is new.
+
+Three things, all of one conversation: the features of its pictures, which positions of its ids the language model read
+(scale compression leaves some out), and the key/value cache of those. A later prompt uses the cache as far as it begins with
+the same tokens and the same pictures, compressed in the same way; everything behind that is computed anew. So an edited
+history can never meet a cache that does not fit it.
+
+Knows ids, tensors and caches; no text. `generate` reads and writes a memory, `chat` hangs it on the history it returns.
+"""
+
+import hashlib
+import os
+import weakref
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .compression import CompressionSettings, ImageSpan
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What decides what the language model computes: the ids of one row (N,), which pictures stand where, and how these are
+    compressed (`settings.keep_ratio` 1: not at all)."""
+
+    token_ids: list[int]
+    pictures: list[tuple[bytes, ImageSpan]]
+    settings: CompressionSettings
+
+    def common_start(self, other: "Prompt") -> int:
+        """How many of its first tokens mean the same in `other`: all that the language model computes for them is equal."""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, other.token_ids)))
+        is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
+        is_compressed = min(self.settings.keep_ratio, other.settings.keep_ratio) < 1
+        for i, (key, span) in enumerate(self.pictures):
+            if span.start >= same:
+                break
+            other_key, other_span = other.pictures[i] if i < len(other.pictures) else (None, None)
+            is_same = key == other_key and span.stop <= same
+            if is_compressed and span.detailed_tokens:
+                is_same = is_same and is_compressed_alike and span == other_span and span.query_stop <= same
+            if not is_same:
+                return span.start
+        return same
+
+
+@dataclass
+class _State:
+    """A cache, the prompt and answer that it is of, and which of their positions (M,) it holds."""
+
+    prompt: Prompt
+    kept: torch.Tensor
+    cache: Cache
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A cache that serves the first `start` tokens of a prompt, of which it holds the positions `kept` (M,)."""
+
+    cache: Cache | None = None
+    start: int = 0
+    kept: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+
+class PromptMemory:
+    """The memory of one conversation with `model`; a plain object to everyone but `generate`.
+
+    `tile_counts` and `features` are those of its pictures, by their key (see `picture_key`).
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = weakref.ref(model)  # a history must not keep a model alive
+        self._weights = _weights_version(model)
+        self.tile_counts: dict[bytes, list[int]] = {}
+        self.features: dict[bytes, torch.Tensor] = {}
+        self._state: _State | None = None
+
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether this is a memory of `model`, whose weights are still those that it had."""
+        return self._model() is model and self._weights == _weights_version(model)
+
+    def forget(self) -> None:
+        """Free everything; the next turn is computed from the start."""
+        self._state, self.tile_counts, self.features = None, {}, {}
+
+    def nbytes(self) -> int:
+        """Bytes that it holds: keys, values and features."""
+        layers = [] if self._state is None else self._state.cache.layers
+        tensors = [*self.features.values(), *(t for layer in layers for t in (layer.keys, layer.values))]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def begin_turn(self, keys: list[bytes]) -> "Turn":
+        """What the next turn, about the pictures `keys`, starts from."""
+        return Turn(self, keys, self.tile_counts, self.features)
+
+    def remember_pictures(self, pictures: dict[bytes, tuple[list[int], torch.Tensor]]) -> None:
+        """Keep the tile counts and features of exactly these pictures, those of the prompt that is about to be read."""
+        self.tile_counts = {key: counts for key, (counts, _) in pictures.items()}
+        self.features = {key: features for key, (_, features) in pictures.items()}
+        _forget_the_oldest(self._model(), self)
+
+    def take_cache(self, prompt: Prompt) -> Recalled:
+        """The cache of as much of `prompt` as it can serve; at least the prompt's last token is left to compute.
+
+        The memory is without a cache until `remember`: should the generation fail, or two run at once, none meets a cache
+        that is half written.
+        """
+        state, self._state = self._state, None
+        if state is None:
+            return Recalled()
+        start = min(prompt.common_start(state.prompt), len(prompt.token_ids) - 1)
+        kept = state.kept[state.kept < start]
+        if not len(kept):
+            return Recalled()
+        surplus = state.cache.get_seq_length() - len(kept)
+        if surplus:
+            state.cache.crop(-surplus)
+        return Recalled(state.cache, start, kept)
+
+    def remember(self, prompt: Prompt, kept: torch.Tensor, cache: Cache, new_ids: list[int]) -> None:
+        """Keep `cache`, which holds the positions `kept` of the prompt and of the new tokens all that were read."""
+        answered = cache.get_seq_length() - len(kept)
+        if not _holds_everything(cache):
+            return
+        length = len(prompt.token_ids)
+        whole = replace(prompt, token_ids=[*prompt.token_ids, *new_ids[:answered]])
+        self._state = _State(whole, torch.cat([kept.cpu(), torch.arange(length, length + answered)]), cache)
+        _forget_the_oldest(self._model(), self)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn starts from: its pictures in order, and the tile counts and features of those that the memory knows."""
+
+    memory: PromptMemory
+    keys: list[bytes]
+    tile_counts: dict[bytes, list[int]]
+    features: dict[bytes, torch.Tensor]
+
+
+def new_cache(model: nn.Module) -> Cache:
+    """An empty cache, as `generate` makes it when nothing else is asked for."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def picture_key(picture, options: object) -> bytes:
+    """Tells pictures apart by what they show and by how they are to be cut.
+
+    Args:
+        picture: A PIL image, an array or tensor (their values count), a path (the file's bytes), a URL or data URI (its text).
+        options: Whatever else decides how it is cut; its `repr` counts.
+    """
+    digest = hashlib.sha256(repr(options).encode())
+    if isinstance(picture, (str, os.PathLike)):
+        if os.path.isfile(picture):
+            digest.update(Path(picture).read_bytes())
+        else:
+            digest.update(str(picture).encode())
+    elif isinstance(picture, torch.Tensor):
+        digest.update(repr((picture.shape, picture.dtype)).encode())
+        digest.update(picture.detach().contiguous().cpu().view(torch.uint8).numpy())
+    elif hasattr(picture, "getexif"):
+        orientation, transparency = picture.getexif().get(0x0112), picture.info.get("transparency")
+        digest.update(repr((picture.mode, picture.size, orientation, transparency, picture.getpalette())).encode())
+        digest.update(picture.tobytes())
+    else:
+        digest.update(repr((picture.shape, picture.dtype)).encode())
+        digest.update(picture.tobytes())
+    return digest.digest()
+
+
+def _holds_everything(cache: Cache) -> bool:
+    """Whether no layer has let go of old tokens, as sliding windows do when they are full."""
+    return all(
+        isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys.shape[-2] == layer.get_seq_length()
+        for layer in cache.layers
+    )
+
+
+def _weights_version(model: nn.Module) -> int:
+    """Changes when a weight is replaced, moved or trained."""
+    return hash(tuple((id(p), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in model.parameters()))
+
+
+# For each model the memories that hold a cache, the most recent last.
+_holding: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref]]" = weakref.WeakKeyDictionary()
+
+
+def _forget_the_oldest(model: nn.Module, newest: PromptMemory) -> None:
+    """Keep as many conversations in memory as the model allows."""
+    others = [ref for ref in _holding.get(model, []) if ref() is not None and ref() is not newest]
+    _holding[model] = [*others, weakref.ref(newest)]
+    while len(_holding[model]) > max(model.remembered_conversations, 0):
+        oldest = _holding[model].pop(0)()
+        if oldest is not None:
+            oldest.forget()

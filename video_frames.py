@@ -1,0 +1,310 @@
+"""Which frames of a video a model sees, and reading them.
+
+    frames = load_frames("clip.mp4", num_frames=8)  # a list of (height, width, 3) arrays, to be passed as images
+    frame_indices(100, video_fps=25.0, num_frames=4)  # [12, 37, 62, 86], without a file
+
+Frames are the middles of equal segments, as InternVL2 takes them. Files are decoded by transformers, with whichever of
+PyAV, decord, torchcodec and OpenCV is installed.
+
+Knows frames and seconds, no prompts and no tiles.
+"""
+
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from shutil import copyfileobj
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
+from urllib.request import Request, url2pathname, urlopen
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils import is_av_available, is_cv2_available, is_decord_available, is_torchcodec_available
+from transformers.video_utils import load_video
+
+
+DEFAULT_NUM_FRAMES = 8  # of a file when nothing is asked for, as InternVL2's model card does
+URL_TIMEOUT = 30.0  # seconds
+
+Frame = np.ndarray | Image.Image
+
+
+class _Backend(NamedTuple):
+    package: str  # what pip installs
+    is_available: Callable[[], bool]
+    error: str | None  # "module.class" of its own exceptions, which no built-in one covers
+
+
+BACKENDS: dict[str, _Backend] = {
+    "pyav": _Backend("av", is_av_available, "av.FFmpegError"),
+    "decord": _Backend("decord", is_decord_available, "decord.DECORDError"),
+    "torchcodec": _Backend("torchcodec", is_torchcodec_available, None),
+    "opencv": _Backend("opencv-python-headless", is_cv2_available, "cv2.error"),
+}
+"""What can decode a file, in the order in which it is looked for."""
+
+# What the back ends raise for files they cannot read, beside their own: no stream (LookupError, ValueError), no frame
+# rate (TypeError), a broken container (OSError, RuntimeError, ValueError).
+READ_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError)
+
+
+# --- which frames ----------------------------------------------------------------------------------------------------
+
+
+def frame_indices(
+    total_frames: int,
+    video_fps: float | None,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> list[int]:
+    """Which frames of a video to take, ascending and each once; the first frame is 0.
+
+    Args:
+        total_frames: How many frames the video has.
+        video_fps: Its frames per second; None where that is unknown.
+        num_frames: Take this many, at the middle of equal segments of the span. Where the span has no more than that,
+            each of its frames once, so fewer may come back than were asked for; InternVL2 would repeat some.
+        fps: Take this many per second of the span, rounded, at least one; in the same places.
+        start, end: The span in seconds, both frames included; what lies before or behind the video is left out.
+            Default: the whole video.
+
+    Neither `num_frames` nor `fps` gives every frame of the span.
+
+    Raises:
+        ValueError: A video without frames, `num_frames` and `fps` together, values that select nothing, or seconds
+            where the frame rate is unknown.
+
+    Source: `get_index` in the published InternVL2 code.
+    """
+    _check_selection(num_frames, fps, start, end)
+    if total_frames < 1:
+        raise ValueError(f"The video has no frames to choose from: total_frames is {total_frames}.")
+    first, last = 0, total_frames - 1
+    if fps is not None or start is not None or end is not None:
+        if video_fps is None or not 0 < video_fps < math.inf:
+            raise ValueError(
+                f"fps, start and end need the frame rate of the video, which is unknown (video_fps={video_fps}); "
+                "choose by num_frames instead."
+            )
+        first = first if start is None else max(0, round(start * video_fps))
+        last = last if end is None else min(round(end * video_fps), last)
+        if first >= total_frames:
+            raise ValueError(
+                f"The video ends before start: {total_frames} frames at {video_fps:g} per second are "
+                f"{total_frames / video_fps:g} s, start is {start:g} s."
+            )
+    if fps is not None:
+        num_frames = max(1, round((last - first + 1) * fps / video_fps))
+    if num_frames is None or num_frames > last - first:
+        return list(range(first, last + 1))
+    segment = (last - first) / num_frames
+    return [int(first + segment / 2 + np.round(segment * i)) for i in range(num_frames)]
+
+
+def _check_selection(num_frames: int | None, fps: float | None, start: float | None, end: float | None) -> None:
+    """Raise `ValueError` for what selects no frames of any video."""
+    if num_frames is not None and fps is not None:
+        raise ValueError(f"Give num_frames or fps, not both; got num_frames={num_frames} and fps={fps}.")
+    if num_frames is not None and (
+        isinstance(num_frames, bool) or not isinstance(num_frames, (int, np.integer)) or num_frames < 1
+    ):
+        raise ValueError(f"num_frames must be an integer of at least 1, got {num_frames!r}.")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps must be greater than 0 frames per second, got {fps}.")
+    for name, value in (("start", start), ("end", end)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name} must be a number of seconds, got {value}; leave it out for no bound.")
+    if end is not None and end <= max(start or 0, 0):
+        raise ValueError(f"end must come after start, got start={start or 0:g} s and end={end:g} s.")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_frames(
+    video,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    backend: str | None = None,
+) -> list[Frame]:
+    """The frames of a video that a model shall see.
+
+    Args:
+        video: A path, the URL of a video file (not of a page that shows it), or frames: an array or a tensor (frames,
+            height, width, 3) or (frames, 3, height, width), or a list of PIL images, arrays or tensors.
+        num_frames, fps, start, end: See `frame_indices`. Of a file 8 frames are taken when neither `num_frames` nor
+            `fps` is given; of frames, all. Frames have no frame rate, so that they are chosen by `num_frames` alone.
+        backend: "pyav", "decord", "torchcodec" or "opencv"; by default the first of them that is installed.
+
+    Returns:
+        Of a file, the frames as (height, width, 3) uint8 arrays, upright as a player shows them. Of frames, those
+        given, arrays and tensors as (height, width, 3) arrays.
+
+    With PyAV a file that does not tell its number of frames (WebM, Matroska), or a wrong one (a trimmed MP4), is
+    counted.
+
+    Raises:
+        ValueError: The file is missing, broken or without pictures, it cannot be downloaded, or nothing is selected.
+        ImportError: There is no back end to decode it.
+    """
+    _check_selection(num_frames, fps, start, end)
+    if not isinstance(video, (str, os.PathLike)):
+        frames = _given_frames(video)
+        return [frames[i] for i in frame_indices(len(frames), None, num_frames, fps, start, end)]
+    if num_frames is None and fps is None:
+        num_frames = DEFAULT_NUM_FRAMES
+    backend = _choose_backend(backend)
+    name = _short_name(os.fsdecode(video))
+    with _local_file(os.fsdecode(video), name) as path:
+        try:
+            return _decode(path, backend, (num_frames, fps, start, end))
+        except (*READ_ERRORS, *_errors_of(backend)) as error:
+            reason = "it has no video stream." if isinstance(error, LookupError) else error
+            raise ValueError(f"No frames could be taken from {name} with {backend}: {reason}") from error
+
+
+def _given_frames(video) -> list[Frame]:
+    """The frames of an array, a tensor or a list of pictures; tensors become arrays, channels come last."""
+    if isinstance(video, (np.ndarray, torch.Tensor)):
+        if video.ndim != 4 or 3 not in (video.shape[1], video.shape[3]):
+            raise ValueError(
+                "A video is an array (frames, height, width, 3) or (frames, 3, height, width), got one of "
+                f"{tuple(video.shape)}."
+            )
+        return [_channels_last(frame) for frame in video]
+    if not isinstance(video, (list, tuple)):
+        raise ValueError(
+            f"A video is a path, a URL, an array, a tensor or a list of frames, got {type(video).__name__}."
+        )
+    for frame in video:
+        is_array = isinstance(frame, (np.ndarray, torch.Tensor)) and frame.ndim in (2, 3)
+        if not (is_array or isinstance(frame, Image.Image)):
+            shape = f" of {tuple(frame.shape)}" if isinstance(frame, (np.ndarray, torch.Tensor)) else ""
+            raise ValueError(
+                "A list is the frames of one video, PIL images or arrays (height, width, 3); it holds "
+                f"{type(frame).__name__}{shape}. Pass videos one by one, and open picture files first."
+            )
+    return [frame if isinstance(frame, Image.Image) else _channels_last(frame) for frame in video]
+
+
+def _channels_last(frame: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A frame as (height, width, 3); where both ends are 3, by custom tensors have channels first, arrays last."""
+    is_tensor = isinstance(frame, torch.Tensor)
+    is_first = frame.ndim == 3 and frame.shape[0] == 3 and (is_tensor or frame.shape[2] != 3)
+    if is_tensor:
+        frame = frame.detach().cpu()
+        frame = (frame.float() if frame.is_floating_point() else frame).numpy()
+    return np.moveaxis(frame, 0, -1) if is_first else frame
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _choose_backend(backend: str | None) -> str:
+    """`backend` if it is installed; for None the first that is."""
+    if backend is None:
+        for name, candidate in BACKENDS.items():
+            if candidate.is_available():
+                return name
+        raise ImportError("No package is installed that decodes video files: pip install av")
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown video backend {backend!r}; known are {', '.join(BACKENDS)}.")
+    if not BACKENDS[backend].is_available():
+        raise ImportError(f"The video backend {backend!r} is not installed: pip install {BACKENDS[backend].package}")
+    return backend
+
+
+def _errors_of(backend: str) -> tuple[type[Exception], ...]:
+    """The exceptions that only `backend` has. Not imported at the top: the package is optional."""
+    error = BACKENDS[backend].error
+    if error is None:
+        return ()
+    module, _, name = error.rpartition(".")
+    return (getattr(importlib.import_module(module), name),)
+
+
+def _short_name(text: str) -> str:
+    return text if len(text) < 200 else text[:60] + "..."
+
+
+@contextmanager
+def _local_file(text: str, name: str) -> Iterator[str]:
+    """The path of a file; what a URL gives lies in a temporary one meanwhile."""
+    if text.startswith(("http://", "https://")):
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path = os.path.join(folder, "video")
+            _download(text, path, name)
+            yield path
+        return
+    path = url2pathname(urlparse(text).path) if text.startswith("file://") else text
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is a folder, not a video file.")
+    if not os.path.isfile(path):
+        raise ValueError(f"There is no video file {name}.")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"The video file {name} is empty.")
+    yield path
+
+
+def _download(url: str, path: str, name: str) -> None:
+    try:
+        request = Request(url, headers={"User-Agent": "MiniMonkey"})  # some servers refuse Python's own
+        with urlopen(request, timeout=URL_TIMEOUT) as response, open(path, "wb") as file:
+            copyfileobj(response, file)
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"{name} cannot be downloaded: {error}") from error
+
+
+def _decode(path: str, backend: str, selection: tuple) -> list[np.ndarray]:
+    """The selected frames of a file; `selection` is (num_frames, fps, start, end)."""
+    frames, missing = _read(path, backend, selection)
+    if missing and backend == "pyav":
+        frames, missing = _read(path, backend, selection, _count_frames(path, decode=True))
+    if missing:
+        raise ValueError(f"the file ends early, {missing} of the frames cannot be decoded.")
+    if backend == "pyav":  # the others turn the pictures themselves
+        turns = _quarter_turns(path)
+        frames = [np.rot90(frame, turns) for frame in frames] if turns else frames
+    return frames
+
+
+def _read(path: str, backend: str, selection: tuple, total: int | None = None) -> tuple[list[np.ndarray], int]:
+    """The selected frames of a file of `total` frames (by default as many as it says), and how many of them lack."""
+    chosen: list[int] = []
+
+    def choose(metadata: Any, **_) -> list[int]:
+        frames = metadata.total_num_frames if total is None else total
+        if frames < 1 and backend == "pyav":
+            frames = _count_frames(path, decode=False)
+        chosen[:] = frame_indices(frames, metadata.fps, *selection)
+        return chosen
+
+    frames, _ = load_video(path, backend=backend, sample_indices_fn=choose)
+    return [_channels_last(frame) for frame in frames], len(chosen) - len(frames)
+
+
+def _count_frames(path: str, decode: bool) -> int:
+    """Frames in a file for PyAV: its packets, which is quick and may be too many, or what decoding really gives."""
+    with importlib.import_module("av").open(path) as container:
+        if not decode:
+            return sum(1 for packet in container.demux(video=0) if packet.size)
+        container.streams.video[0].thread_type = "AUTO"
+        return sum(1 for _ in container.decode(video=0))
+
+
+def _quarter_turns(path: str) -> int:
+    """How many quarter turns counter-clockwise make the pictures upright; phones film sideways and say so."""
+    with importlib.import_module("av").open(path) as container:
+        return round(getattr(next(container.decode(video=0)), "rotation", 0) / 90) % 4
+
+
+__all__ = ["DEFAULT_NUM_FRAMES", "frame_indices", "load_frames"]
