@@ -353,6 +353,9 @@ class ChatMixin:
             options |= {"turn": pictures.turn, "tile_counts": pictures.tile_counts}
         stops = options.get("stop_strings") or []
         ends = [template.separator, *([stops] if isinstance(stops, str) else stops)]
+        if not bound.skip_special_tokens:
+            end_ids = torch.as_tensor(options["eos_token_id"]).flatten().tolist()
+            ends += bound.tokenizer.convert_ids_to_tokens(end_ids)
         return _Inputs(options, conversations, memory, ends)
 
     def _check_length(self, bound: ChatArguments, rows: list[list[int]], tiles: list[int], per_tile: int) -> None:
@@ -361,11 +364,12 @@ class ChatMixin:
         if limit is None or longest <= limit:
             return
         spare = (limit - longest) // per_tile + sum(tiles)
-        fewer = f"fewer tiles (tile_budget={spare}, or another preset in images_kwargs), " if spare > 0 else ""
+        can_cut_less = bound.images is not None and spare > 0
+        fewer = f"fewer tiles (tile_budget={spare}, or another preset in images_kwargs), " if can_cut_less else ""
         raise ValueError(
             f"The prompt has {longest} tokens, of which {sum(tiles)} tiles of pictures take {sum(tiles) * per_tile}, but the "
             f"limit is {limit} ({'max_prompt_tokens' if bound.max_prompt_tokens else 'the context length of the model'}). "
-            f"Use {fewer if tiles else ''}fewer pictures, a shorter history or question."
+            f"Use {fewer}fewer pictures, a shorter history or question."
         )
 
     def _query_ends(

@@ -14,10 +14,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, VideosKwargs
-from transformers.video_utils import make_batched_videos
 
 from .conversation import (
     IMAGE_END,
@@ -31,7 +31,9 @@ from .conversation import (
     has_protected_text,
     protect_messages,
 )
+from .grounding import draw_boxes, parse_boxes
 from .image_processing_minimonkey import MiniMonkeyImageProcessorKwargs
+from .multi_view import stitch_views
 from .tiling import RANGE_NAMES
 from .video_frames import load_frames
 
@@ -152,17 +154,15 @@ def check_placeholders(
 
 
 def list_videos(videos) -> list:
-    """The videos of a call, each a path, a URL or frames; rows of videos, as `apply_chat_template` gives them, are joined."""
-
-    def is_video(item) -> bool:
-        return isinstance(item, (str, list, tuple)) or getattr(item, "ndim", 0) == 4
-
-    if isinstance(videos, (list, tuple)) and all(
-        isinstance(row, (list, tuple)) and all(map(is_video, row)) for row in videos
-    ):
-        videos = [video for row in videos for video in row]
-    is_empty = videos is None or (isinstance(videos, (list, tuple)) and not videos)
-    return [] if is_empty else make_batched_videos(videos)
+    """The videos of a (nested) list, each a path, a URL or frames; a list of pictures is one video."""
+    if videos is None:
+        return []
+    if getattr(videos, "ndim", 4) == 5:
+        return list(videos)
+    if not isinstance(videos, (list, tuple)):
+        return [videos]
+    is_one = bool(videos) and all(isinstance(item, Image.Image) or getattr(item, "ndim", 4) < 4 for item in videos)
+    return [videos] if is_one else [video for item in videos for video in list_videos(item)]
 
 
 def flatten_pictures(images) -> list:
@@ -189,6 +189,12 @@ class MiniMonkeyProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = MiniMonkeyProcessorKwargs
+
+    # Functions that users of a loaded processor could not import otherwise.
+    load_frames = staticmethod(load_frames)
+    parse_boxes = staticmethod(parse_boxes)
+    draw_boxes = staticmethod(draw_boxes)
+    stitch_views = staticmethod(stitch_views)
 
     def __init__(self, image_processor=None, tokenizer=None, image_seq_length: int = 256, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -253,10 +259,6 @@ class MiniMonkeyProcessor(ProcessorMixin):
             tensor_type=None if as_lists else options.get("return_tensors"),
             skip_tensor_conversion=["text_replacement_offsets"],
         )
-
-    def load_frames(self, video, **videos_kwargs: Any) -> list:
-        """The frames of a video that the model would see, see `video_frames.load_frames`."""
-        return load_frames(video, **videos_kwargs)
 
     def _with_frames(
         self, texts: list[str], images, videos, merged: dict[str, Any]

@@ -1,10 +1,12 @@
-"""Ask a model about pictures, in one question or in a conversation.
+"""Ask a model about pictures and videos, in one question or in a conversation.
 
     python scripts/chat.py assets/example.png "Read the text."
     python scripts/chat.py page-1.png page-2.png "Compare them." --model MiniMonkey-2B --preset docvqa
     python scripts/chat.py receipt.jpg                     no question: a conversation, with history
+    python scripts/chat.py clip.mp4 "What happens?" --num-frames 8
 
-The answer is printed as it is made. Without --model, MiniMonkey-Nano of this repository answers.
+The answer is printed as it is made; later questions of a conversation cost only what is new. In a conversation,
+`/add page-2.png` shows another picture or video. Without --model, MiniMonkey-Nano of this repository answers.
 """
 
 import argparse
@@ -14,42 +16,50 @@ from pathlib import Path
 import torch
 import transformers
 from repository import ROOT, add_tile_arguments, tile_options
-from transformers import AutoModel, AutoProcessor, TextStreamer
+from transformers import AutoModel, AutoProcessor
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"}
 
 
-def is_picture(text: str) -> bool:
-    """Whether a command-line argument names a picture rather than being the question."""
+def is_video(text: str) -> bool:
+    """Whether a command-line argument names a video."""
+    return Path(text[:255]).suffix.lower() in VIDEO_SUFFIXES
+
+
+def is_medium(text: str) -> bool:
+    """Whether a command-line argument names a picture or a video rather than being the question."""
     return (
         text.startswith(("http://", "https://", "data:image/"))
-        or Path(text[:255]).suffix.lower() in PICTURE_SUFFIXES
+        or Path(text[:255]).suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES
         or Path(text[:255]).is_file()
     )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", metavar="IMAGE ... QUESTION", help="pictures, then the question if any")
+    parser.add_argument("inputs", nargs="*", metavar="FILE ... QUESTION", help="pictures and videos, then the question")
     parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
     parser.add_argument("--device", default=None, help="cuda, cpu, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--attn-implementation", default=None, help="sdpa, eager or flash_attention_2")
     add_tile_arguments(parser)
+    parser.add_argument("--tile-budget", type=int, default=None, help="most tiles of all pictures together")
+    parser.add_argument("--num-frames", type=int, default=8, help="of each video")
     parser.add_argument("--use-scm", action="store_true", help="compress the tokens of the pictures' detailed tiles")
     parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
     parser.add_argument("--interactive", action="store_true", help="go on asking after the first question")
     args = parser.parse_args()
-    has_question = bool(args.inputs) and not is_picture(args.inputs[-1])
+    has_question = bool(args.inputs) and not is_medium(args.inputs[-1])
     args.question = args.inputs[-1] if has_question else None
-    args.images = args.inputs[:-1] if has_question else args.inputs
-    wrong = [text for text in args.images if not is_picture(text)]
+    args.media = args.inputs[:-1] if has_question else args.inputs
+    wrong = [text for text in args.media if not is_medium(text)]
     if wrong:
         parser.error(
-            f"not a picture: {', '.join(wrong)} (put a question of several words in quotes, behind the pictures)"
+            f"neither a picture nor a video: {', '.join(wrong)} (put a question of several words in quotes, behind them)"
         )
     return args
 
@@ -65,26 +75,40 @@ def load(args: argparse.Namespace):
 def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:
     """Print the answer while it is made; returns the history with this turn."""
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    _, history = model.chat(
+    images = [medium for medium in args.media if not is_video(medium)]
+    answer = model.chat(
         processor,
-        args.images or None,
+        images or None,
         question,
         history=history,
-        return_history=True,
+        videos=[medium for medium in args.media if is_video(medium)] or None,
+        videos_kwargs={"num_frames": args.num_frames},
+        stream=True,
         images_kwargs=tile_options(args),
+        tile_budget=args.tile_budget if images else None,
         use_scm=args.use_scm,
         scm_keep_ratio=args.scm_keep_ratio,
         max_new_tokens=args.max_new_tokens,
-        streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
-    return history
+    for text in answer:
+        print(text, end="", flush=True)
+    print()
+    return answer.history
+
+
+def add_medium(args: argparse.Namespace, name: str) -> None:
+    """Show another picture or video from the next question on."""
+    if name.startswith(("http://", "https://")) or Path(name).is_file():
+        args.media = [*args.media, name]
+    else:
+        print(f"error: there is no file {name}", file=sys.stderr)
 
 
 def converse(processor, model, args: argparse.Namespace) -> None:
     """Question after question until an empty line or the end of input."""
     history = ask(processor, model, args, args.question, None) if args.question else None
-    print("An empty line ends the conversation.", file=sys.stderr)
+    print("An empty line ends the conversation, /add FILE shows another picture or video.", file=sys.stderr)
     while True:
         try:
             question = input("> ").strip()
@@ -92,6 +116,9 @@ def converse(processor, model, args: argparse.Namespace) -> None:
             return
         if not question:
             return
+        if question.startswith("/add "):
+            add_medium(args, question.removeprefix("/add ").strip())
+            continue
         try:
             history = ask(processor, model, args, question, history)
         except ValueError as error:

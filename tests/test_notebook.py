@@ -1,4 +1,4 @@
-"""quickstart.ipynb runs from top to bottom, and is stored without outputs."""
+"""The notebooks run from top to bottom, and are stored without outputs."""
 
 import json
 import shutil
@@ -12,8 +12,15 @@ from nbclient import NotebookClient
 from PIL import Image, ImageDraw, ImageFont
 
 
-NOTEBOOK = ROOT / "quickstart.ipynb"
-ANSWERING = ("ask", "history", "batch", "transformers", "stream", "pipeline")
+# The cells of each notebook that must show something.
+ANSWERING = {
+    "quickstart.ipynb": ("ask", "history", "batch", "transformers", "stream", "pipeline"),
+    "conversation.ipynb": (
+        *("history", "memory", "new-picture", "stream", "confidence", "batch", "many", "too-long"),
+        *("video", "boxes", "cameras", "scm"),
+    ),
+}
+PICTURES = {"quickstart.ipynb": "picture", "conversation.ipynb": "boxes"}
 
 
 @pytest.fixture
@@ -58,20 +65,24 @@ def shown(cell) -> str:
     return "".join(texts).strip(" \n'\"[](),")
 
 
-def test_notebook_is_stored_without_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize("name", ANSWERING)
+def test_notebook_is_stored_without_outputs(name):
+    notebook = nbformat.read(ROOT / name, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not [cell.id for cell in code if cell.outputs or cell.execution_count]
 
 
-def test_notebook_runs(folder, kernel):
-    notebook = nbformat.read(folder / NOTEBOOK.name, as_version=4)
+@pytest.mark.parametrize("name", ANSWERING)
+def test_notebook_runs(name, folder, kernel):
+    notebook = nbformat.read(folder / name, as_version=4)
     client = NotebookClient(
         notebook, timeout=100, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}, allow_errors=False
     )
     client.execute()
     cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
-    assert not [name for name in ANSWERING if not shown(cells[name])]
-    assert "image/png" in cells["picture"].outputs[0].data
+    assert not [cell for cell in ANSWERING[name] if not shown(cells[cell])]
+    assert "image/png" in cells[PICTURES[name]].outputs[0].data
+    if name == "conversation.ipynb":
+        assert "'same answer': True" in shown(cells["history"])
