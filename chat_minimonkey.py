@@ -3,11 +3,12 @@
     answer, history = model.chat(processor, "receipt.png", "What is the total?", return_history=True)
     answer, history = model.chat(processor, "receipt.png", "And the date?", history=history, return_history=True)
 
-The ways to call are in chat_arguments.py, what comes back in chat_answer.py, what a history remembers in prompt_memory.py.
+The ways to call are in chat_arguments.py, where pictures belong in chat_media.py, what comes back in chat_answer.py, what a
+history remembers in prompt_memory.py.
 Knows prompts and the model's `generate`; pictures and videos are the processor's business.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import Any
 
@@ -16,60 +17,23 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from .chat_answer import AnswerStream, ChatAnswer, ChatHistory, trim
 from .chat_arguments import ChatArguments, bind_arguments
+from .chat_media import Conversation, Picture, conversation_of, conversations_of, counts_of_tiles
 from .conversation import (
     IMAGE_END,
-    IMAGE_PLACEHOLDER,
     IMAGE_START,
     IMAGE_TOKEN,
-    VIDEO_PLACEHOLDER,
     begins_with_bos,
     build_prompt,
-    check_history,
     control_tokens,
     encode,
     get_template,
     protect,
 )
-from .processing_minimonkey import (
-    check_placeholders,
-    count_placeholders,
-    expand_placeholders,
-    expand_videos,
-    flatten_pictures,
-    list_videos,
-    video_options,
-)
+from .processing_minimonkey import count_placeholders, expand_placeholders
 from .prompt_memory import PromptMemory, Turn, picture_key
-from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
-
-
-@dataclass
-class Picture:
-    """A picture to cut, and the image processor's options for it; or the tiles (t, 3, S, S) that the caller cut."""
-
-    source: Any
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Conversation:
-    """One row of a call: the turns as the history keeps them, and as the prompt has them, with the frames of videos."""
-
-    question: str
-    history: list[tuple[str, str]]
-    pictures: list[Picture]
-    prompt_question: str = ""
-    prompt_history: list[tuple[str, str]] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.prompt_question, self.prompt_history = self.question, self.history
-
-    def texts(self) -> list[str]:
-        """Everything that may hold a placeholder, in order."""
-        return [*(text for turn in self.history for text in turn), self.question]
 
 
 @dataclass
@@ -129,11 +93,11 @@ class ChatMixin:
             generation_config: A dict or a GenerationConfig; it is not changed.
             system_message: Instead of the configured one.
             images_kwargs: Options of the image processor, `{"preset": "docvqa"}` for example.
-            tile_budget: Most tiles of all pictures together; each gets the same share (see `tiling.share_tile_budget`).
+            tile_budget: Most tiles of all images of the prompt together; each gets the same share.
             videos: None, a video (path, URL, frames) or a list, all of the conversation, in order. A video becomes numbered
                 frames of one tile each.
-            videos_kwargs: How frames are chosen: num_frames, fps, start, end (seconds), see `video_frames.load_frames`; and
-                options of the image processor for them.
+            videos_kwargs: How frames are chosen and cut: num_frames, fps, start, end (seconds), video_backend, see
+                `video_frames.load_frames`, and frame_tiles, most tiles of a frame (1).
             max_prompt_tokens: Longest prompt that is not refused; by default the context length of the language model.
             use_scm: Compress the pictures' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. A
                 picture is scored by the turn that brought it, also when a later turn computes it anew.
@@ -149,10 +113,10 @@ class ChatMixin:
             ValueError: Arguments that do not fit together, a prompt that is too long, with what to pass instead.
         """
         bound = bind_arguments(args, kwargs)
-        inputs = self._prepare(bound, [self._conversation(bound)], self._memory(bound))
+        inputs = self._prepare(bound, [conversation_of(bound)], self._memory(bound))
         if bound.stream:
             return self._stream(bound, inputs)
-        answer = self._run(bound, inputs)
+        (answer,) = self._answers(bound, inputs)
         if bound.return_dict:
             return answer
         return (answer.text, answer.history) if bound.return_history else answer.text
@@ -172,7 +136,7 @@ class ChatMixin:
             ValueError: See `chat`.
         """
         bound = bind_arguments(args, kwargs, batch=True)
-        conversations = self._conversations(bound)
+        conversations = conversations_of(bound)
         answers = self._answers(bound, self._prepare(bound, conversations, None))
         histories = [
             [*conversation.history, (conversation.question, answer.text)]
@@ -180,8 +144,6 @@ class ChatMixin:
         ]
         texts = [answer.text for answer in answers]
         return (texts, histories) if bound.return_history else texts
-
-    # --- conversations -----------------------------------------------------------------------------------------------
 
     def _memory(self, bound: ChatArguments) -> PromptMemory | None:
         """The memory that came with the history, a fresh one for a history to be returned, or none."""
@@ -193,65 +155,6 @@ class ChatMixin:
         keeps_history = bound.return_history or bound.return_dict or bound.stream
         return PromptMemory(self) if keeps_history else None
 
-    def _conversation(self, bound: ChatArguments) -> Conversation:
-        history = check_history(bound.history)
-        if bound.pixel_values is None:
-            pictures = flatten_pictures(bound.images)
-            return self._with_media(bound, bound.question, history, pictures, list_videos(bound.videos), "The text")
-        pictures = [Picture(tiles) for tiles in _split_tiles(bound)]
-        question = bound.question if history else _place_images(bound.question, history, len(pictures))
-        conversation = Conversation(question, history, pictures)
-        check_placeholders(conversation.texts(), len(pictures))
-        return conversation
-
-    def _conversations(self, bound: ChatArguments) -> list[Conversation]:
-        """The rows of a batch."""
-        rows = len(bound.questions)
-        histories = [check_history(history) for history in bound.history or [None] * rows]
-        if len(histories) != rows:
-            raise ValueError(f"{rows} questions were given, but {len(histories)} histories.")
-        if bound.pixel_values is not None:
-            return _rows_of_tiles(bound, histories)
-        images, videos = _rows(bound.images, rows, "images"), _rows(bound.videos, rows, "videos")
-        return [
-            self._with_media(
-                bound,
-                question,
-                history,
-                flatten_pictures(row_images),
-                list_videos(row_videos),
-                f"Row {row}",
-            )
-            for row, (question, history, row_images, row_videos) in enumerate(
-                zip(bound.questions, histories, images, videos)
-            )
-        ]
-
-    @staticmethod
-    def _with_media(
-        bound: ChatArguments, question: str, history: list[tuple[str, str]], images: list, videos: list, subject: str
-    ) -> Conversation:
-        """A conversation whose placeholders are filled: each image and each frame of a video is one of its pictures."""
-        if images or not history:
-            question = _place_images(question, history, len(images))
-        if videos:
-            question = _place_videos(question, history, len(videos))
-        conversation = Conversation(question, history, [])
-        check_placeholders(conversation.texts(), len(images), subject)
-        check_placeholders(conversation.texts(), len(videos), subject, VIDEO_PLACEHOLDER)
-        options = _picture_options(bound, len(images))
-        sampling, frame_options = video_options(options, bound.videos_kwargs)
-        frames = [bound.processor.load_frames(video, **sampling) for video in videos]
-        expanded, order = expand_videos(conversation.texts(), [len(video) for video in frames])
-        remaining = {
-            IMAGE_PLACEHOLDER: iter([Picture(image, options) for image in images]),
-            VIDEO_PLACEHOLDER: iter([Picture(frame, frame_options) for video in frames for frame in video]),
-        }
-        conversation.pictures = [next(remaining[kind]) for kind in order]
-        conversation.prompt_question = expanded[-1]
-        conversation.prompt_history = list(zip(expanded[:-1:2], expanded[1:-1:2]))
-        return conversation
-
     # --- pictures ----------------------------------------------------------------------------------------------------
 
     def _cut(self, bound: ChatArguments, conversations: list[Conversation], memory: PromptMemory | None) -> CutPictures:
@@ -261,7 +164,7 @@ class ChatMixin:
             return CutPictures(turn=None if memory is None else memory.begin_turn([]))
         counts, settings = None, ""
         if bound.pixel_values is not None:
-            counts, settings = _counts_of_tiles(bound, pictures), bound.tile_order
+            counts, settings = counts_of_tiles(bound, pictures), bound.tile_order
         elif memory is not None:
             settings = bound.processor.image_processor.to_json_string()
         if memory is None:
@@ -432,12 +335,9 @@ class ChatMixin:
         def run(streamer, stop) -> ChatAnswer:
             criteria = StoppingCriteriaList([*(inputs.options.get("stopping_criteria") or []), stop])
             inputs.options |= {"streamer": streamer, "stopping_criteria": criteria}
-            return self._run(bound, inputs)
+            return self._answers(bound, inputs)[0]
 
         return AnswerStream(run, lambda ids: self._decode(bound, ids), inputs.ends)
-
-    def _run(self, bound: ChatArguments, inputs: _Inputs) -> ChatAnswer:
-        return self._answers(bound, inputs)[0]
 
     def _answers(self, bound: ChatArguments, inputs: _Inputs) -> list[ChatAnswer]:
         output = self.generate(**inputs.options)
@@ -475,96 +375,3 @@ def _up_to_end(ids: list[int], ends: int | list[int]) -> list[int]:
 def _common_start(first: list[int], second: list[int]) -> int:
     """How many tokens two sequences have in common from the start on."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
-
-
-def _tile_counts(target_aspect_ratio, tiles: list[int]) -> torch.Tensor:
-    """Detailed, adaptive and thumbnail tiles (pictures, 3) of pictures that the caller cut.
-
-    Raises:
-        ValueError: Not one (columns, rows) for each picture, or a grid of more tiles than the picture has.
-    """
-    ratios = torch.as_tensor(target_aspect_ratio)
-    ratios = ratios[None] if ratios.ndim == 1 else ratios
-    if tuple(ratios.shape) != (len(tiles), 2) or ratios.is_floating_point() or (ratios < 1).any():
-        raise ValueError(
-            f"target_aspect_ratio must be (columns, rows) of the detailed grid for each of {len(tiles)} pictures, got "
-            f"{target_aspect_ratio!r}."
-        )
-    counts = []
-    for grid, total in zip(map(tuple, ratios.tolist()), tiles):
-        detailed = 0 if grid == SINGLE_TILE else grid[0] * grid[1]  # a grid of one tile gives none, see tiling.py
-        if detailed > total:
-            raise ValueError(
-                f"target_aspect_ratio {grid} means {detailed} detailed tiles, but the picture has {total}."
-            )
-        thumbnail = min(total - detailed, 1)
-        counts.append((detailed, total - detailed - thumbnail, thumbnail))
-    return torch.tensor(counts)
-
-
-def _counts_of_tiles(bound: ChatArguments, pictures: list[Picture]) -> torch.Tensor:
-    """tile_counts (pictures, 3) of pictures that the caller cut; which tiles are detailed only SCM needs to know."""
-    tiles = [len(picture.source) for picture in pictures]
-    return _tile_counts(bound.target_aspect_ratio, tiles) if bound.use_scm else torch.tensor([[0, 0, n] for n in tiles])
-
-
-def _split_tiles(bound: ChatArguments) -> tuple[torch.Tensor, ...]:
-    """The tiles of each picture that the caller cut."""
-    tiles = bound.num_patches_list
-    tiles = [len(bound.pixel_values)] if tiles is None else [int(count) for count in tiles]
-    if sum(tiles) != len(bound.pixel_values):
-        raise ValueError(
-            f"num_patches_list {tiles} adds up to {sum(tiles)}, but pixel_values hold {len(bound.pixel_values)} tiles."
-        )
-    return bound.pixel_values.split(tiles)
-
-
-def _rows_of_tiles(bound: ChatArguments, histories: list[list[tuple[str, str]]]) -> list[Conversation]:
-    """The rows of a batch of tiles: the pictures belong to the rows by their placeholders."""
-    pictures, rows = iter(_split_tiles(bound)), []
-    for question, history in zip(bound.questions, histories):
-        question = question if IMAGE_PLACEHOLDER in question else _place_images(question, history, 1)
-        conversation = Conversation(question, history, [])
-        conversation.pictures = [
-            Picture(tiles) for _, tiles in zip(range(count_placeholders(conversation.texts())), pictures)
-        ]
-        rows.append(conversation)
-    texts = [text for conversation in rows for text in conversation.texts()]
-    check_placeholders(texts, len(_split_tiles(bound)))
-    return rows
-
-
-def _rows(media, rows: int, name: str) -> list:
-    """One entry of pictures or videos for each row of a batch."""
-    if media is None:
-        return [None] * rows
-    if not isinstance(media, (list, tuple)) or len(media) != rows:
-        raise ValueError(f"{name} must be a list with one entry for each of the {rows} questions.")
-    return list(media)
-
-
-def _picture_options(bound: ChatArguments, images: int) -> dict[str, Any]:
-    """The image processor's options, with what each picture gets of a tile budget."""
-    if bound.tile_budget is None or not images:
-        return bound.images_kwargs
-    ranges = bound.processor.image_processor.tile_ranges(**bound.images_kwargs)
-    options = {name: value for name, value in bound.images_kwargs.items() if name != "preset"}
-    return {**options, **dict(zip(RANGE_NAMES, share_tile_budget(bound.tile_budget, images, ranges)))}
-
-
-def _place_images(question: str, history: list[tuple[str, str]], images: int) -> str:
-    """`question` with placeholders in front for pictures that have none; several new ones are numbered."""
-    in_history = count_placeholders([text for turn in history for text in turn])
-    missing = images - in_history
-    if missing < 1 or IMAGE_PLACEHOLDER in question:
-        return question
-    if missing == 1:
-        return f"{IMAGE_PLACEHOLDER}\n{question}"
-    first = in_history + 1
-    return "".join(f"Image-{first + i}: {IMAGE_PLACEHOLDER}\n" for i in range(missing)) + question
-
-
-def _place_videos(question: str, history: list[tuple[str, str]], videos: int) -> str:
-    """`question` with placeholders in front for videos that have none."""
-    missing = videos - count_placeholders([text for turn in history for text in turn], VIDEO_PLACEHOLDER)
-    return question if VIDEO_PLACEHOLDER in question else f"{VIDEO_PLACEHOLDER}\n" * max(missing, 0) + question
