@@ -1,105 +1,161 @@
-"""How well a model reads: words it never saw, in fonts it never saw.
+"""How well a model reads: words and documents it never saw in fonts it never saw, or a benchmark of your own.
 
     python scripts/evaluate.py --items 1000
-    python scripts/evaluate.py --model MiniMonkey-2B --items 200 --out predictions.jsonl
+    python scripts/evaluate.py --suite receipt --items 200 --max-tiles 12 --adaptive-max-tiles 6 --out receipts.jsonl
+    python scripts/evaluate.py --benchmark docvqa/val.jsonl --preset docvqa --model MiniMonkey-2B --out docvqa.jsonl --resume
+    python scripts/evaluate.py --suite page --max-tiles 12 --use-scm --scm-keep-ratio 0.5 --drop random --out random.jsonl
+    python scripts/evaluate.py compare scm.jsonl random.jsonl
 
-Prints the share of words read exactly (case counts) with its 95% interval and the character error rate, and one JSON line.
-Items are rendered on the spot from words and fonts that training leaves out; see synthetic/text_images.py for the Debian
-packages they come from.
+Prints scores with their 95% intervals and the character error rate, and one JSON line. --out keeps every prediction, written
+as it is made; --resume goes on with such a file. The suites are rendered on the spot from words and fonts that training
+leaves out (synthetic/documents.py); see synthetic/text_images.py for the Debian packages they come from. The form of a
+benchmark is in evaluation/suites.py, the metrics are in evaluation/metrics.py.
 """
 
 import argparse
+import hashlib
 import json
-import math
 import sys
-import time
 from pathlib import Path
 
 import torch
 import transformers
-from repository import ROOT
+from repository import ROOT, add_tile_arguments, tile_options
 from transformers import AutoModel, AutoProcessor
 
-from synthetic.text_images import held_out_word
+from evaluation.dropping import DROPS
+from evaluation.metrics import METRICS
+from evaluation.predictions import Predictions, read_predictions
+from evaluation.report import compare, describe, describe_comparison, score
+from evaluation.runner import Answering, answer_suite
+from evaluation.suites import DEFAULT_METRIC, PRESET_METRICS, SYNTHETIC, Suite, read_benchmark, synthetic_suite
 
 
-QUESTION = "Read the text."
+DEFAULT_ITEMS = 1000
 
 
-def edit_distance(first: str, second: str) -> int:
-    """Least number of insertions, deletions and substitutions between two strings (Levenshtein)."""
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, start=1):
-        previous, row[0] = row[0], i
-        for j, b in enumerate(second, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
-    return row[-1]
-
-
-def wilson_interval(successes: int, items: int, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of a proportion (Wilson's score interval)."""
-    share, spread = successes / items, z * z / items
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / items + spread / (4 * items)) / (1 + spread)
-    return centre - half, centre + half
-
-
-def score(references: list[str], answers: list[str]) -> dict[str, float]:
-    """Exact matches with their interval and the character error rate: edits over characters of the references."""
-    exact = sum(reference == answer for reference, answer in zip(references, answers))
-    low, high = wilson_interval(exact, len(references))
-    edits = sum(edit_distance(reference, answer) for reference, answer in zip(references, answers))
-    return {
-        "items": len(references),
-        "exact_match": exact / len(references),
-        "exact_match_low": low,
-        "exact_match_high": high,
-        "character_error_rate": edits / sum(map(len, references)),
-    }
-
-
-def read_words(model, processor, samples: list, batch_size: int) -> list[str]:
-    answers = []
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        images = [sample.image for sample in batch]
-        answers += model.batch_chat(processor, images, [QUESTION] * len(batch), max_new_tokens=32, do_sample=False)
-        print(f"{len(answers)}/{len(samples)}", end="\r", file=sys.stderr)
-    return answers
-
-
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
-    parser.add_argument("--items", type=int, default=1000)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--suite", choices=SYNTHETIC, default="word", help="what to render")
+    what.add_argument("--benchmark", type=Path, default=None, help="JSONL file of items")
+    parser.add_argument("--items", type=int, default=None, help="rendered items (1000), or lines of a benchmark (all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clean", action="store_true", help="no blur, noise, tilt or JPEG artefacts")
+    parser.add_argument("--clean", action="store_true", help="words without blur, noise, tilt or JPEG artefacts")
+    parser.add_argument("--difficulty", type=float, default=None, help="of rendered documents, 0 to 1 (default)")
+    parser.add_argument("--metric", choices=METRICS, default=None, help="instead of the suite's or preset's")
+    add_tile_arguments(parser)
+    parser.add_argument("--use-scm", action="store_true", help="compress the tokens of the detailed tiles")
+    parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
+    parser.add_argument(
+        "--drop", choices=DROPS, default=None, help="which of them go (with --use-scm): the baselines of scm"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=None, help="default: enough for the suite; 128 of a benchmark"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, default=None, help="JSONL file for the predictions")
+    parser.add_argument("--resume", action="store_true", help="go on with the predictions in --out")
     args = parser.parse_args()
-    if args.items < 1:
-        parser.error("--items must be at least 1")
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("items", "batch_size", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.resume and args.out is None:
+        parser.error("--resume needs --out, the predictions to go on with")
+    if not args.use_scm and (args.scm_keep_ratio is not None or args.drop is not None):
+        parser.error("--scm-keep-ratio and --drop need --use-scm")
+    if args.scm_keep_ratio is not None and not 0 < args.scm_keep_ratio <= 1:
+        parser.error("--scm-keep-ratio must be above 0 and at most 1")
+    is_word = args.suite == "word" and args.benchmark is None
+    if args.clean and not is_word:
+        parser.error("--clean belongs to the suite word; use --difficulty")
+    if args.difficulty is not None and (is_word or args.benchmark is not None):
+        parser.error("--difficulty belongs to rendered documents; words have --clean")
+
+
+def open_suite(args: argparse.Namespace) -> Suite:
+    if args.benchmark is not None:
+        return read_benchmark(
+            args.benchmark, args.items, args.metric or PRESET_METRICS.get(args.preset, DEFAULT_METRIC)
+        )
+    difficulty = 0.0 if args.clean else args.difficulty
+    return synthetic_suite(args.suite, args.items or DEFAULT_ITEMS, args.seed, difficulty, args.metric)
+
+
+def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
+    """The model and how it is asked; raises `ValueError` for tile ranges that cannot work before the weights are read."""
+    options = tile_options(args)
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    processor.image_processor.get_number_of_image_patches(100, 100, options)
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype).to(args.device).eval()
+    keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
+    return Answering(model, processor, max_new_tokens, options, keep_ratio, args.drop or "scm")
+
+
+def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> dict:
+    """What decides the answers of a run."""
+    names = (
+        "model",
+        "seed",
+        "clean",
+        "difficulty",
+        "metric",
+        "use_scm",
+        "scm_keep_ratio",
+        "drop",
+        "batch_size",
+        "dtype",
+    )
+    settings = {name: getattr(args, name) for name in names} | {"suite": suite.name, "items": len(suite)}
+    if args.benchmark is not None:
+        settings["benchmark"] = hashlib.sha256(args.benchmark.read_bytes()).hexdigest()
+    return settings | {"tiles": tile_options(args), "max_new_tokens": max_new_tokens}
+
+
+def evaluate(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    samples = [held_out_word(i, args.seed, 0.0 if args.clean else 1.0) for i in range(args.items)]
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype).to(args.device).eval()
-    started = time.perf_counter()
-    answers = read_words(model, processor, samples, args.batch_size)
-    result = score([sample.text for sample in samples], answers)
-    result |= {"seconds": time.perf_counter() - started, "seed": args.seed, "clean": args.clean}
-    if args.out:
-        lines = [json.dumps({"reference": s.text, "answer": a}) for s, a in zip(samples, answers)]
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(
-        f"{result['items']} unseen words in unseen fonts: {result['exact_match']:.1%} read exactly "
-        f"(95% interval {result['exact_match_low']:.1%} to {result['exact_match_high']:.1%}), "
-        f"character error rate {result['character_error_rate']:.1%}, {result['seconds']:.0f} s"
-    )
+    suite = open_suite(args)
+    max_new_tokens = args.max_new_tokens or suite.max_new_tokens
+    settings = settings_of(args, suite, max_new_tokens)
+    predictions = Predictions(args.out, settings, args.resume)
+    lines = answer_suite(suite, load(args, max_new_tokens), predictions, args.batch_size)
+    result = score(lines) | {name: value for name, value in settings.items() if value is not None}
+    is_word = args.benchmark is None and args.suite == "word"
+    print(describe(result, f"{len(lines)} {'unseen words in unseen fonts' if is_word else 'items of ' + suite.name}"))
     print(json.dumps(result))
 
 
+def compare_files(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="evaluate.py compare", description="Two predictions files, item by item.")
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    args = parser.parse_args(arguments)
+    result = compare(read_predictions(args.first), read_predictions(args.second))
+    print(describe_comparison(result))
+    print(json.dumps(result))
+
+
+def main() -> int:
+    try:
+        if sys.argv[1:2] == ["compare"]:
+            compare_files(sys.argv[2:])
+        else:
+            evaluate(parse_arguments())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

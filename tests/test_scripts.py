@@ -12,7 +12,6 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import visualize  # noqa: E402
-from evaluate import edit_distance, score, wilson_interval  # noqa: E402
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -128,11 +127,3 @@ def test_training_and_evaluation_run(tmp_path):
     assert result.returncode == 0, result.stderr
     assert '"items": 2' in result.stdout
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-
-
-def test_score():
-    assert [edit_distance(*pair) for pair in (("", "ab"), ("abc", "abc"), ("kitten", "sitting"))] == [2, 0, 3]
-    low, high = wilson_interval(60, 100)
-    assert (round(low, 3), round(high, 3)) == (0.502, 0.691)
-    result = score(["one", "two", "four"], ["one", "tow", ""])
-    assert (result["exact_match"], result["character_error_rate"]) == (1 / 3, 6 / 10)

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 
 
 FONT_PACKAGES = (
@@ -134,13 +134,14 @@ def _font_families(split: str) -> tuple[tuple[Path, ...], ...]:
     return tuple(map(tuple, families.values()))
 
 
-def _any_font(rng: random.Random, split: str) -> Path:
-    """Every family is equally likely, however many weights it has."""
+def any_font(rng: random.Random, split: str) -> Path:
+    """A font file; every family is equally likely, however many weights it has."""
     return rng.choice(rng.choice(_font_families(split)))
 
 
 @lru_cache(maxsize=4096)
-def _font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    """The font at `size` pixels an em."""
     return ImageFont.truetype(str(path), size)
 
 
@@ -165,7 +166,7 @@ def random_word(rng: random.Random, split: str, max_length: int, dictionary_only
     return word
 
 
-def _colours(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def colours(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Background and ink with enough contrast to be readable."""
     while True:
         background = tuple(rng.randint(0, 255) for _ in range(3))
@@ -177,7 +178,7 @@ def _colours(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
             return background, ink
 
 
-def _draw_lines(lines, font, background, ink, margins, spacing) -> tuple[Image.Image, list[CharacterBox]]:
+def draw_lines(lines, font, background, ink, margins, spacing) -> tuple[Image.Image, list[CharacterBox]]:
     """Draw `lines` under each other on a canvas that fits them plus `margins` (left, top, right, bottom; pixels)."""
     left, top, right, bottom = margins
     ascent, descent = font.getmetrics()
@@ -189,25 +190,33 @@ def _draw_lines(lines, font, background, ink, margins, spacing) -> tuple[Image.I
     characters = []
     for number, line in enumerate(lines):
         y = top + number * pitch
-        draw.text((left, y), line, font=font, fill=ink, features=["-liga"] if _has_raqm() else None)
-        for i, character in enumerate(line):
-            if character != " ":
-                x0, x1 = left + font.getlength(line[:i]), left + font.getlength(line[: i + 1])
-                characters.append(CharacterBox(character, (x0, y + 0.1 * ascent, x1, y + ascent + 0.3 * descent)))
+        draw.text((left, y), line, font=font, fill=ink, features=no_ligatures())
+        characters += character_boxes(line, font, left, y)
     return image, characters
 
 
+def character_boxes(line: str, font: ImageFont.FreeTypeFont, left: float, top: float) -> list[CharacterBox]:
+    """Where the characters of a line stand that is drawn at (left, top); spaces are left out."""
+    ascent, descent = font.getmetrics()
+    upper, lower = top + 0.1 * ascent, top + ascent + 0.3 * descent
+    edges = [left + font.getlength(line[:i]) for i in range(len(line) + 1)]
+    return [
+        CharacterBox(character, (edges[i], upper, edges[i + 1], lower))
+        for i, character in enumerate(line)
+        if character != " "
+    ]
+
+
 @lru_cache
-def _has_raqm() -> bool:
-    from PIL import features
+def no_ligatures() -> list[str] | None:
+    """Features for drawing every character by itself; without Raqm Pillow knows none, and joins nothing."""
+    return ["-liga"] if features.check("raqm") else None
 
-    return features.check("raqm")
 
-
-def _degrade(image: Image.Image, rng: random.Random, strength: float) -> Image.Image:
-    """Blur, noise and JPEG artefacts, each with probability and size in proportion to `strength` (0 to 1)."""
+def degrade(image: Image.Image, rng: random.Random, strength: float, most_blur: float = 1.2) -> Image.Image:
+    """Blur (radius up to `most_blur` px), noise and JPEG artefacts, each as likely as `strength` (0 to 1) is large."""
     if rng.random() < 0.35 * strength:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, most_blur)))
     if rng.random() < 0.35 * strength:
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(3, 18), (*image.size[::-1], 1))
         image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
@@ -231,13 +240,13 @@ def render(
         margin: Largest empty border, in line heights.
     """
     size = rng.randint(18, 44)
-    font = _font(font_path, size)
-    background, ink = _colours(rng)
+    font = load_font(font_path, size)
+    background, ink = colours(rng)
     margins = tuple(round(rng.uniform(0.05, 0.05 + margin) * size * rng.random()) + 2 for _ in range(4))
-    image, characters = _draw_lines(lines, font, background, ink, margins, spacing=rng.uniform(0.95, 1.4))
+    image, characters = draw_lines(lines, font, background, ink, margins, spacing=rng.uniform(0.95, 1.4))
     if rng.random() < 0.3 * strength:
         image, characters = _rotate(image, characters, rng.uniform(-4, 4), background)
-    return TextImage(_degrade(image, rng, strength), "\n".join(lines), tuple(characters))
+    return TextImage(degrade(image, rng, strength), "\n".join(lines), tuple(characters))
 
 
 def _rotate(image, characters, degrees, background):
@@ -268,7 +277,7 @@ def training_sample(index: int, seed: int, progress: float) -> TextImage:
         else:
             lines.append(text)
     strength = min(1.0, progress * 2)
-    return render(lines, _any_font(rng, "training"), rng, strength, margin=0.3 + min(1.2, 3 * progress))
+    return render(lines, any_font(rng, "training"), rng, strength, margin=0.3 + min(1.2, 3 * progress))
 
 
 def training_page(index: int, seed: int, strength: float, plain_share: float = 0.0) -> TextImage:
@@ -280,8 +289,8 @@ def training_page(index: int, seed: int, strength: float, plain_share: float = 0
     """
     rng = random.Random(f"{seed}/page/{index}")
     size = rng.randint(13, 36)
-    font = _font(_any_font(rng, "training"), size)
-    background, ink = ((255, 255, 255), (0, 0, 0)) if rng.random() < plain_share else _colours(rng)
+    font = load_font(any_font(rng, "training"), size)
+    background, ink = ((255, 255, 255), (0, 0, 0)) if rng.random() < plain_share else colours(rng)
     spacing = rng.uniform(1.0, 1.4)
     lines = []
     for _ in range(min(rng.randint(2, 6), max(1, int(112 / (size * 1.2 * spacing))))):
@@ -290,15 +299,15 @@ def training_page(index: int, seed: int, strength: float, plain_share: float = 0
             line += " " + random_word(rng, "training", 6)
         lines.append(line)
     margins = tuple(rng.randint(0, 6) for _ in range(4))
-    image, characters = _draw_lines(lines, font, background, ink, margins, spacing)
-    return TextImage(_degrade(image, rng, strength), "\n".join(lines), tuple(characters))
+    image, characters = draw_lines(lines, font, background, ink, margins, spacing)
+    return TextImage(degrade(image, rng, strength), "\n".join(lines), tuple(characters))
 
 
 def held_out_word(index: int, seed: int = 0, strength: float = 1.0) -> TextImage:
     """Sample `index` of the test: one unseen dictionary word in an unseen font."""
     rng = random.Random(f"{seed}/held_out/{index}")
     word = random_word(rng, "held_out", max_length=14, dictionary_only=True)
-    return render([word], _any_font(rng, "held_out"), rng, strength)
+    return render([word], any_font(rng, "held_out"), rng, strength)
 
 
 def main() -> None:

@@ -1,0 +1,144 @@
+"""How good an answer is: the metrics of text-reading benchmarks, as their authors compute them.
+
+Each takes an answer and the right answers, and gives a number from 0 to 1.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+
+Metric = Callable[[str, Sequence[str]], float]
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Least number of insertions, deletions and substitutions between two strings (Levenshtein)."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, start=1):
+        previous, row[0] = row[0], i
+        for j, b in enumerate(second, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
+    return row[-1]
+
+
+def nearest_reference(answer: str, references: Sequence[str]) -> tuple[str, int]:
+    """The right answer that is closest in edits for its length, and how many edits away it is."""
+    distances = [(edit_distance(answer, reference), reference) for reference in references]
+    edits, reference = min(distances, key=lambda pair: pair[0] / max(1, len(pair[1])))
+    return reference, edits
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 for an answer that is spelled exactly like a right one; case counts."""
+    return float(answer in references)
+
+
+def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> float:
+    """Average normalised Levenshtein similarity, of the closest right answer; below `threshold` it is 0.
+
+    Case and runs of spaces do not count. Source: Biten et al., Scene Text Visual Question Answering (arXiv 1905.13648), in
+    the form of the DocVQA evaluation, where a similarity of exactly the threshold counts.
+    """
+    similarities = []
+    for reference in references:
+        pair = [" ".join(text.lower().split()) for text in (answer, reference)]
+        length = max(map(len, pair))
+        similarities.append(1 - edit_distance(*pair) / length if length else 1.0)
+    best = max(similarities)
+    return best if best >= threshold else 0.0
+
+
+def relaxed_accuracy(answer: str, references: Sequence[str], tolerance: float = 0.05) -> float:
+    """1 for a number within `tolerance` of the right one, or for the same text but for case.
+
+    "12%" is read as 0.12; a right answer of zero has to be given as it is written. Source: Methani et al., PlotQA (arXiv
+    1909.00997), as Masry et al. use it for ChartQA (arXiv 2203.10244).
+    """
+    return float(any(_is_close(answer.strip(), reference.strip(), tolerance) for reference in references))
+
+
+def _is_close(answer: str, reference: str, tolerance: float) -> bool:
+    given, right = _number(answer), _number(reference)
+    if given is not None and right:
+        return abs(given - right) / abs(right) <= tolerance
+    return answer.lower() == reference.lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def ocrbench(answer: str, references: Sequence[str]) -> float:
+    """1 if a right answer occurs in the answer; case and line ends do not count.
+
+    Source: Liu et al., OCRBench (arXiv 2305.07895).
+    """
+    answer = answer.lower().strip().replace("\n", " ")
+    return float(any(reference.lower().strip().replace("\n", " ") in answer for reference in references))
+
+
+def ocrbench_formula(answer: str, references: Sequence[str]) -> float:
+    """As `ocrbench`, for handwritten formulas: case counts, spaces do not."""
+    answer = "".join(answer.split())
+    return float(any("".join(reference.split()) in answer for reference in references))
+
+
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """Soft accuracy over the answers of several people: min(1, how many others said it / 3), leaving each out in turn.
+
+    Meant for ten answers, and at most 2/3 for three of them; a single answer has to be met. Source: Antol et al., VQA (arXiv
+    1505.00468), with the normalisation of the TextVQA evaluation.
+    """
+    answer, people = normalise_vqa(answer), [normalise_vqa(reference) for reference in references]
+    if len(people) == 1:
+        return float(answer == people[0])
+    agreeing = people.count(answer)
+    scores = [min(1.0, (agreeing - (person == answer)) / 3) for person in people]
+    return sum(scores) / len(scores) if agreeing else 0.0
+
+
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)} | {"none": "0"}
+ARTICLES = ("a", "an", "the")
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
+how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't
+'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
+who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
+you'd've you'll you're you've
+"""
+# A word that lacks one of its apostrophes; the official table has one more line, which goes the other way.
+CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word
+    for word in CONTRACTED.split()
+    for i, character in enumerate(word)
+    if character == "'"
+} | {"somebody'd": "somebodyd"}
+
+
+def normalise_vqa(text: str) -> str:
+    """Lower case, digits for number words, without punctuation and articles, apostrophes where they belong."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    joined = text
+    for mark in PUNCTUATION:
+        is_at_word_end = mark + " " in text or " " + mark in text
+        joined = joined.replace(mark, "" if is_at_word_end else " ")
+    joined = re.sub(r"\.(?!\d)", "", joined)
+    words = [DIGITS.get(word, word) for word in joined.split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "anls": anls,
+    "relaxed_accuracy": relaxed_accuracy,
+    "ocrbench": ocrbench,
+    "ocrbench_formula": ocrbench_formula,
+    "vqa_accuracy": vqa_accuracy,
+}

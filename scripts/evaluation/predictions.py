@@ -1,0 +1,94 @@
+"""Predictions in a file that grows while a model answers, so that a run that was killed goes on where it was.
+
+One line for each item, in JSON; what was asked of which model stands beside it in `<file>.settings.json`.
+"""
+
+import json
+from pathlib import Path
+
+
+class Predictions:
+    """The predictions of a run, by the id of their item.
+
+    Args:
+        path: The JSONL file; None keeps them in memory alone.
+        settings: What decides the answers; a file can only be continued with the same.
+        resume: Continue the file if it is there; otherwise it is written anew.
+
+    Raises:
+        ValueError: A file to continue that was made with other settings, or is damaged before its last line.
+    """
+
+    def __init__(self, path: Path | None, settings: dict, resume: bool = False):
+        self.path, self.settings = path, settings
+        self.lines: dict[str, dict] = {}
+        self._is_begun = False
+        if path is not None and resume and path.exists():
+            _check_same(_settings_path(path), settings)
+            whole = _whole_lines(path)
+            self.lines = {line["id"]: line for line in parse_predictions(whole, path)}
+            path.write_text(whole, encoding="utf-8")
+            self._is_begun = True
+
+    def add(self, lines: list[dict]) -> None:
+        """Keep predictions, and write them down before returning."""
+        self.lines |= {line["id"]: line for line in lines}
+        if self.path is None:
+            return
+        if not self._is_begun:  # not before there is an answer: what was there is kept if the model cannot be loaded
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("", encoding="utf-8")
+            _settings_path(self.path).write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+            self._is_begun = True
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _settings_path(path: Path) -> Path:
+    return path.with_name(path.name + ".settings.json")
+
+
+def read_predictions(path: Path) -> dict[str, dict]:
+    """The predictions of a file, by id.
+
+    Raises:
+        ValueError: There is no such file, or a line that is no prediction.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no predictions file {path}.")
+    return {line["id"]: line for line in parse_predictions(_whole_lines(path), path)}
+
+
+def _whole_lines(path: Path) -> str:
+    """The text of a file without a last line that was cut off."""
+    text = path.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1]
+
+
+def parse_predictions(text: str, path: Path) -> list[dict]:
+    """Predictions, one for each line of `text`."""
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({error}). Mend the line or start anew.") from error
+        if not isinstance(entry, dict) or not {"id", "metric", "score"} <= entry.keys():
+            raise ValueError(f"{path}, line {number}: a prediction has an id, a metric and a score, got {line[:120]}")
+        lines.append(entry)
+    return lines
+
+
+def _check_same(settings_path: Path, settings: dict) -> None:
+    if not settings_path.exists():
+        raise ValueError(
+            f"{settings_path} is missing, which says how the predictions were made; start without --resume."
+        )
+    before = json.loads(settings_path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings))
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if names:
+        differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+        raise ValueError(
+            f"The predictions to continue were made with other settings: {differences}. Use the same, or another --out."
+        )

@@ -1,0 +1,103 @@
+"""A model answers a suite: in batches, counting tokens and seconds, resumable."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from repository import root_class
+
+from evaluation.dropping import dropping
+from evaluation.metrics import METRICS, nearest_reference
+from evaluation.predictions import Predictions
+from evaluation.suites import Item, Suite
+
+
+msac_grids = root_class("tiling.msac_grids")
+tile_counts = root_class("tiling.tile_counts")
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A model and how it is asked.
+
+    Args:
+        images_kwargs: Options of the image processor: preset, tile ranges.
+        scm_keep_ratio: Share of the detailed tokens that stay; None: no compression.
+        drop: Which tokens go, see dropping.py.
+    """
+
+    model: Any
+    processor: Any
+    max_new_tokens: int
+    images_kwargs: dict[str, Any] = field(default_factory=dict)
+    scm_keep_ratio: float | None = None
+    drop: str = "scm"
+
+    def __call__(self, items: list[Item], images: list[list[Image.Image]]) -> list[str]:
+        """The answers to a batch."""
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "images_kwargs": self.images_kwargs}
+        if self.scm_keep_ratio is not None:
+            options |= {"use_scm": True, "scm_keep_ratio": self.scm_keep_ratio}
+        with dropping(self.model, self.drop, [item.id for item in items]):
+            return self.model.batch_chat(self.processor, images, [item.question for item in items], **options)
+
+    def open(self, item: Item) -> list[Image.Image]:
+        """The pictures of an item, upright."""
+        reader = self.processor.image_processor
+        return [reader.process_image(reader.fetch_images(image)) for image in item.images]
+
+    def count_tokens(self, images: list[Image.Image]) -> tuple[int, int]:
+        """Image tokens of the prompt, and how many of them the language model reads."""
+        reader, per_tile = self.processor.image_processor, self.model.config.image_seq_length
+        ranges, tile_size = reader.tile_ranges(**self.images_kwargs), dict(reader.size)["height"]
+        counts = [tile_counts(*msac_grids(*image.size, *ranges, tile_size)) for image in images]
+        tokens = per_tile * sum(map(sum, counts))
+        if self.scm_keep_ratio is None:
+            return tokens, tokens
+        detailed = [per_tile * count[0] for count in counts]
+        return tokens, tokens - sum(count - int(count * self.scm_keep_ratio) for count in detailed)
+
+
+def answer_suite(suite: Suite, answering: Answering, predictions: Predictions, batch_size: int) -> list[dict]:
+    """One prediction for each item, in order; those that are there already are not asked again.
+
+    A batch of which some are missing is asked whole: what stands beside an item changes the last bits of its numbers.
+    """
+    for start in range(0, len(suite), batch_size):
+        indices = range(start, min(start + batch_size, len(suite)))
+        missing = {suite.ids[index] for index in indices} - predictions.lines.keys()
+        if missing:
+            lines = _answer_batch([suite.item(index) for index in indices], answering)
+            predictions.add([line for line in lines if line["id"] in missing])
+        print(f"{indices.stop}/{len(suite)}", end="\r", file=sys.stderr)
+    return [predictions.lines[item_id] for item_id in suite.ids]
+
+
+def _answer_batch(items: list[Item], answering: Answering) -> list[dict]:
+    started = time.perf_counter()
+    images = [answering.open(item) for item in items]
+    answers = answering(items, images)
+    seconds = (time.perf_counter() - started) / len(items)
+    return [
+        prediction(item, answer, answering.count_tokens(pictures)) | {"seconds": round(seconds, 4)}
+        for item, answer, pictures in zip(items, answers, images)
+    ]
+
+
+def prediction(item: Item, answer: str, tokens: tuple[int, int] = (0, 0)) -> dict:
+    """What a predictions file says about an item."""
+    reference, edits = nearest_reference(answer, item.answers)
+    return {
+        "id": item.id,
+        "question": item.question,
+        "answers": item.answers,
+        "reference": reference,
+        "answer": answer,
+        "metric": item.metric,
+        "score": METRICS[item.metric](answer, item.answers),
+        "edits": edits,
+        "image_tokens": tokens[0],
+        "image_tokens_read": tokens[1],
+    }

@@ -1,0 +1,109 @@
+"""Synthetic documents with questions: endless, deterministic, made when they are needed.
+
+    python scripts/synthetic/documents.py sheet.png --kind receipt --split held_out
+
+`document(kind, i, seed)` depends on nothing but its arguments. Pictures are a few 112 px tiles wide with text of 12 to 24
+px, so that a model of small tiles needs several of them. Words and fonts come from one side of the split of text_images.py;
+the fixed words of receipts and forms are the same on both. All text is printable ASCII.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as for the scripts in the folder above
+
+from PIL import Image, ImageDraw
+
+from synthetic.canvas import Document, Question
+from synthetic.charts import chart
+from synthetic.forms import form
+from synthetic.pages import line, page, word
+from synthetic.receipts import receipt
+from synthetic.scenes import scene
+from synthetic.seams import seam
+from synthetic.tables import table
+
+
+__all__ = ["KINDS", "SPLITS", "Document", "Question", "document", "sheet"]
+
+SPLITS = ("training", "held_out")
+KINDS: dict[str, Callable[[random.Random, str, float], Document]] = {
+    "word": word,
+    "line": line,
+    "page": page,
+    "receipt": receipt,
+    "form": form,
+    "table": table,
+    "chart": chart,
+    "scene": scene,
+    "seam": seam,
+}
+
+
+def document(kind: str, index: int, seed: int, split: str = "training", difficulty: float = 1.0) -> Document:
+    """Document `index` of an endless row.
+
+    Args:
+        kind: One of KINDS.
+        index, seed: Any integers; the same ones give the same document.
+        split: Whose words and fonts: "training" or "held_out".
+        difficulty: From 0 (short, large and clean) to 1 (long, small and damaged).
+
+    Raises:
+        ValueError: An unknown kind or split, or a difficulty outside 0 to 1.
+        FileNotFoundError: Fonts or the word list are missing, with the packages to install.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"There are no documents of kind {kind!r}; known are {', '.join(KINDS)}.")
+    if split not in SPLITS:
+        raise ValueError(f"split is 'training' or 'held_out', got {split!r}.")
+    if not 0 <= difficulty <= 1:
+        raise ValueError(f"difficulty is from 0 to 1, got {difficulty!r}.")
+    return KINDS[kind](random.Random(f"{seed}/{split}/{kind}/{index}"), split, difficulty)
+
+
+def sheet(documents: list[Document], columns: int) -> Image.Image:
+    """Documents at their own size, each with its questions and answers below."""
+    width = max(320, *(item.image.width for item in documents)) + 10
+    cells = [_cell(item, width) for item in documents]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    whole = Image.new("RGB", (width * columns, sum(heights)), "white")
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            whole.paste(cell, (column * width, sum(heights[:number])))
+    return whole
+
+
+def _cell(item: Document, width: int) -> Image.Image:
+    texts = [f"{question.text} -> {question.answer!r}" for question in item.questions]
+    lines = [text[i : i + width // 6] for text in texts for i in range(0, len(text), width // 6)]
+    cell = Image.new("RGB", (width, item.image.height + 12 * len(lines) + 16), "white")
+    cell.paste(item.image, (0, 0))
+    draw = ImageDraw.Draw(cell)
+    for number, text in enumerate(lines):
+        draw.text((2, item.image.height + 4 + 12 * number), text, fill="black")
+    return cell
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a sheet of documents with their questions, to look at.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kind", choices=KINDS, default="page")
+    parser.add_argument("--split", choices=SPLITS, default="training")
+    parser.add_argument("--difficulty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--items", type=int, default=12)
+    parser.add_argument("--columns", type=int, default=4)
+    args = parser.parse_args()
+    items = [document(args.kind, i, args.seed, args.split, args.difficulty) for i in range(args.items)]
+    sheet(items, args.columns).save(args.out)
+
+
+if __name__ == "__main__":
+    main()
