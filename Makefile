@@ -4,7 +4,9 @@ VENV = .venv
 FLOOR = .venv-floor
 BIN = $(VENV)/bin
 
-.PHONY: quickstart setup test test-floor test-all lint clean
+NANO_SMOKE = runs/nano-smoke
+
+.PHONY: quickstart setup train-nano-smoke test test-floor test-all lint clean
 
 quickstart: setup
 	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
@@ -16,6 +18,12 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet ".[dev]"
 	touch $@
+
+# The whole training pipeline on a CPU: rendered documents, a fresh Nano, a few steps, evaluation. It learns next to nothing.
+train-nano-smoke: setup
+	rm -rf $(NANO_SMOKE)
+	$(BIN)/python scripts/finetune.py scripts/training/recipes/nano-smoke.yaml --set output=$(NANO_SMOKE)
+	$(BIN)/python scripts/evaluate.py --model $(NANO_SMOKE)/model --items 4
 
 test: setup
 	$(BIN)/python -m pytest -q

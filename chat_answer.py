@@ -70,15 +70,15 @@ def trim_pieces(pieces: Iterator[str], ends: list[str]) -> Iterator[str]:
     """What `trim` gives for the joined `pieces`, as early as it is certain."""
     held, has_begun = "", False
     for piece in pieces:
-        held = held + piece if has_begun else (held + piece).lstrip()
-        has_begun = has_begun or bool(held)
+        held += piece
         if any(end in held for end in ends):
             break
         certain = held[: len(held) - max((_overlap(held, end) for end in ends), default=0)].rstrip()
         if certain:
-            yield certain
-            held = held[len(certain) :]
+            yield certain if has_begun else certain.lstrip()
+            held, has_begun = held[len(certain) :], True
     rest = held[: min((held.index(end) for end in ends if end in held), default=None)].rstrip()
+    rest = rest if has_begun else rest.lstrip()
     if rest:
         yield rest
 
@@ -97,8 +97,7 @@ class _TokenQueue(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if not self._is_prompt:
-            for token in value.flatten().tolist():
-                self.queue.put(token)
+            self.queue.put(int(value.flatten()[0]))  # of several returned sequences the first is the answer
         self._is_prompt = False
 
     def end(self) -> None:
@@ -116,7 +115,7 @@ class _StopWhen(StoppingCriteria):
 def _generate(run, tokens: _TokenQueue, stop: _StopWhen, outcome: dict[str, Any]) -> None:
     try:
         outcome["answer"] = run(tokens, stop)
-    except Exception as error:  # raised again where the answer is read
+    except BaseException as error:  # raised again where the answer is read
         outcome["error"] = error
     finally:
         tokens.end()

@@ -179,3 +179,7 @@ def _check_answer_options(bound: ChatArguments, batch: bool) -> None:
         raise ValueError("A bare tokenizer cannot read videos: pass the processor as the first argument.")
     if bound.tile_budget is not None and bound.images is None:
         raise ValueError("tile_budget is shared by pictures; there are none here.")
+    for name in ("tile_budget", "max_prompt_tokens"):
+        value = getattr(bound, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")

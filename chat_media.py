@@ -44,7 +44,7 @@ class Conversation:
         self.prompt_question, self.prompt_history = self.question, self.history
 
     def texts(self) -> list[str]:
-        """Everything that may hold a placeholder, in order."""
+        """Everything that may hold a placeholder of an image: questions and answers in turn, the new question last."""
         return [*(text for turn in self.history for text in turn), self.question]
 
 
@@ -98,12 +98,13 @@ def _with_media(
     if videos:
         question = _place_videos(question, history, len(videos))
     conversation = Conversation(question, history, [])
-    check_placeholders(conversation.texts(), len(images), subject)
-    check_placeholders(conversation.texts(), len(videos), subject, VIDEO_PLACEHOLDER)
+    texts = conversation.texts()
+    check_placeholders(texts, len(images), subject)
+    check_placeholders(texts[::2], len(videos), subject, VIDEO_PLACEHOLDER)
     options = _picture_options(bound, len(images))
     sampling, frame_options = video_options(options, bound.videos_kwargs)
     frames = [bound.processor.load_frames(video, **sampling) for video in videos]
-    expanded, order = expand_videos(conversation.texts(), [len(video) for video in frames])
+    expanded, order = expand_videos(texts, [len(video) for video in frames], answers=range(1, len(texts), 2))
     remaining = {
         IMAGE_PLACEHOLDER: iter([Picture(image, options) for image in images]),
         VIDEO_PLACEHOLDER: iter([Picture(frame, frame_options) for video in frames for frame in video]),
@@ -203,5 +204,5 @@ def _place_images(question: str, history: list[tuple[str, str]], images: int) ->
 
 def _place_videos(question: str, history: list[tuple[str, str]], videos: int) -> str:
     """`question` with placeholders in front for videos that have none."""
-    missing = videos - count_placeholders([text for turn in history for text in turn], VIDEO_PLACEHOLDER)
+    missing = videos - count_placeholders([asked for asked, _ in history], VIDEO_PLACEHOLDER)
     return question if VIDEO_PLACEHOLDER in question else f"{VIDEO_PLACEHOLDER}\n" * max(missing, 0) + question

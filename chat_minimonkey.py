@@ -30,7 +30,7 @@ from .conversation import (
     protect,
 )
 from .processing_minimonkey import count_placeholders, expand_placeholders
-from .prompt_memory import PromptMemory, Turn, picture_key
+from .prompt_memory import PromptMemory, Turn, forget_the_oldest, picture_key
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -148,6 +148,7 @@ class ChatMixin:
     def _memory(self, bound: ChatArguments) -> PromptMemory | None:
         """The memory that came with the history, a fresh one for a history to be returned, or none."""
         if not bound.remember or self.remembered_conversations < 1:
+            forget_the_oldest(self)
             return None
         memory = getattr(bound.history, "memory", None)
         if memory is not None and memory.belongs_to(self):
@@ -245,7 +246,7 @@ class ChatMixin:
         per_tile = self._tokens_per_tile(pictures)
         prompts = [self._prompt(bound, row.prompt_question, row.prompt_history) for row in conversations]
         rows = self._encode(bound, prompts, pictures.tiles, per_tile)
-        self._check_length(bound, rows, pictures.tiles, per_tile)
+        self._check_lengths(bound, conversations, rows, pictures.tiles, per_tile)
         inputs = bound.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.device)
         options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         options |= {"pixel_values": pictures.pixel_values, "use_scm": bound.use_scm}
@@ -258,22 +259,33 @@ class ChatMixin:
         ends = [template.separator, *([stops] if isinstance(stops, str) else stops)]
         if not bound.skip_special_tokens:
             end_ids = torch.as_tensor(options["eos_token_id"]).flatten().tolist()
-            ends += bound.tokenizer.convert_ids_to_tokens(end_ids)
+            known = range(len(bound.tokenizer))
+            ends += bound.tokenizer.convert_ids_to_tokens([index for index in end_ids if index in known])
         return _Inputs(options, conversations, memory, ends)
 
-    def _check_length(self, bound: ChatArguments, rows: list[list[int]], tiles: list[int], per_tile: int) -> None:
-        limit = bound.max_prompt_tokens or self.config.context_length
-        longest = max(map(len, rows))
-        if limit is None or longest <= limit:
-            return
-        spare = (limit - longest) // per_tile + sum(tiles)
-        can_cut_less = bound.images is not None and spare > 0
-        fewer = f"fewer tiles (tile_budget={spare}, or another preset in images_kwargs), " if can_cut_less else ""
-        raise ValueError(
-            f"The prompt has {longest} tokens, of which {sum(tiles)} tiles of pictures take {sum(tiles) * per_tile}, but the "
-            f"limit is {limit} ({'max_prompt_tokens' if bound.max_prompt_tokens else 'the context length of the model'}). "
-            f"Use {fewer}fewer pictures, a shorter history or question."
-        )
+    def _check_lengths(
+        self,
+        bound: ChatArguments,
+        conversations: list[Conversation],
+        rows: list[list[int]],
+        tiles: list[int],
+        per_tile: int,
+    ) -> None:
+        """Raise `ValueError` for a prompt that is too long, with a tile budget that would fit."""
+        limit = self.config.context_length if bound.max_prompt_tokens is None else bound.max_prompt_tokens
+        what = "the context length of the model" if bound.max_prompt_tokens is None else "max_prompt_tokens"
+        remaining = iter(tiles)
+        for conversation, row in zip(conversations, rows):
+            own = [next(remaining) for _ in conversation.pictures]
+            if limit is None or len(row) <= limit:
+                continue
+            budget = (limit - len(row)) // per_tile + sum(own)
+            can_cut_less = bound.images is not None and bound.videos is None and len(own) <= budget < sum(own)
+            fewer = f"fewer tiles (tile_budget={budget}, or another preset in images_kwargs), " if can_cut_less else ""
+            raise ValueError(
+                f"The prompt has {len(row)} tokens, of which {sum(own)} tiles of pictures take {sum(own) * per_tile}, but "
+                f"the limit is {limit} ({what}). Use {fewer}fewer pictures, a shorter history or question."
+            )
 
     def _query_ends(
         self,
@@ -332,10 +344,14 @@ class ChatMixin:
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def _stream(self, bound: ChatArguments, inputs: _Inputs) -> AnswerStream:
+        device = self.device.type
+        is_autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
         def run(streamer, stop) -> ChatAnswer:
             criteria = StoppingCriteriaList([*(inputs.options.get("stopping_criteria") or []), stop])
             inputs.options |= {"streamer": streamer, "stopping_criteria": criteria}
-            return self._answers(bound, inputs)[0]
+            with torch.autocast(device, dtype, enabled=is_autocast):  # which is the thread's own
+                return self._answers(bound, inputs)[0]
 
         return AnswerStream(run, lambda ids: self._decode(bound, ids), inputs.ends)
 

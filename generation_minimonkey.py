@@ -364,7 +364,8 @@ class GenerateMixin:
         for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             sources = (options, vars(generation_config or GenerationConfig()), vars(self.generation_config))
             length = next((source[total] for source in sources if source.get(total) is not None), None)
-            if length is None or any(source.get(new) is not None for source in sources):
+            says_none = new in options and options[new] is None
+            if length is None or (not says_none and any(source.get(new) is not None for source in sources)):
                 continue
             if total == "max_length" and length <= prompt_length:
                 raise ValueError(

@@ -83,10 +83,11 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
     """Mini-Monkey: answers questions about images. See the README for `chat`, `generate` and the pipeline."""
 
     config_class = MiniMonkeyConfig
-    _no_split_modules = ["InternVLVisionLayer", "VisualExpertDecoderLayer"]
 
     def __init__(self, config: MiniMonkeyConfig):
         super(InternVLForConditionalGeneration, self).__init__(config)
+        if config.visual_experts:
+            self._no_split_modules = ["VisualExpertDecoderLayer"]  # the layers' own class; post_init adds the others
         self.model = MiniMonkeyModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()

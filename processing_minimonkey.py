@@ -9,10 +9,11 @@ its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.dynamic_module_utils import custom_object_save
@@ -95,17 +96,19 @@ def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[s
     ]
 
 
-def expand_videos(texts: Iterable[str], frames: list[int]) -> tuple[list[str], list[str]]:
+def expand_videos(texts: Iterable[str], frames: list[int], answers: Container[int] = ()) -> tuple[list[str], list[str]]:
     """Put numbered frames where each `<video>` stands, `Frame1: <image>` and so on, as the published demo writes them.
 
     Args:
         texts: With one `<video>` for each video.
         frames: How many frames each video has.
+        answers: Indices of the texts in which `<video>` is only a word, what a model wrote.
 
     Returns:
         The texts, and in the order of their pictures whether each is an `<image>` or a frame of a `<video>`.
     """
     videos, kinds = iter(frames), []
+    image, video = re.escape(IMAGE_PLACEHOLDER), re.escape(VIDEO_PLACEHOLDER)
 
     def write(match: re.Match) -> str:
         if match[0] == IMAGE_PLACEHOLDER:
@@ -115,8 +118,8 @@ def expand_videos(texts: Iterable[str], frames: list[int]) -> tuple[list[str], l
         kinds.extend([VIDEO_PLACEHOLDER] * count)
         return "\n".join(f"Frame{i + 1}: {IMAGE_PLACEHOLDER}" for i in range(count))
 
-    pattern = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)}")
-    return [pattern.sub(write, text) for text in texts], kinds
+    expanded = [re.sub(image if i in answers else f"{image}|{video}", write, text) for i, text in enumerate(texts)]
+    return expanded, kinds
 
 
 def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) -> tuple[dict, dict]:
@@ -151,6 +154,13 @@ def check_placeholders(
             f"{subject} has {placeholders} {placeholder} placeholders, but {given} {kind}s were given; "
             f"each {kind} needs exactly one."
         )
+
+
+def _joined(parts: list):
+    """Tensors, arrays or lists as one."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return [item for part in parts for item in part] if isinstance(parts[0], list) else np.concatenate(parts)
 
 
 def list_videos(videos) -> list:
@@ -279,8 +289,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
         parts = []
         for kind, group in groupby(kinds):
             source, options = pictures[kind]
-            parts.append(self.image_processor([next(source) for _ in group], **{**options, "return_tensors": "pt"}))
-        return texts, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            parts.append(self.image_processor([next(source) for _ in group], **options))
+        return texts, {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
     @staticmethod
     def _check_images(texts: list[str], images) -> None:

@@ -14,6 +14,8 @@ import weakref
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from torch import nn
@@ -102,7 +104,7 @@ class PromptMemory:
         """Keep the tile counts and features of exactly these pictures, those of the prompt that is about to be read."""
         self.tile_counts = {key: counts for key, (counts, _) in pictures.items()}
         self.features = {key: features for key, (_, features) in pictures.items()}
-        _forget_the_oldest(self._model(), self)
+        forget_the_oldest(self._model(), self)
 
     def take_cache(self, prompt: Prompt) -> Recalled:
         """The cache of as much of `prompt` as it can serve; at least the prompt's last token is left to compute.
@@ -130,7 +132,7 @@ class PromptMemory:
         length = len(prompt.token_ids)
         whole = replace(prompt, token_ids=[*prompt.token_ids, *new_ids[:answered]])
         self._state = _State(whole, torch.cat([kept.cpu(), torch.arange(length, length + answered)]), cache)
-        _forget_the_oldest(self._model(), self)
+        forget_the_oldest(self._model(), self)
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,9 @@ def picture_key(picture, options: object) -> bytes:
     """
     digest = hashlib.sha256(repr(options).encode())
     if isinstance(picture, (str, os.PathLike)):
-        if os.path.isfile(picture):
-            digest.update(Path(picture).read_bytes())
-        else:
-            digest.update(str(picture).encode())
+        text = str(picture)
+        path = url2pathname(urlparse(text).path) if text.startswith("file://") else text
+        digest.update(Path(path).read_bytes() if os.path.isfile(path) else text.encode())
     elif isinstance(picture, torch.Tensor):
         digest.update(repr((picture.shape, picture.dtype)).encode())
         digest.update(picture.detach().contiguous().cpu().view(torch.uint8).numpy())
@@ -183,18 +184,29 @@ def _holds_everything(cache: Cache) -> bool:
 
 
 def _weights_version(model: nn.Module) -> int:
-    """Changes when a weight is replaced, moved or trained."""
-    return hash(tuple((id(p), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in model.parameters()))
+    """Changes when a weight is replaced, moved or trained, or an adapter switched."""
+    weights = tuple(
+        (getattr(p, "_local_tensor", p).data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version)
+        for p in model.parameters()
+    )
+    adapters = tuple(  # of peft
+        repr(
+            (module.disable_adapters, module.active_adapters, module.merged_adapters, getattr(module, "scaling", None))
+        )
+        for module in model.modules()
+        if isinstance(getattr(module, "merged_adapters", None), list)
+    )
+    return hash((weights, adapters))
 
 
 # For each model the memories that hold a cache, the most recent last.
 _holding: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref]]" = weakref.WeakKeyDictionary()
 
 
-def _forget_the_oldest(model: nn.Module, newest: PromptMemory) -> None:
-    """Keep as many conversations in memory as the model allows."""
+def forget_the_oldest(model: nn.Module, newest: PromptMemory | None = None) -> None:
+    """Keep as many conversations in memory as the model allows, `newest` before all others."""
     others = [ref for ref in _holding.get(model, []) if ref() is not None and ref() is not newest]
-    _holding[model] = [*others, weakref.ref(newest)]
+    _holding[model] = [*others, *([] if newest is None else [weakref.ref(newest)])]
     while len(_holding[model]) > max(model.remembered_conversations, 0):
         oldest = _holding[model].pop(0)()
         if oldest is not None:

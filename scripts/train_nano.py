@@ -16,7 +16,6 @@ Source of the optimizer: Muon for matrices, AdamW for the rest; AdamW alone stay
 import argparse
 import functools
 import logging
-import math
 import random
 import time
 from dataclasses import dataclass
@@ -27,17 +26,15 @@ import torch
 from repository import root_class
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoProcessor, GenerationConfig
+from transformers import AutoProcessor
 
-from synthetic.byte_tokenizer import build_byte_tokenizer
-from synthetic.text_images import CHARACTERS, TextImage, training_page, training_sample
+from synthetic.text_images import TextImage, training_page, training_sample
+from training.letters import CELLS_PER_PATCH, CLASSES, cell_labels, letters_loss
+from training.nano import ONE_TILE, PATCH_SIZE, RANGE_NAMES, TILE_SIZE, write_untrained
 
 
 logger = logging.getLogger("train_nano")
 
-TILE_SIZE, PATCH_SIZE = 112, 8
-CELLS_PER_PATCH = 2  # characters are narrower than a patch, so each patch names two, side by side
-CHARACTER_CLASS = {character: i + 1 for i, character in enumerate(CHARACTERS)}  # 0: no character here
 QUESTIONS = (
     "Read the text.",
     "Read all the text.",
@@ -50,118 +47,11 @@ QUESTIONS = (
     "What text is in the image?",
     "What word is this?",
 )
-RANGE_NAMES = root_class("tiling.RANGE_NAMES")
 layer_grids = root_class("tiling.layer_grids")
-ONE_TILE = (1, 1, 1, 1)
 MSAC_RANGES = ((1, 4, 1, 3), (2, 4, 2, 5), (2, 6, 1, 4), (4, 8, 3, 6), (1, 6, 1, 1))
 
 
-def write_untrained(out: Path) -> None:
-    """Configuration, tokenizer, processor and chat template of Nano, and weights to start from."""
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_byte_tokenizer(root_class("conversation.DEFAULT_SYSTEM_MESSAGE"))
-    template = root_class("conversation.chat_template_jinja")(root_class("conversation.get_template")("internlm2-chat"))
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig")(
-        vision_config={
-            "hidden_size": 192,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "intermediate_size": 576,
-            "image_size": TILE_SIZE,
-            "patch_size": PATCH_SIZE,
-            "attention_bias": True,
-            "layer_scale_init_value": 1.0,
-        },
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 192,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
-            "head_dim": 64,
-            "intermediate_size": 512,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 4096,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
-            "pad_token_id": tokenizer.pad_token_id,
-            "tie_word_embeddings": False,
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-    )
-    image_processor = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")(
-        size={"height": TILE_SIZE, "width": TILE_SIZE}, **dict(zip(RANGE_NAMES, ONE_TILE))
-    )
-    processor = root_class("processing_minimonkey.MiniMonkeyProcessor")(
-        image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=template
-    )
-    processor.save_pretrained(out)
-    model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config)
-    initialize(model)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.text_config.bos_token_id,
-        eos_token_id=config.text_config.eos_token_id,
-        pad_token_id=config.text_config.pad_token_id,
-        max_new_tokens=256,
-    )
-    model.save_pretrained(out)
-
-
-@torch.no_grad()
-def initialize(model: nn.Module) -> None:
-    """Weights from which a small vision tower learns letters quickly.
-
-    Each attention head of the vision tower begins by looking at one neighbour of its patch (left, right, above, below):
-    sines and cosines as position embeddings, a rotation of them as query projection.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and any(part in name for part in ("vision_tower", "projector", "layers")):
-            nn.init.xavier_uniform_(parameter)
-    tower, config = model.model.vision_tower, model.config.vision_config
-    projection = tower.embeddings.patch_embeddings.projection
-    nn.init.normal_(projection.weight, std=0.6 / math.sqrt(projection.weight[0].numel()))
-    side, heads = TILE_SIZE // PATCH_SIZE, config.num_attention_heads
-    quarter = config.hidden_size // heads // 4
-    frequencies = torch.logspace(math.log10(0.2), math.log10(2.4), quarter)
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles_x, angles_y = x.reshape(-1, 1) * frequencies, y.reshape(-1, 1) * frequencies
-    waves = torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1)
-    tower.embeddings.position_embeddings.zero_()
-    tower.embeddings.position_embeddings[0, 1:] = 0.7 * waves.repeat(1, heads)
-    neighbours = ((-1, 0), (1, 0), (0, -1), (0, 1))
-    query = torch.block_diag(
-        *(_rotation(frequencies * offset) for head in range(heads) for offset in neighbours[head % 4])
-    )
-    for layer in tower.encoder.layer:
-        noise = torch.randn(2, config.hidden_size, config.hidden_size) * 0.01
-        layer.attention.q_proj.weight.copy_(1.4 * query + noise[0])
-        layer.attention.k_proj.weight.copy_(1.4 * torch.eye(config.hidden_size) + noise[1])
-
-
-def _rotation(angles: torch.Tensor) -> torch.Tensor:
-    """Turns (sin a, cos a) into (sin(a + angle), cos(a + angle))."""
-    cos, sin = torch.diag(angles.cos()), torch.diag(angles.sin())
-    return torch.cat([torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)])
-
-
 # --- data ------------------------------------------------------------------------------------------------------------
-
-
-def cell_labels(sample: TextImage, grid: tuple[int, int], patches: int) -> np.ndarray:
-    """The character at each cell of each tile: (tiles, patches, patches * CELLS_PER_PATCH)."""
-    columns, rows = grid
-    height, width = rows * patches, columns * patches * CELLS_PER_PATCH
-    labels = np.zeros((height, width), dtype=np.int64)
-    for item in sample.characters:
-        x0, y0, x1, y1 = item.box
-        left, right = (x / sample.image.width * width for x in (x0, x1))
-        top, bottom = (y / sample.image.height * height for y in (y0, y1))
-        # The cells whose centre the character covers, at least the one its own centre is in.
-        left, right = min(round(left), int((left + right) / 2)), max(round(right), int((left + right) / 2) + 1)
-        top, bottom = min(round(top), int((top + bottom) / 2)), max(round(bottom), int((top + bottom) / 2) + 1)
-        labels[max(top, 0) : bottom, max(left, 0) : right] = CHARACTER_CLASS[item.character]
-    tiles = labels.reshape(rows, patches, columns, patches * CELLS_PER_PATCH).swapaxes(1, 2)
-    return tiles.reshape(rows * columns, patches, patches * CELLS_PER_PATCH)
 
 
 def letters_picture(index: int, seed: int) -> TextImage:
@@ -203,8 +93,8 @@ class Pictures(torch.utils.data.Dataset):
         columns, rows, adaptive_columns, adaptive_rows = item.pop("tile_grids")[0].tolist()
         item.pop("tile_counts")
         grids = layer_grids((columns, rows), (adaptive_columns, adaptive_rows))
-        labels = [cell_labels(picture, grid, TILE_SIZE // PATCH_SIZE) for grid in grids]
-        return {**item, "cell_labels": torch.from_numpy(np.concatenate(labels))}
+        labels = cell_labels(picture.image, picture.characters, grids, TILE_SIZE // PATCH_SIZE)
+        return {**item, "cell_labels": labels}
 
     def _conversation(self, question: str, picture: TextImage, settings: dict) -> dict:
         """A question about the picture and its answer as model inputs, labels for the answer alone."""
@@ -241,7 +131,7 @@ class Learner(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.head = nn.Linear(model.config.vision_config.hidden_size, CELLS_PER_PATCH * (len(CHARACTERS) + 1))
+        self.head = nn.Linear(model.config.vision_config.hidden_size, CELLS_PER_PATCH * CLASSES)
         self._patch_states = None
         model.model.vision_tower.register_forward_hook(self._keep_patch_states)
 
@@ -254,15 +144,11 @@ class Learner(nn.Module):
             reading_loss = self.model(pixel_values=pixel_values, **text).loss
         else:
             self.model.model.vision_tower(pixel_values=pixel_values)
-        classes = len(CHARACTERS) + 1
-        logits = self.head(self._patch_states).float().reshape(-1, classes)
-        class_weight = torch.ones(classes, device=logits.device)
-        class_weight[0] = 0.2  # most of a picture is background
-        letters_loss = nn.functional.cross_entropy(logits, cell_labels.reshape(-1), weight=class_weight)
+        letters = letters_loss(self.head(self._patch_states), cell_labels)
         if not text:
-            return letters_loss, {"letters": letters_loss.item()}
-        loss = reading_loss + 0.3 * letters_loss
-        return loss, {"reading": reading_loss.item(), "letters": letters_loss.item()}
+            return letters, {"letters": letters.item()}
+        loss = reading_loss + 0.3 * letters
+        return loss, {"reading": reading_loss.item(), "letters": letters.item()}
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 
 # A module cache of this run's own: what is tested is the code of this checkout, loaded from nothing.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="minimonkey-modules-")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="minimonkey-datasets-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

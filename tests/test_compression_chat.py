@@ -124,7 +124,7 @@ def test_the_pipeline_answers_as_generate(nano, processor, pictures):
 
 
 def test_a_later_turn_keeps_what_the_first_kept(nano, processor, pictures, sent):
-    options = {"images_kwargs": TILES, "use_scm": True, "return_history": True, **CHAT}
+    options = {"images_kwargs": TILES, "use_scm": True, "return_history": True, "remember": False, **CHAT}
     _, history = nano.chat(processor, pictures[0], QUESTION, **options)
     later = "What is the total, in which currency is it, and who wrote the words above it?"
     nano.chat(processor, pictures[0], later, history=history, **options)

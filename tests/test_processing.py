@@ -251,11 +251,6 @@ def test_missing_text_raises(processor, pictures):
         processor(images=pictures[0])
 
 
-def test_videos_raise(processor):
-    with pytest.raises(ValueError, match="Videos are not supported.*frames as images"):
-        processor(text="<video>", videos=[np.zeros((2, 9, 9, 3), np.uint8)])
-
-
 def test_tokenizer_without_image_tokens_raises(processor):
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.get_vocab = lambda: {"a": 0, "<img>": 1}

@@ -1,0 +1,51 @@
+"""Samples of different lengths to one batch."""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from training.encode import IGNORED
+
+
+class Collator:
+    """Pads token ids on the right and joins the tiles of all samples.
+
+    Args:
+        pad_token_id: What fills the ids; masked.
+        image_token_id, tokens_per_tile, tile_size: Of the model, for `always_with_tile`.
+        always_with_tile: Give a batch without pictures one black tile behind the masked end of a row, where nothing sees it.
+            All processes of a distributed run then run the same modules, which sharding needs.
+    """
+
+    def __init__(
+        self, pad_token_id: int, image_token_id: int, tokens_per_tile: int, tile_size: int, always_with_tile: bool
+    ):
+        self.pad_token_id, self.image_token_id = pad_token_id, image_token_id
+        self.tokens_per_tile, self.tile_size = tokens_per_tile, tile_size
+        self.always_with_tile = always_with_tile
+
+    def __call__(self, samples: list[dict]) -> dict:
+        """input_ids, attention_mask, labels (B, N), pixel_values (T, 3, S, S) as uint8, and how many were redrawn."""
+        ids = pad_sequence([s["input_ids"] for s in samples], batch_first=True, padding_value=self.pad_token_id)
+        labels = pad_sequence([s["labels"] for s in samples], batch_first=True, padding_value=IGNORED)
+        lengths = torch.tensor([len(s["input_ids"]) for s in samples])
+        tiles = [s["pixel_values"] for s in samples if "pixel_values" in s]
+        if not tiles and self.always_with_tile:
+            ids = torch.nn.functional.pad(ids, (0, self.tokens_per_tile), value=self.pad_token_id)
+            labels = torch.nn.functional.pad(labels, (0, self.tokens_per_tile), value=IGNORED)
+            ids[0, -self.tokens_per_tile :] = self.image_token_id
+            tiles = [torch.zeros(1, 3, self.tile_size, self.tile_size, dtype=torch.uint8)]
+        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+        if tiles:
+            batch["pixel_values"] = torch.cat(tiles)
+        labelled = [s["cell_labels"] for s in samples if "cell_labels" in s]
+        if labelled:
+            batch["cell_labels"] = torch.cat([_cell_labels(s, labelled[0]) for s in samples if "pixel_values" in s])
+        return {**batch, "redrawn": sum(s.get("redrawn", 0) for s in samples)}
+
+
+def _cell_labels(sample: dict, like: torch.Tensor) -> torch.Tensor:
+    """Those of the sample; masked ones for pictures whose characters are not known."""
+    if "cell_labels" in sample:
+        return sample["cell_labels"]
+    return like.new_full((len(sample["pixel_values"]), *like.shape[1:]), IGNORED)

@@ -1,0 +1,306 @@
+"""Training data: InternVL's meta JSON and JSONL files, and documents that are rendered on the way.
+
+A meta JSON names datasets, each of them lines of a file or a kind of rendered document:
+
+    {"invoices": {"root": "images", "annotation": "invoices.jsonl", "repeat_time": 2, "max_dynamic_patch": 8},
+     "receipts": {"synthetic": "receipt", "length": 20000, "seed": 1, "difficulty": [0.3, 1.0]}}
+
+`repeat_time` below 1 takes the first part of a dataset, a whole number repeats it. `tile_ranges`, a list of [min_tiles,
+max_tiles, adaptive_min_tiles, adaptive_max_tiles], or one of these names by itself, replaces the recipe's. Relative paths
+count from the folder of the meta JSON.
+
+A line is {"image": path or [paths], "conversations": [{"from": "human", "value": "<image>\\nRead."}, {"from": "gpt", ...}]}.
+All lines are checked, and measured from the heads of their pictures, before training begins.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from datasets.fingerprint import Hasher
+from PIL import ExifTags, Image, UnidentifiedImageError
+from repository import root_class
+
+from synthetic import documents
+from training.encode import Conversation, Encoder
+from training.recipe import check_ranges
+
+
+IMAGE_PLACEHOLDER = root_class("conversation.IMAGE_PLACEHOLDER")
+RANGE_NAMES = root_class("tiling.RANGE_NAMES")
+check_placeholders = root_class("processing_minimonkey.check_placeholders")
+
+TileRanges = tuple[int, int, int, int]
+PUBLISHED_NAMES = {"min_dynamic_patch": "min_tiles", "max_dynamic_patch": "max_tiles"}
+SHARED_KEYS = {"repeat_time", "length", "tile_ranges", *RANGE_NAMES, *PUBLISHED_NAMES}
+FILE_KEYS = {"root", "annotation", "data_augment"}
+SYNTHETIC_KEYS = {"synthetic", "seed", "split", "difficulty"}
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation and its pictures."""
+
+    conversation: Conversation
+    pictures: list
+    characters: Sequence = ()
+    """Of a rendered document: what stands where, see letters.py."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the datasets of a meta JSON have in common."""
+
+    name: str
+    ranges: tuple[TileRanges, ...]
+    size: int
+    """Examples of one round, after a `repeat_time` below 1."""
+    repeats: int
+
+    def example(self, index: int, round_: int, attempt: int = 0) -> Example:
+        """An example of the dataset. `round_` counts repetitions and epochs."""
+        raise NotImplementedError
+
+    def tile_range(self, index: int, round_: int, seed: int) -> TileRanges:
+        """The tile ranges of this sample: always the same for the same arguments."""
+        if len(self.ranges) == 1:
+            return self.ranges[0]
+        return random.Random(f"{seed}/tiles/{self.name}/{index}/{round_}").choice(self.ranges)
+
+
+@dataclass(frozen=True)
+class FileSource(Source):
+    """The lines of a JSONL file."""
+
+    rows: Dataset = field(repr=False)
+
+    def example(self, index: int, round_: int, attempt: int = 0) -> Example:
+        row = self.rows[index]
+        return Example(_conversation(row), row["images"])
+
+
+@dataclass(frozen=True)
+class SyntheticSource(Source):
+    """Documents drawn when they are needed; every round brings new ones."""
+
+    kind: str
+    seed: int
+    split: str
+    difficulty: tuple[float, float]
+    """At the first and at the last document of a round."""
+
+    MOST_ATTEMPTS = 8
+
+    def example(self, index: int, round_: int, attempt: int = 0) -> Example:
+        """One question about one document; another document for every attempt."""
+        number = index + self.size * (round_ * self.MOST_ATTEMPTS + attempt)
+        low, high = self.difficulty
+        drawn = documents.document(
+            self.kind, number, self.seed, self.split, low + (high - low) * index / max(1, self.size - 1)
+        )
+        question = random.Random(f"{self.seed}/question/{number}").choice(drawn.questions)
+        turn = (f"{IMAGE_PLACEHOLDER}\n{question.text}", question.answer)
+        return Example(Conversation((turn,)), [drawn.image], drawn.characters)
+
+
+# --- meta JSON -------------------------------------------------------------------------------------------------------
+
+
+def read_sources(data: str | dict, folder: Path, ranges: list[list[int]], encoder: Encoder) -> list[Source]:
+    """The datasets of a meta JSON, every line of their files checked and measured.
+
+    Args:
+        data: Path of a meta JSON from `folder`, or its content.
+        ranges: Tile ranges of datasets that have none of their own.
+
+    Raises:
+        ValueError: Wrong keys, files or lines, with file and line number.
+    """
+    if isinstance(data, str):
+        path = folder / data
+        if not path.is_file():
+            raise ValueError(f"There is no meta JSON {path}.")
+        folder, data = path.parent, _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(data, dict) or not data or not all(isinstance(entry, dict) for entry in data.values()):
+        raise ValueError('A meta JSON is {"name": {"annotation": ..., ...}, ...}, see scripts/training/data.py.')
+    return [_read_source(name, entry, folder, ranges, encoder) for name, entry in data.items()]
+
+
+def _read_source(name: str, entry: dict, folder: Path, ranges: list[list[int]], encoder: Encoder) -> Source:
+    own_keys = SYNTHETIC_KEYS if "synthetic" in entry else FILE_KEYS
+    unknown = entry.keys() - own_keys - SHARED_KEYS
+    if unknown:
+        known = ", ".join(sorted(own_keys | SHARED_KEYS))
+        raise ValueError(f"Dataset {name}: unknown {', '.join(sorted(unknown))}; known are {known}.")
+    chosen = _tile_ranges(name, entry, ranges)
+    part, repeats = _repeats(name, entry.get("repeat_time", 1))
+    if "synthetic" in entry:
+        return _synthetic_source(name, entry, chosen, part, repeats)
+    rows = _read_lines(name, entry, folder, encoder)
+    if entry.get("length", len(rows)) != len(rows):
+        print(f"Dataset {name}: the meta JSON says {entry['length']} lines, the file has {len(rows)}.")
+    return FileSource(name, chosen, _part(name, len(rows), part), repeats, rows)
+
+
+def _tile_ranges(name: str, entry: dict, ranges: list[list[int]]) -> tuple[TileRanges, ...]:
+    single = {PUBLISHED_NAMES.get(key, key): entry[key] for key in (*RANGE_NAMES, *PUBLISHED_NAMES) if key in entry}
+    if "tile_ranges" in entry and single:
+        raise ValueError(f"Dataset {name}: tile_ranges or {', '.join(single)}, not both.")
+    ranges = entry.get("tile_ranges", ranges)
+    if single:
+        ranges = [[single.get(key, default) for key, default in zip(RANGE_NAMES, chosen)] for chosen in ranges]
+    check_ranges(ranges, f"Dataset {name}: tile_ranges")
+    return tuple(map(tuple, ranges))
+
+
+def _repeats(name: str, repeat_time) -> tuple[float, int]:
+    """Which part of a dataset is taken, and how often."""
+    is_number = isinstance(repeat_time, (int, float)) and not isinstance(repeat_time, bool)
+    if not is_number or repeat_time <= 0 or (repeat_time > 1 and repeat_time != int(repeat_time)):
+        raise ValueError(f"Dataset {name}: repeat_time is a part below 1 or a whole number, got {repeat_time!r}.")
+    return min(repeat_time, 1), max(1, int(repeat_time))
+
+
+def _part(name: str, length: int, part: float) -> int:
+    size = int(length * part)
+    if size < 1:
+        raise ValueError(f"Dataset {name}: repeat_time {part} of {length} examples is none.")
+    return size
+
+
+def _synthetic_source(name: str, entry: dict, ranges, part: float, repeats: int) -> SyntheticSource:
+    kind, length, seed = entry["synthetic"], entry.get("length"), entry.get("seed", 1)
+    if kind not in documents.KINDS:
+        raise ValueError(
+            f"Dataset {name}: there are no synthetic documents {kind!r}; known are {', '.join(documents.KINDS)}."
+        )
+    if not isinstance(length, int) or length < 1 or not isinstance(seed, int):
+        raise ValueError(f"Dataset {name}: length must be a number of documents, seed a number; got {entry}.")
+    difficulty = entry.get("difficulty", 1.0)
+    difficulty = difficulty if isinstance(difficulty, list) else [difficulty, difficulty]
+    if len(difficulty) != 2 or not all(isinstance(value, (int, float)) for value in difficulty):
+        raise ValueError(f"Dataset {name}: difficulty is a number or [from, to], got {entry['difficulty']!r}.")
+    split = entry.get("split", "training")
+    source = SyntheticSource(name, ranges, _part(name, length, part), repeats, kind, seed, split, tuple(difficulty))
+    try:
+        for index in (0, source.size - 1):
+            source.example(index, 0)
+    except (ValueError, FileNotFoundError) as error:  # no such split or difficulty, or no fonts
+        raise ValueError(f"Dataset {name}: {error}") from error
+    return source
+
+
+# --- JSONL -----------------------------------------------------------------------------------------------------------
+
+
+def _read_lines(name: str, entry: dict, folder: Path, encoder: Encoder) -> Dataset:
+    """The lines of an annotation file as rows: images, system, questions, answers, text_tokens, sizes (height, width)."""
+    if "annotation" not in entry:
+        raise ValueError(f"Dataset {name} needs an annotation (a JSONL file) or synthetic (a kind of document).")
+    if entry.get("data_augment"):
+        raise ValueError(f"Dataset {name}: data_augment is not supported; leave it out or false.")
+    annotation, root = folder / entry["annotation"], folder / entry.get("root", "")
+    if not annotation.is_file():
+        raise ValueError(f"Dataset {name}: there is no annotation file {annotation}.")
+    lines = load_dataset("text", data_files=str(annotation), split="train")
+    reader = LineReader(annotation, root, encoder)
+    code = [Path(__file__).with_name(file).read_bytes() for file in ("data.py", "encode.py")]
+    rows = lines.map(
+        reader,
+        with_indices=True,
+        remove_columns=["text"],
+        # The processor's classes have no stable hash; what decides the rows has.
+        new_fingerprint=Hasher.hash([lines._fingerprint, reader.key(), code]),
+        desc=f"Checking {name}",
+    )
+    if len(rows) == 0:
+        raise ValueError(f"Dataset {name}: {annotation} is empty.")
+    return rows
+
+
+class LineReader:
+    """One line of a JSONL file as a row, checked."""
+
+    def __init__(self, annotation: Path, root: Path, encoder: Encoder):
+        self.annotation, self.root, self.encoder = annotation, root, encoder
+
+    def key(self) -> list:
+        """Everything but the lines that decides the rows."""
+        encoder = self.encoder
+        spelled = [str(self.root), encoder.bos, str(encoder.template), encoder.system_message, encoder._spellings]
+        return [*spelled, encoder.tokenizer.backend_tokenizer.to_str()]
+
+    def __call__(self, row: dict, index: int) -> dict:
+        where = f"{self.annotation}, line {index + 1}"
+        parsed = parse_line(row["text"], where)
+        images = [self.root / image for image in parsed["images"]]
+        sizes = [picture_size(image, where) for image in images]
+        try:
+            tokens = self.encoder.text_length(_conversation(parsed), len(images))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return {**parsed, "images": list(map(str, images)), "text_tokens": tokens, "sizes": sizes}
+
+
+def parse_line(text: str, where: str) -> dict:
+    """Pictures, system message, questions and answers of a line.
+
+    Raises:
+        ValueError: Anything that is not the InternVL format, with `where` it is.
+    """
+    line = _parse(text, where)
+    if not isinstance(line, dict) or "conversations" not in line:
+        raise ValueError(f"{where}: a line is an object with conversations (and image), got {text[:80]!r}.")
+    if "video" in line:
+        raise ValueError(f"{where}: videos are not supported; give frames as a list of images.")
+    images = line.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{where}: image must be a path or a list of paths, got {images!r}.")
+    system, turns = _turns(line["conversations"], where)
+    texts = [text for turn in turns for text in turn]
+    check_placeholders(texts, len(images), f"{where}: the conversation")
+    return {"images": images, "system": system, "questions": texts[0::2], "answers": texts[1::2]}
+
+
+def _turns(messages, where: str) -> tuple[str | None, list[tuple[str, str]]]:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f'{where}: conversations must be a list of {{"from": ..., "value": ...}}.')
+    for message in messages:
+        if not isinstance(message.get("value"), str) or not message["value"].strip():
+            raise ValueError(f"{where}: the value of a message must be text that is not empty, got {message!r}.")
+    system = messages[0]["value"] if messages and messages[0].get("from") == "system" else None
+    messages = messages if system is None else messages[1:]
+    speakers = [message.get("from") for message in messages]
+    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+        raise ValueError(f"{where}: human and gpt must alternate, human first and gpt last; got {speakers}.")
+    values = [message["value"] for message in messages]
+    return system, list(zip(values[0::2], values[1::2]))
+
+
+def picture_size(path: Path, where: str) -> tuple[int, int]:
+    """(height, width) of a picture, upright, from the head of its file."""
+    if not path.is_file():
+        raise ValueError(f"{where}: there is no picture {path}.")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            is_sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: {path} cannot be read as a picture: {error}") from error
+    return (width, height) if is_sideways else (height, width)
+
+
+def _parse(text: str, where: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: this is not JSON: {error}") from error
+
+
+def _conversation(row: dict) -> Conversation:
+    return Conversation(tuple(zip(row["questions"], row["answers"])), row["system"])

@@ -1,0 +1,131 @@
+"""The model of a run: loaded, what is trained of it, and saved so that AutoModel loads it again."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from repository import root_class
+from torch import nn
+from transformers import AutoProcessor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+from importing.folder import finish, work_folder
+from training.letters import with_letters
+from training.nano import write_untrained
+from training.recipe import UNTRAINED_NANO, Recipe
+
+
+ADAPTED = r".*language_model\.layers\..*_proj"
+"""Every projection of attention and MLP, in Llama, Qwen, Phi and those built like them."""
+
+
+def model_folder(recipe: Recipe) -> str:
+    """The folder or Hub id to load; an untrained Nano is written first. In a distributed run, one process goes ahead."""
+    if recipe.model != UNTRAINED_NANO:
+        return recipe.model
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("ZeRO-3 builds a model in all processes at once; start untrained-nano without it (torchrun).")
+    folder = Path(recipe.output) / UNTRAINED_NANO
+    if not folder.exists():
+        torch.manual_seed(recipe.seed)
+        write_untrained(work_folder(folder))
+        finish(folder)
+    return str(folder)
+
+
+def load_processor(folder: str):
+    """The processor of a model folder or Hub id."""
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} holds no MiniMonkey processor; published weights come through import_checkpoint.py."
+        ) from error
+
+
+def load_model(folder: str, recipe: Recipe) -> nn.Module:
+    """The model with the recipe's weights type and depth; what is not trained is frozen, LoRA's adapters are in.
+
+    Raises:
+        ValueError: More depth than the model has.
+    """
+    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
+    if recipe.letters is not None:
+        model_class = with_letters(model_class, recipe.letters.weight, recipe.letters.only)
+    options = {} if recipe.depth is None else {"config": _config_of_depth(folder, recipe.depth)}
+    if recipe.attention is not None:
+        options["attn_implementation"] = recipe.attention
+    model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
+    model.config.text_config.use_cache = False  # of no use in training
+    freeze(model, recipe.train if recipe.lora is None else [])
+    return model if recipe.lora is None else _with_adapters(model, recipe)
+
+
+def _config_of_depth(folder: str, depth: int):
+    """The configuration with the first `depth` layers of vision tower and language model."""
+    config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_pretrained(folder)
+    fields = {**config.to_dict(), "scm_layer": None}
+    for name in ("vision_config", "text_config"):
+        part = getattr(config, name).to_dict()
+        if depth > part["num_hidden_layers"]:
+            raise ValueError(f"depth {depth} is more than the {part['num_hidden_layers']} layers of {name}.")
+        part.pop("layer_types", None)
+        fields[name] = {**part, "num_hidden_layers": depth}
+    return type(config)(**fields)
+
+
+def freeze(model: nn.Module, train: list[str]) -> None:
+    """Leave only these parts to train."""
+    modules = {
+        "vision": [model.model.vision_tower],
+        "projector": [model.model.multi_modal_projector],
+        "language_model": [model.model.language_model, model.lm_head],
+    }
+    for part, members in modules.items():
+        for module in members:
+            module.requires_grad_(part in train)
+
+
+def _with_adapters(model: nn.Module, recipe: Recipe) -> PeftModel:
+    lora = recipe.lora
+    alpha = 2 * lora.r if lora.alpha is None else lora.alpha
+    return get_peft_model(
+        model, LoraConfig(r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=ADAPTED)
+    )
+
+
+def save(trainer, recipe: Recipe, base: str) -> Path:
+    """Write OUT/model (with LoRA OUT/adapter, and OUT/model if it is to be merged); the folder that was written last.
+
+    The weights are read again on the way, in the type to save, whichever way the run had them split.
+    """
+    output, arguments = Path(recipe.output), trainer.args
+    trained = output / ("adapter" if recipe.lora else "model.trained")
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(trained))  # all processes: shards are gathered
+    is_wanted = recipe.lora is None or recipe.lora.merge
+    unset_hf_deepspeed_config()  # from here on one process builds whole models
+    if is_wanted and arguments.should_save:
+        model = _whole_model(trained, recipe, base).to(getattr(torch, recipe.save_dtype))
+        model.config.text_config.use_cache = True
+        target = output / "model"
+        if target.exists():
+            shutil.rmtree(target)
+        model.save_pretrained(work_folder(target))
+        trainer.processor.save_pretrained(work_folder(target))
+        finish(target)
+        if recipe.lora is None:
+            shutil.rmtree(trained)
+    return output / "model" if is_wanted else trained
+
+
+def _whole_model(trained: Path, recipe: Recipe, base: str) -> nn.Module:
+    """The trained model; LoRA's adapters are added to the weights in float32, where little is lost."""
+    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
+    if recipe.lora is None:
+        return model_class.from_pretrained(trained, dtype=getattr(torch, recipe.save_dtype))
+    options = {} if recipe.depth is None else {"config": _config_of_depth(base, recipe.depth)}
+    model = model_class.from_pretrained(base, dtype=torch.float32, **options)
+    return PeftModel.from_pretrained(model, trained).merge_and_unload()

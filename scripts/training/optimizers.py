@@ -1,0 +1,74 @@
+"""Muon for the matrices of the layers and AdamW for the rest, as one optimizer."""
+
+import torch
+from torch import nn
+
+
+# Of the names of matrices inside vision tower, projector and language model; embeddings and the output layer are not.
+LAYERS = ("encoder", "projector", "layers")
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon and AdamW behind one interface: one schedule, one state that is saved and restored.
+
+    Args:
+        matrices: Parameters of two dimensions for Muon.
+        rest: All others, for AdamW.
+        matrix_learning_rate, learning_rate: Of the two; Muon's steps are scaled to the size of AdamW's.
+        weight_decay: Of the matrices.
+        betas: Of AdamW.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        rest: list[nn.Parameter],
+        matrix_learning_rate: float,
+        learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+    ):
+        muon = torch.optim.Muon(
+            matrices, lr=matrix_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=0.0)
+        self.parts = [muon, adamw]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Both parts work on the groups and the state of the whole."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that are trained: matrices inside layers, and all others.
+
+    Raises:
+        ValueError: One of the two is empty, so that this is no case for two optimizers.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    is_matrix = [parameter.ndim == 2 and any(part in name for part in LAYERS) for name, parameter in trained]
+    matrices = [parameter for (_, parameter), matrix in zip(trained, is_matrix) if matrix]
+    rest = [parameter for (_, parameter), matrix in zip(trained, is_matrix) if not matrix]
+    if not matrices or not rest:
+        raise ValueError("optimizer: muon needs matrices of layers and other parameters to train; take adamw.")
+    return matrices, rest

@@ -1,0 +1,153 @@
+"""Which sample comes when, and the samples themselves.
+
+The whole run is laid out before it begins, as a list of slots that ends with the last step. What a slot gives depends on
+nothing but the slot and the seed, so that any worker, any process and a resumed run make the same sample.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from repository import root_class
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from training.data import Example, FileSource, Source
+from training.encode import Encoder
+from training.letters import cell_labels
+from training.recipe import Recipe
+
+
+layer_grids = root_class("tiling.layer_grids")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in a run."""
+
+    source: int
+    index: int
+    round: int
+    """Counts the repetitions and epochs of this example."""
+
+
+class Samples(torch.utils.data.Dataset):
+    """The samples of a run in their order.
+
+    Args:
+        sources: The datasets.
+        encoder: Makes samples of conversations and pictures.
+        recipe: Order, steps, lengths and seed.
+        is_evaluation: One pass in the order of the files, without a last partial batch being filled up.
+
+    Attributes:
+        skipped: Examples of files that are left out, being too long for `max_seq_length`.
+
+    Raises:
+        ValueError: An example that is too long with `too_long: raise`, or nothing left to train on.
+    """
+
+    def __init__(self, sources: list[Source], encoder: Encoder, recipe: Recipe, is_evaluation: bool = False):
+        self.sources, self.encoder, self.recipe = sources, encoder, recipe
+        self.fitting = [self._fitting(source) for source in sources]
+        self.skipped = sum(source.size - len(fitting) for source, fitting in zip(sources, self.fitting))
+        self.epoch_size = sum(len(fitting) * source.repeats for source, fitting in zip(sources, self.fitting))
+        if not self.epoch_size:
+            raise ValueError(f"No example fits max_seq_length {recipe.max_seq_length}; raise it or use fewer tiles.")
+        if (
+            recipe.order == "grouped"
+            and not is_evaluation
+            and not all(isinstance(source, FileSource) for source in sources)
+        ):
+            raise ValueError(
+                "order: grouped needs lengths beforehand; with synthetic data take shuffled or curriculum."
+            )
+        if is_evaluation:
+            self.slots = self._epoch(0)
+        else:
+            total = self.epoch_size * recipe.epochs
+            self.steps = recipe.max_steps or max(1, -(-int(total) // recipe.batch_size))
+            self.slots = self._lay_out(self.steps * recipe.batch_size)
+
+    def _fitting(self, source: Source) -> np.ndarray:
+        """Indices of the examples that fit with each of their tile ranges."""
+        if not isinstance(source, FileSource):
+            return np.arange(source.size)  # known when a document is drawn
+        limit = self.recipe.max_seq_length
+        fits = np.ones(source.size, dtype=bool)
+        for index, row in enumerate(source.rows.select(range(source.size)).select_columns(["text_tokens", "sizes"])):
+            length = max(self._length(row, ranges) for ranges in source.ranges)
+            fits[index] = length <= limit
+            if length > limit and self.recipe.too_long == "raise":
+                raise ValueError(
+                    f"Dataset {source.name}, line {index + 1}: {length} tokens, {length - row['text_tokens']} of them of "
+                    f"images, do not fit max_seq_length {limit}. Raise it, use fewer tiles (tile_ranges), or skip such "
+                    "examples with too_long: skip."
+                )
+        return np.flatnonzero(fits)
+
+    def _length(self, row: dict, ranges: tuple[int, int, int, int]) -> int:
+        return row["text_tokens"] + self.encoder.image_length(row["sizes"], ranges)
+
+    def _lay_out(self, total: int) -> np.ndarray:
+        """(total, 3) source, index and round of every slot: epoch after epoch, the last one cut off."""
+        epochs = range(-(-total // self.epoch_size))
+        return np.concatenate([self._ordered(self._epoch(epoch), epoch) for epoch in epochs])[:total]
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """(slots, 3) of one epoch, dataset after dataset."""
+        parts = []
+        for number, (source, fitting) in enumerate(zip(self.sources, self.fitting)):
+            for repeat in range(source.repeats):
+                rounds = np.full_like(fitting, epoch * source.repeats + repeat)
+                parts.append(np.stack([np.full_like(fitting, number), fitting, rounds], axis=1))
+        return np.concatenate(parts)
+
+    def _ordered(self, slots: np.ndarray, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.recipe.seed, epoch])
+        if self.recipe.order == "grouped":
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            lengths = [self._slot_length(Slot(*slot)) for slot in slots.tolist()]
+            return slots[get_length_grouped_indices(lengths, self.recipe.batch_size, generator=generator)]
+        if self.recipe.order == "curriculum":  # a dataset keeps its order, and all of them are spread evenly
+            sizes = np.array([len(fitting) for fitting in self.fitting])[slots[:, 0]]
+            within = np.concatenate(
+                [np.arange(len(f)) for source, f in zip(self.sources, self.fitting) for _ in range(source.repeats)]
+            )
+            return slots[np.argsort((within + rng.random(len(slots))) / sizes, kind="stable")]
+        return slots[rng.permutation(len(slots))]
+
+    def _slot_length(self, slot: Slot) -> int:
+        source = self.sources[slot.source]
+        return self._length(source.rows[slot.index], source.tile_range(slot.index, slot.round, self.recipe.seed))
+
+    def _with_letters(self, sample: dict, example: Example) -> dict:
+        grids = sample.pop("tile_grids", None)
+        if self.recipe.letters is None or not example.characters:
+            return sample
+        columns, rows, adaptive_columns, adaptive_rows = grids[0].tolist()
+        layers = layer_grids((columns, rows), (adaptive_columns, adaptive_rows))
+        patches = self.encoder.patches_per_side
+        return {**sample, "cell_labels": cell_labels(example.pictures[0], example.characters, layers, patches)}
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, position: int) -> dict:
+        """A sample, see `Encoder`, and `redrawn`: how many documents before it were too long.
+
+        Raises:
+            ValueError: It is too long (a document with `too_long: raise`, or a picture other than its file's head said).
+        """
+        slot = Slot(*self.slots[position].tolist())
+        source, limit = self.sources[slot.source], self.recipe.max_seq_length
+        ranges = source.tile_range(slot.index, slot.round, self.recipe.seed)
+        attempts = getattr(source, "MOST_ATTEMPTS", 1) if self.recipe.too_long == "skip" else 1
+        for attempt in range(attempts):
+            example = source.example(slot.index, slot.round, attempt)
+            sample = self.encoder(example.conversation, example.pictures, ranges)
+            if len(sample["input_ids"]) <= limit:
+                return {**self._with_letters(sample, example), "redrawn": attempt}
+        raise ValueError(
+            f"Dataset {source.name}, example {slot.index}: {len(sample['input_ids'])} tokens do not fit max_seq_length "
+            f"{limit} ({attempts} drawn). Raise it, use fewer tiles (tile_ranges), or too_long: skip."
+        )

@@ -1,0 +1,284 @@
+"""scripts/finetune.py by its command, or its main function where a process of its own adds nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from training_helpers import (
+    command,
+    draw,
+    finetune,
+    line,
+    metrics,
+    stand_in_documents,
+    write_lines,
+    write_recipe,
+    write_words,
+)
+from transformers import AutoModel, AutoProcessor
+
+
+import finetune as script  # isort: skip
+from benchmarking.models import random_config, random_model  # isort: skip
+from importing.folder import save_processor  # isort: skip
+from training.data import read_sources  # isort: skip
+from training.models import load_model  # isort: skip
+from training.optimizers import MuonWithAdamW, matrices_and_rest  # isort: skip
+from training.recipe import read_recipe  # isort: skip
+from training.trainer import FineTuner, last_checkpoint  # isort: skip
+
+
+LANGUAGE_MODEL = ("model.language_model.", "lm_head.")
+
+
+def train_here(monkeypatch, recipe, *options) -> None:
+    """The command in this process."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(recipe), *map(str, options)])
+    script.main()
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("train", [["language_model"], ["projector", "vision"]], ids=str)
+def test_only_what_is_to_be_trained_changes(tmp_path, monkeypatch, train):
+    options = {"bf16": True, "gradient_checkpointing": True} if train == ["language_model"] else {}
+    recipe = write_recipe(tmp_path, train=train, save_dtype="float32", **options)
+    values = read_recipe(recipe)
+    before = load_model(str(ROOT), values).state_dict()
+    train_here(monkeypatch, recipe)
+    model = AutoModel.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True, dtype=torch.float32)
+    names = changed(before, model.state_dict())
+    is_language_model = {name for name in before if name.startswith(LANGUAGE_MODEL)}
+    trained = is_language_model if train == ["language_model"] else before.keys() - is_language_model
+    assert names <= trained
+    assert len(names) > 0.8 * len(trained)  # embeddings of tokens that do not occur stay, and so on
+    processor = AutoProcessor.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True)
+    assert isinstance(model.chat(processor, tmp_path / "0.png", "Read.", max_new_tokens=2), str)
+    assert model.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.config.text_config.use_cache
+    report = metrics(tmp_path / "out")
+    assert (report["steps"], report["world_size"], report["skipped_too_long"]) == (1, 1, 0)
+    assert report["wrapper"] == "MiniMonkeyForConditionalGeneration"
+    assert list((tmp_path / "out" / "logs").glob("events.*"))
+
+
+def test_lora_is_saved_as_adapter_and_merged(tmp_path, monkeypatch):
+    options = {"lora": {"r": 4}, "dtype": "bfloat16", "bf16": True, "save_dtype": "float32"}
+    recipe = write_recipe(tmp_path, **options)
+    base = load_model(str(ROOT), read_recipe(write_recipe(tmp_path, dtype="bfloat16")))
+    train_here(monkeypatch, write_recipe(tmp_path, **options))
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 7 * 2  # attention and MLP projections of one layer, two factors each
+    assert all("language_model.layers.0" in name for name in adapter)
+    merged = AutoModel.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True, dtype=torch.float32)
+    names = changed(base.float().state_dict(), merged.state_dict())
+    assert names == {f"{name.split('base_model.model.')[1].split('.lora_')[0]}.weight" for name in adapter}
+    assert read_recipe(recipe).lora.alpha is None
+    trained = metrics(tmp_path / "out")["trained_parameters"]
+    assert trained == sum(tensor.numel() for tensor in adapter.values())
+
+
+def test_the_loss_is_the_mean_over_answers_and_evaluation_runs(tmp_path, monkeypatch):
+    """However a batch is split in micro batches."""
+    data = write_words(tmp_path, 8)
+    losses = []
+    for micro_batch_size in (1, 4):
+        out = tmp_path / f"out{micro_batch_size}"
+        options = {"output": str(out), "micro_batch_size": micro_batch_size, "eval_data": data, "max_steps": 2}
+        train_here(monkeypatch, write_recipe(tmp_path, data=data, **options))
+        report = metrics(out)
+        losses.append([*report["losses"].values(), report["eval_loss"]])
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-5)
+    assert losses[0][2] > 0
+
+
+def test_redrawn_documents_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.documents", stand_in_documents())
+    data = {"a": {"synthetic": "word", "length": 4}}
+    limits = {"too_long": "skip", "max_seq_length": 400}
+    train_here(monkeypatch, write_recipe(tmp_path, data=data, **limits))
+    assert metrics(tmp_path / "out")["redrawn_too_long"] == 1
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_letters_are_a_loss_of_their_own(tmp_path, monkeypatch, only):
+    monkeypatch.setattr("training.data.documents", stand_in_documents())
+    data = {"a": {"synthetic": "word", "length": 4}}
+    train = ["vision"] if only else ["vision", "projector", "language_model"]
+    options = {"letters": {"only": only}, "train": train, "data": data, "save_dtype": "float32"}
+    before = load_model(str(ROOT), read_recipe(write_recipe(tmp_path))).state_dict()
+    train_here(monkeypatch, write_recipe(tmp_path, **options))
+    after = load_file(tmp_path / "out" / "model" / "model.safetensors")  # without the head
+    assert {name.split(".")[1] for name in changed(before, after) if only} <= {"vision_tower"}
+    assert any("vision_tower" in name for name in changed(before, after))
+    checkpoint = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
+    assert checkpoint.keys() - after.keys() == {"letters_head.weight", "letters_head.bias"}
+    loss = metrics(tmp_path / "out")["losses"]["1"]
+    options = {**options, "letters": None, "output": str(tmp_path / "plain")}
+    train_here(monkeypatch, write_recipe(tmp_path, **options))
+    assert loss != metrics(tmp_path / "plain")["losses"]["1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 3}, "take a multiple of 2"),
+        ({"model": "nowhere"}, "import_checkpoint.py"),
+        ({"depth": 9}, "depth 9 is more than"),
+        ({"max_seq_length": 20}, "do not fit max_seq_length 20"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_is_wrong_is_said_before_training(tmp_path, monkeypatch, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_:
+        train_here(monkeypatch, write_recipe(tmp_path, **options))
+    assert exit_.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharding_is_never_dropped_quietly(tmp_path, monkeypatch, variable):
+    trainer = FineTuner.__new__(FineTuner)
+    trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+    trainer.accelerator = type("A", (), {"distributed_type": type("T", (), {"value": "MULTI_CPU"})})
+    trainer.args = type("B", (), {"device": torch.device("cpu")})
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match="accelerate would run MULTI_CPU on cpu; .* needs GPUs"):
+        trainer._check_wrapper()
+
+
+@pytest.mark.parametrize(("most", "is_sharded", "fits"), [(7, True, True), (8, True, False), (8, False, True)])
+def test_sharded_processes_run_the_vision_tower_equally_often(most, is_sharded, fits):
+    source = type("S", (), {"ranges": [(1, most, 1, 1)]})
+    trainer = FineTuner.__new__(FineTuner)
+    trainer.is_fsdp_enabled, trainer.train_dataset = is_sharded, type("D", (), {"sources": [source]})
+    trainer.recipe = type("R", (), {"micro_batch_size": 1 if most == 7 else 2})
+    if fits:
+        trainer._check_tiles()
+    else:
+        with pytest.raises(ValueError, match="2 with up to 10 tiles each"):
+            trainer._check_tiles()
+
+
+def test_muon_and_adamw_go_on_from_their_state(nano):
+    def run(steps: int, state: dict | None = None) -> tuple[list[torch.Tensor], dict]:
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"layers": torch.nn.Linear(4, 6), "out": torch.nn.Linear(6, 2)})
+        if state:
+            model.load_state_dict(state["model"])
+        optimizer = MuonWithAdamW(*matrices_and_rest(model), 0.1, 0.01, 0.1, (0.9, 0.98))
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+        for step in range(*((state["step"], steps) if state else (0, steps))):
+            inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            model["out"](model["layers"](inputs)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(model.parameters()), {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": steps,
+        }
+
+    whole, _ = run(6)
+    _, half = run(3)
+    resumed, state = run(6, half)
+    assert all(map(torch.equal, whole, resumed))
+    assert len(state["optimizer"]["state"]) == len(whole)
+    matrices, rest = matrices_and_rest(nano.requires_grad_(True))
+    assert {matrix.ndim for matrix in matrices} == {2}
+    assert any(parameter is nano.lm_head.weight for parameter in rest)
+
+
+def test_a_checkpoint_that_was_being_written_is_not_taken(tmp_path):
+    for step, is_complete in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if is_complete:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
+    data = write_words(tmp_path, 10)
+    settings = {"data": data, "max_steps": 16, "save_every": 4, "optimizer": "muon", "order": "grouped"}
+    parts = ["language_model", "projector", "vision"]
+    recipe = write_recipe(tmp_path, train=parts, learning_rate=1e-4, save_dtype="float32", **settings)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_here(monkeypatch, recipe, "--set", f"output={whole}")
+    process = subprocess.Popen(command(recipe, "--set", f"output={broken}"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (broken / "checkpoint-4" / "trainer_state.json").exists() and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "metrics.json").exists()
+    for options, message in (([], "--resume"), (["--resume", "--set", "seed=2"], "another seed")):
+        with pytest.raises(SystemExit):
+            train_here(monkeypatch, recipe, "--set", f"output={broken}", *options)
+        assert message in capsys.readouterr().err
+    train_here(monkeypatch, recipe, "--set", f"output={broken}", "--resume")
+    assert metrics(whole)["losses"] == metrics(broken)["losses"]
+    assert len(metrics(whole)["losses"]) == 16
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (whole, broken)]
+    assert not changed(*weights)
+
+
+@pytest.fixture(scope="module")
+def two_billion(tmp_path_factory, nano):
+    """A folder like MiniMonkey-2B in every dimension, with two layers and random weights; Nano's tokenizer."""
+    folder = tmp_path_factory.mktemp("2B")
+    config = random_config("2B")
+    fields = {**config.to_dict(), "image_token_id": nano.config.image_token_id, "scm_layer": None}
+    for name in ("vision_config", "text_config"):
+        fields[name] = {**getattr(config, name).to_dict(), "num_hidden_layers": 2}
+        fields[name].pop("layer_types", None)
+    model = random_model(type(config)(**fields), torch.device("cpu"), torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True).tokenizer
+    save_processor(folder, model.config, tokenizer, with_bos=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["minimonkey-2b-full", "minimonkey-2b-lora"])
+def test_the_recipes_of_the_2b_model_take_a_step_at_reduced_depth(tmp_path, two_billion, name):
+    recipe = ROOT / "scripts" / "training" / "recipes" / f"{name}.yaml"
+    draw(tmp_path / "page.png", "page", (900, 600))
+    data = {"page": {"root": str(tmp_path), "annotation": str(tmp_path / "lines.jsonl"), "max_dynamic_patch": 2}}
+    write_lines(tmp_path, [line("<image>\nRead.", "page", "page.png")])
+    changes = {"model": two_billion, "output": tmp_path / "out", "depth": 1, "max_steps": 1, "batch_size": 1}
+    changes |= {"device": "cpu", "workers": 0, "data": json.dumps(data), "warmup_ratio": 0}
+    result = finetune(recipe, *(part for key, value in changes.items() for part in ("--set", f"{key}={value}")))
+    assert result.returncode == 0, result.stderr
+    report = metrics(tmp_path / "out")
+    assert report["steps"] == 1 and report["losses"]["1"] > 0
+    before = load_file(two_billion / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    names = {name for name in after if not torch.equal(before[name], after[name])}
+    assert names and all(name.startswith(LANGUAGE_MODEL) for name in names)
+
+
+@pytest.mark.slow
+def test_train_nano_smoke(tmp_path):
+    """The whole way by its commands: generator, training, evaluation."""
+    recipe = ROOT / "scripts" / "training" / "recipes" / "nano-smoke.yaml"
+    try:
+        read_sources(read_recipe(recipe).data, ROOT, [[1, 1, 1, 1]], None)
+    except ValueError as error:
+        pytest.skip(str(error))
+    result = finetune(recipe, "--set", f"output={tmp_path}/out")
+    assert result.returncode == 0, result.stderr
+    losses = list(metrics(tmp_path / "out")["losses"].values())
+    assert losses[-1] < 0.8 * losses[0]
+    arguments = ["scripts/evaluate.py", "--model", tmp_path / "out" / "model", "--items", "2"]
+    result = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,384 @@
+"""Data of training: files to samples, and the order in which they come."""
+
+import json
+import types
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import ExifTags, Image
+from training_helpers import ONE_TILE, StandInCharacter, draw, line, stand_in_documents, write_lines, write_words
+
+
+from training.collator import Collator  # isort: skip
+from training.data import picture_size, read_sources  # isort: skip
+from training.encode import IGNORED, Conversation, Encoder, tile_options  # isort: skip
+from training.letters import CHARACTER_CLASS, cell_labels  # isort: skip
+from training.recipe import Recipe, read_recipe  # isort: skip
+from training.samples import Samples  # isort: skip
+
+
+MSAC = [[1, 4, 1, 3]]
+
+
+@pytest.fixture(scope="module")
+def encoder(processor, nano):
+    return Encoder(processor, nano.config)
+
+
+def recipe(**values) -> Recipe:
+    return Recipe(**{"model": "m", "output": "o", "data": {}, "learning_rate": 1e-3, "batch_size": 2, **values})
+
+
+def samples(folder, encoder, entries: dict, ranges=ONE_TILE, **values) -> Samples:
+    values = recipe(tile_ranges=ranges, **values)
+    return Samples(read_sources(entries, folder, ranges, encoder), encoder, values)
+
+
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+def chat_prompt(nano, processor, monkeypatch, *args, **kwargs) -> list[int]:
+    """The token ids that `chat` gives to the model."""
+    seen = {}
+
+    class AskedError(Exception):
+        pass
+
+    def generate(self, **options):
+        seen.update(options)
+        raise AskedError
+
+    monkeypatch.setattr(nano, "generate", types.MethodType(generate, nano))
+    with pytest.raises(AskedError):
+        nano.chat(processor, *args, **kwargs)
+    return seen["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("turns", "pictures"),
+    [
+        ((("<image>\nRead the text.", "Mini"),), 1),
+        ((("Who are you?", "A model.\n"),), 0),
+        ((("<image>\nRead <|im_end|> it.", " <box>[[1]]</box> <|im_start|>"), ("And é中文?", "Yes")), 1),
+        ((("Image-1: <image>\nImage-2: <image>\nCompare.", "Same."), ("Sure?", "Yes."), ("<image>\nHere?", "No")), 3),
+    ],
+    ids=["picture", "text", "control tokens", "several"],
+)
+def test_prompts_are_those_of_chat(nano, processor, encoder, monkeypatch, turns, pictures):
+    images = [Image.new("RGB", (300, 130 + 40 * i)) for i in range(pictures)]
+    ranges = (1, 4, 1, 3)
+    sample = encoder(Conversation(turns), images, ranges)
+    ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
+    ends = [i for i in range(1, len(ids) + 1) if labels[i - 1] != IGNORED and (i == len(ids) or labels[i] == IGNORED)]
+    starts = [i for i in range(len(ids)) if labels[i] != IGNORED and labels[i - 1] == IGNORED]
+    assert len(starts) == len(ends) == len(turns)
+    seen = 0
+    for turn, (question, answer) in enumerate(turns):
+        seen += question.count("<image>")
+        history = [(asked, answered.strip()) for asked, answered in turns[:turn]]
+        options = {"history": history, "images_kwargs": tile_options(ranges, pictures)}
+        prompt = chat_prompt(nano, processor, monkeypatch, images[:seen] or None, question, **options)
+        assert ids[: starts[turn]] == prompt
+        assert ids[starts[turn] : ends[turn]] == labels[starts[turn] : ends[turn]]
+        separator = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert ids[ends[turn] - 1] == separator
+        assert separator not in ids[starts[turn] : ends[turn] - 1]
+        assert processor.decode(ids[starts[turn] : ends[turn] - 1]) == answer.strip()
+
+
+def test_grounding_tokens_can_stay(processor, nano):
+    box = processor.tokenizer.convert_tokens_to_ids("<box>")
+    conversation = Conversation((("Where?", "<box>[[1, 2, 3, 4]]</box>"),))
+    assert box not in Encoder(processor, nano.config).ids_and_labels(conversation, [])[0]
+    assert box in Encoder(processor, nano.config, grounding_tokens=True).ids_and_labels(conversation, [])[1]
+
+
+def test_a_system_message_replaces_the_default(encoder, processor):
+    ids, _ = encoder.ids_and_labels(Conversation((("Hi", "Hello"),), "Be brief."), [])
+    assert processor.decode(ids).startswith("<s><|im_start|>system\nBe brief.<|im_end|>")
+
+
+def test_pictures_share_tiles():
+    assert list(tile_options((1, 8, 1, 4), 1).values()) == [1, 8, 1, 4]
+    least, most, adaptive_least, adaptive_most = tile_options((2, 8, 1, 4), 3).values()
+    assert most + adaptive_most + 1 <= 13 // 3 and 1 <= least <= most and 1 <= adaptive_least <= adaptive_most
+    assert list(tile_options((1, 8, 1, 4), 30).values()) == [1, 1, 1, 1]
+
+
+def test_lengths_are_known_without_pixels(tmp_path, encoder):
+    draw(tmp_path / "wide.png", "wide", (500, 120))
+    draw(tmp_path / "tall.png", "tall", (120, 300))
+    lines = [
+        line("<image>\nRead.", "one", "wide.png"),
+        line("<image> and <image>", "two", ["wide.png", "tall.png"], "More?", "no"),
+        line("Hi", "Hello"),
+    ]
+    data = samples(tmp_path, encoder, {"a": {"annotation": write_lines(tmp_path, lines)}}, MSAC, order="grouped")
+    rows = data.sources[0].rows
+    for position, (_, index, _) in enumerate(data.slots.tolist()):
+        assert len(data[position]["input_ids"]) == data._length(rows[index], (1, 4, 1, 3))
+
+
+def test_sideways_pictures_are_measured_upright(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    draw(tmp_path / "a.jpg", "a", (300, 100), exif=exif)
+    assert picture_size(tmp_path / "a.jpg", "here") == (300, 100)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+GOOD = line("<image>\nRead.", "one", "a.png")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{", "not JSON"),
+        ({"image": "a.png"}, "conversations"),
+        (line("Read.", "one", "a.png"), "0 <image> placeholders, but 1 images"),
+        (line("<image>", "one"), "1 <image> placeholders, but 0 images"),
+        (line("<image>", "one", "missing.png"), "no picture .*missing.png"),
+        (line("<image>", "one", "lines.jsonl"), "cannot be read as a picture"),
+        (line("Read.", " "), "not empty"),
+        ({"conversations": GOOD["conversations"][:1]}, "human and gpt must alternate"),
+        ({"conversations": GOOD["conversations"][::-1]}, "human and gpt must alternate"),
+        ({"conversations": []}, "human and gpt must alternate"),
+        ({**GOOD, "image": 3}, "a path or a list of paths"),
+        ({"video": "a.mp4", "conversations": []}, "videos"),
+    ],
+)
+def test_wrong_lines_are_named(tmp_path, encoder, entry, message):
+    draw(tmp_path / "a.png", "a")
+    write_lines(tmp_path, [GOOD])
+    text = entry if isinstance(entry, str) else json.dumps(entry)
+    with (tmp_path / "lines.jsonl").open("a") as file:
+        file.write(text + "\n")
+    with pytest.raises(ValueError, match=f"lines.jsonl, line 2: .*{message}"):
+        read_sources({"a": {"annotation": "lines.jsonl"}}, tmp_path, ONE_TILE, encoder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({}, "annotation"),
+        ({"annotation": "missing.jsonl"}, "no annotation file"),
+        ({"annotation": "lines.jsonl", "repeats": 2}, "unknown repeats"),
+        ({"annotation": "lines.jsonl", "repeat_time": 1.5}, "repeat_time"),
+        ({"annotation": "lines.jsonl", "repeat_time": 0}, "repeat_time"),
+        ({"annotation": "lines.jsonl", "repeat_time": 0.01}, "is none"),
+        ({"annotation": "lines.jsonl", "data_augment": True}, "data_augment"),
+        ({"annotation": "lines.jsonl", "tile_ranges": [[1, 8]]}, "tile_ranges"),
+        ({"annotation": "lines.jsonl", "tile_ranges": MSAC, "max_tiles": 3}, "not both"),
+        ({"annotation": "lines.jsonl", "max_dynamic_patch": 0}, "holds no grid"),
+        ({"synthetic": "novel", "length": 3}, "no synthetic documents 'novel'"),
+        ({"synthetic": "word"}, "length"),
+        ({"synthetic": "word", "length": 3, "difficulty": [1]}, "difficulty"),
+        ({"synthetic": "word", "length": 3, "annotation": "a"}, "unknown annotation"),
+        ({"synthetic": "word", "length": 3, "split": "other"}, "no split other"),
+    ],
+)
+def test_wrong_datasets_are_named(tmp_path, encoder, monkeypatch, entry, message):
+    monkeypatch.setattr("training.data.documents", stand_in_documents())
+    write_words(tmp_path)
+    with pytest.raises(ValueError, match=f"Dataset mine.*{message}"):
+        read_sources({"mine": entry}, tmp_path, ONE_TILE, encoder)
+
+
+def test_a_meta_json_counts_paths_from_its_folder(tmp_path, encoder):
+    (tmp_path / "meta" / "pictures").mkdir(parents=True)
+    draw(tmp_path / "meta" / "pictures" / "a.png", "a")
+    write_lines(tmp_path / "meta", [GOOD, GOOD])
+    entries = {"a": {"root": "pictures", "annotation": "lines.jsonl", "max_dynamic_patch": 6, "length": 2}}
+    (tmp_path / "meta" / "meta.json").write_text(json.dumps(entries))
+    (source,) = read_sources("meta/meta.json", tmp_path, [[1, 8, 1, 4]], encoder)
+    assert (source.size, source.repeats, source.ranges) == (2, 1, ((1, 6, 1, 4),))
+    with pytest.raises(ValueError, match="no meta JSON"):
+        read_sources("other.json", tmp_path, MSAC, encoder)
+
+
+def test_changed_lines_are_read_again(tmp_path, encoder):
+    for answer in ("first", "second"):
+        write_lines(tmp_path, [line("Hi", answer)])
+        (source,) = read_sources({"a": {"annotation": "lines.jsonl"}}, tmp_path, MSAC, encoder)
+        assert source.example(0, 0).conversation.turns == (("Hi", answer),)
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_too_long_raises_or_is_skipped_and_counted(tmp_path, encoder):
+    entries = {"a": {"annotation": write_lines(tmp_path, [line("Hi", "x" * n) for n in (5, 900, 7)])}}
+    with pytest.raises(ValueError, match=r"Dataset a, line 2: \d+ tokens, 0 of them of images, do not fit .* 400"):
+        samples(tmp_path, encoder, entries, max_seq_length=400)
+    data = samples(tmp_path, encoder, entries, max_seq_length=400, too_long="skip")
+    assert (data.skipped, data.epoch_size) == (1, 2)
+    assert {index for _, index, _ in data.slots.tolist()} == {0, 2}
+    with pytest.raises(ValueError, match="No example fits"):
+        samples(tmp_path, encoder, entries, max_seq_length=4, too_long="skip")
+
+
+def test_a_picture_that_grew_raises(tmp_path, encoder):
+    entries = write_words(tmp_path, 2)
+    limit = 300
+    data = samples(tmp_path, encoder, entries, [[1, 6, 1, 1]], max_seq_length=limit)
+    for name in ("0.png", "1.png"):
+        draw(tmp_path / name, "long", (900, 150))
+    with pytest.raises(ValueError, match=f"tokens do not fit max_seq_length {limit}"):
+        data[0]
+
+
+def test_long_documents_are_drawn_anew_and_counted(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr("training.data.documents", stand_in_documents())
+    entries = {"a": {"synthetic": "word", "length": 4, "difficulty": [0, 1], "seed": 5}}
+    values = {"order": "curriculum", "max_seq_length": 400, "epochs": 2}
+    data = samples(tmp_path, encoder, entries, too_long="skip", **values)
+    drawn = [data[position] for position in range(len(data))]
+    assert [sample["redrawn"] for sample in drawn] == [0, 0, 1, 0, 1, 0, 0, 1]
+    assert all(torch.equal(sample["input_ids"], data[i]["input_ids"]) for i, sample in enumerate(drawn))
+    texts = [encoder.tokenizer.decode(sample["labels"][sample["labels"] != IGNORED]) for sample in drawn]
+    assert texts[0] == "word 0 5 training 0.00<|im_end|>"
+    assert texts[3] == "word 3 5 training 1.00<|im_end|>"
+    assert len(set(texts)) == len(texts)  # another epoch brings other documents
+    with pytest.raises(ValueError, match="do not fit"):
+        [*map(samples(tmp_path, encoder, entries, too_long="raise", **values).__getitem__, range(4))]
+    with pytest.raises(ValueError, match="order: grouped"):
+        samples(tmp_path, encoder, entries, order="grouped")
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_datasets_repeat_and_epochs_differ(tmp_path, encoder):
+    entries = {
+        "part": {"annotation": write_lines(tmp_path, [line("Hi", "x" * n) for n in range(1, 9)]), "repeat_time": 0.5},
+        "again": {"annotation": write_lines(tmp_path, [line("Ho", "y")], "b.jsonl"), "repeat_time": 3},
+    }
+    data = samples(tmp_path, encoder, entries, epochs=2)
+    assert (data.epoch_size, data.steps, len(data)) == (7, 7, 14)
+    first, second = data.slots[:7].tolist(), data.slots[7:].tolist()
+    assert sorted(first) == [*([0, i, 0] for i in range(4)), *([1, 0, r] for r in range(3))]
+    assert sorted(second) == [*([0, i, 1] for i in range(4)), *([1, 0, r] for r in range(3, 6))]
+    assert [slot[:2] for slot in first] != [slot[:2] for slot in second]
+    assert (samples(tmp_path, encoder, entries, epochs=2).slots == data.slots).all()
+    assert len(samples(tmp_path, encoder, entries, max_steps=50)) == 100
+
+
+def test_groups_hold_examples_of_like_length(tmp_path, encoder):
+    sizes = [5, 500] * 64
+    entries = {"a": {"annotation": write_lines(tmp_path, [line("Hi", "x" * n) for n in sizes])}}
+    data = samples(tmp_path, encoder, entries, order="grouped", batch_size=4)
+    batches = [{sizes[index] for index in batch} for batch in data.slots[:, 1].reshape(-1, 4).tolist()]
+    assert sum(len(batch) == 2 for batch in batches) <= 4  # of 32: where short follows long in a sorted part
+    assert sorted(data.slots[:, 1].tolist()) == list(range(128))
+
+
+def test_a_curriculum_keeps_every_dataset_in_order(tmp_path, encoder):
+    entries = {
+        name: {"annotation": write_lines(tmp_path, [line("Hi", "x")] * size, f"{name}.jsonl")}
+        for name, size in (("a", 20), ("b", 5))
+    }
+    slots = samples(tmp_path, encoder, entries, order="curriculum", batch_size=1).slots
+    for number, size in enumerate((20, 5)):
+        assert slots[slots[:, 0] == number][:, 1].tolist() == list(range(size))
+    assert 1 in slots[:8, 0] and 1 in slots[-8:, 0]
+
+
+def test_a_sample_takes_one_of_its_tile_ranges(tmp_path, encoder):
+    ranges = [[1, 1, 1, 1], [2, 4, 1, 1], [1, 4, 2, 3]]
+    draw(tmp_path / "a.png", "a", (300, 150))
+    entries = {"a": {"annotation": write_lines(tmp_path, [GOOD] * 20), "tile_ranges": ranges}}
+    data = samples(tmp_path, encoder, entries)
+    tiles = [len(data[position]["pixel_values"]) for position in range(20)]
+    assert len(set(tiles)) == 3
+    assert tiles == [len(data[position]["pixel_values"]) for position in range(20)]
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_padded_and_a_needless_tile_changes_nothing(nano, encoder, processor):
+    short = encoder(Conversation((("Hi", "Hello"),)), [], (1, 1, 1, 1))
+    long = encoder(Conversation((("How is it?", "Fine, thank you."),)), [], (1, 1, 1, 1))
+    settings = (processor.tokenizer.pad_token_id, nano.config.image_token_id, 49, 112)
+    losses = []
+    for always_with_tile in (False, True):
+        batch = Collator(*settings, always_with_tile)([short, long])
+        assert batch.pop("redrawn") == 0
+        assert ("pixel_values" in batch) == always_with_tile
+        assert batch["attention_mask"].sum(dim=1).tolist() == [len(short["input_ids"]), len(long["input_ids"])]
+        assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+        with torch.no_grad():
+            losses.append(nano(**batch).loss)
+    torch.testing.assert_close(*losses)
+    picture = encoder(Conversation((("<image>", "a"),)), [Image.new("RGB", (300, 100))], (1, 4, 1, 1))
+    batch = Collator(*settings, True)([short, picture, picture])
+    assert batch["pixel_values"].shape == (2 * len(picture["pixel_values"]), 3, 112, 112)
+    assert batch["pixel_values"].dtype == torch.uint8
+
+
+def test_cells_name_the_characters_under_them():
+    """A picture of 80 x 40 in tiles of 4 x 4 patches, two cells a patch across."""
+    characters = [StandInCharacter("A", (0, 0, 20, 20)), StandInCharacter("b", (60, 30, 64, 40))]
+    labels = cell_labels(Image.new("RGB", (80, 40)), characters, [(2, 1), (1, 1)], 4)
+    a, b = CHARACTER_CLASS["A"], CHARACTER_CLASS["b"]
+    assert labels.shape == (3, 4, 8)
+    assert labels[0, :2, :4].eq(a).all() and labels[0].eq(a).sum() == 8
+    assert (labels[1] == b).nonzero().tolist() == [[3, 4]]
+    assert labels[2, :2, :2].eq(a).all() and labels[2].eq(a).sum() == 4
+    assert (labels[2] == b).nonzero().tolist() == [[3, 6]]
+
+
+def test_batches_mask_letters_that_are_not_known():
+    tiles, cells = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 4, 8, dtype=torch.int64)
+    text = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])}
+    known, unknown = {**text, "pixel_values": tiles, "cell_labels": cells}, {**text, "pixel_values": tiles[:1]}
+    batch = Collator(0, 5, 49, 8, False)([unknown, text, known])
+    assert batch["cell_labels"].flatten(1)[:, 0].tolist() == [IGNORED, 1, 1]
+    assert "cell_labels" not in Collator(0, 5, 49, 8, False)([unknown, text])
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scripts" / "training" / "recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_recipes_are_valid(path):
+    assert read_recipe(path).learning_rate > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nonsense=1", "unknown nonsense"),
+        ("nonsense", "key=value"),
+        ("lora.rank=1", "unknown rank"),
+        ("batch_size=two", "batch_size must be of type int"),
+        ("batch_size=0", "at least 1"),
+        ("bf16=1", "bf16 must be"),
+        ("order=random", "shuffled or grouped or curriculum"),
+        ("train=[head]", "language_model, projector, vision"),
+        ("tile_ranges=[[3, 1, 1, 1]]", "holds no grid"),
+        ("learning_rate=fast", "must be a number"),
+        ("matrix_learning_rate=1", "optimizer: muon"),
+        ("eval_every=2", "eval_data"),
+        ("letters.weight=1", "letters teach the vision tower"),
+        ("decay_ratio=0.99", "decay_ratio"),
+    ],
+)
+def test_recipes_say_what_is_wrong(override, message):
+    path = ROOT / "scripts" / "training" / "recipes" / "minimonkey-2b-lora.yaml"
+    with pytest.raises(ValueError, match=message):
+        read_recipe(path, [override])
+
+
+def test_recipes_take_overrides():
+    path = ROOT / "scripts" / "training" / "recipes" / "minimonkey-2b-full.yaml"
+    changed = read_recipe(path, ["learning_rate=4e-9", "lora.r=4", "data={a: {annotation: b}}"])
+    assert (changed.learning_rate, changed.lora.r, changed.data) == (4e-9, 4, {"a": {"annotation": "b"}})
+    with pytest.raises(ValueError, match="adamw"):
+        read_recipe(path, ["lora.r=4", "optimizer=muon"])
+    with pytest.raises(ValueError, match="no recipe"):
+        read_recipe(path.with_name("other.yaml"))
