@@ -310,12 +310,3 @@ def test_a_decoding_step_compiles_whole():
     model.forward = torch.compile(model.forward, fullgraph=True, backend=(counter := CompileCounter()))
     assert torch.equal(model.generate(**batch, **options), expected)
     assert counter.frame_count == 2  # the prompt, and a step
-
-
-@pytest.mark.gpu
-def test_flash_attention_on_a_gpu(processor):
-    model = AutoModel.from_pretrained(
-        ROOT, trust_remote_code=True, dtype=torch.bfloat16, attn_implementation="flash_attention_2"
-    ).to("cuda")
-    image = Image.open(ROOT / "assets" / "example.png")
-    assert isinstance(model.chat(processor, image, "Read the text.", max_new_tokens=8), str)
