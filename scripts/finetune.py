@@ -79,10 +79,8 @@ def prepare(args: argparse.Namespace) -> tuple[FineTuner, Recipe, str, Path | No
     config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_pretrained(folder)
     encoder = Encoder(processor, config, recipe.grounding_tokens)
     with arguments.main_process_first():  # the others find the checked lines in the cache
-        sources = read_sources(recipe.data, args.recipe.parent, recipe.tile_ranges, encoder)
-        evaluation = recipe.eval_data and read_sources(
-            recipe.eval_data, args.recipe.parent, recipe.tile_ranges, encoder
-        )
+        sources = read_sources(recipe.data, Path(), recipe.tile_ranges, encoder)
+        evaluation = recipe.eval_data and read_sources(recipe.eval_data, Path(), recipe.tile_ranges, encoder)
     samples = Samples(sources, encoder, recipe)
     set_steps(arguments, recipe, samples.steps)
     collator = Collator(

@@ -42,7 +42,7 @@ def write_words(folder: Path, count: int = 6) -> dict:
     """Pictures of words with their lines; a meta JSON's content."""
     words = [f"word{i}" * (1 + i % 3) for i in range(count)]
     lines = [line("<image>\nRead.", word, draw(folder / f"{i}.png", word)) for i, word in enumerate(words)]
-    return {"words": {"annotation": write_lines(folder, lines)}}
+    return {"words": {"root": str(folder), "annotation": str(folder / write_lines(folder, lines))}}
 
 
 def write_recipe(folder: Path, **values) -> Path:

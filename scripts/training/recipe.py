@@ -2,8 +2,8 @@
 
     recipe = read_recipe(Path("scripts/training/recipes/nano-smoke.yaml"), ["batch_size=4", "lora.r=8"])
 
-A key that is unknown, or does not fit another, raises before anything is loaded. Paths of data count from the folder of the
-recipe, `model` and `output` from the folder that the command runs in.
+A key that is unknown, or does not fit another, raises before anything is loaded. Paths count from the folder that the
+command runs in.
 """
 
 import dataclasses
