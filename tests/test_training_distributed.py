@@ -45,7 +45,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     """DDP, with batches of text alone in one process while the other has pictures."""
     lines = [line("<image>\nRead.", f"word{i}", draw(tmp_path / f"{i}.png", f"word{i}")) for i in range(4)]
     lines = [entry for picture in lines for entry in (picture, line("Who are you?", "A monkey."))]
-    data = {"mixed": {"annotation": write_lines(tmp_path, lines)}}
+    data = {"mixed": {"root": str(tmp_path), "annotation": str(tmp_path / write_lines(tmp_path, lines))}}
     options = {"data": data, "order": "curriculum", "micro_batch_size": 1, "batch_size": 2, "max_steps": 4}
     parts = {"train": ["language_model", "projector", "vision"], "gradient_checkpointing": True}
     recipe = write_recipe(tmp_path, **options, **parts, optimizer="muon", learning_rate=1e-4)
