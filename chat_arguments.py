@@ -15,6 +15,8 @@ from transformers import GenerationConfig
 
 from .compression import TILE_ORDERS
 from .conversation import IMAGE_END, IMAGE_START, IMAGE_TOKEN
+from .processing_minimonkey import VIDEO_OPTIONS
+from .tiling import RANGE_NAMES
 
 
 PROCESSOR_ORDER = ("processor", "images", "question", "history")
@@ -59,6 +61,7 @@ class ChatArguments:
     videos: Any = None
     videos_kwargs: dict[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
+    grounding_tokens: bool = False
     skip_special_tokens: bool = True
     stream: bool = False
     return_dict: bool = False
@@ -96,6 +99,7 @@ def bind_arguments(args: tuple, kwargs: dict[str, Any], batch: bool = False) -> 
     named |= kwargs
     known = {name: named.pop(name) for name in list(named) if name in ChatArguments.__dataclass_fields__}
     bound = ChatArguments(**known, generation=named)
+    bound.images_kwargs, bound.videos_kwargs = bound.images_kwargs or {}, bound.videos_kwargs or {}
     bound.processor = bound.processor if bound.processor is not None else bound.tokenizer
     if bound.processor is None:
         raise ValueError("chat needs a processor (or, for tiles or text alone, a tokenizer) as its first argument.")
@@ -173,6 +177,12 @@ def _check_answer_options(bound: ChatArguments, batch: bool) -> None:
         raise ValueError(f"{' and '.join(given)} works with chat, one conversation at a time, not with batch_chat.")
     if bound.stream and bound.generation.get("streamer") is not None:
         raise ValueError("stream=True makes a streamer of its own; leave out streamer, or stream.")
+    for names, where in (((*RANGE_NAMES, "preset"), "images_kwargs"), (VIDEO_OPTIONS, "videos_kwargs")):
+        misplaced = [name for name in names if name in bound.generation]
+        if misplaced:
+            raise ValueError(f"{', '.join(misplaced)} goes into {where}: {where}={{{misplaced[0]!r}: ...}}.")
+    if bound.system_message is not None and not isinstance(bound.system_message, str):
+        raise ValueError(f"system_message must be text, got {type(bound.system_message).__name__}.")
     if bound.videos is not None and bound.pixel_values is not None:
         raise ValueError("videos go with pictures (images), not with tiles; pass their frames as tiles instead.")
     if bound.videos is not None and not is_processor(bound.processor):

@@ -5,6 +5,7 @@ the caller cut are split by picture. Knows text and pictures; no tokens and no m
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ class Conversation:
     def __post_init__(self):
         self.prompt_question, self.prompt_history = self.question, self.history
 
-    def texts(self) -> list[str]:
-        """Everything that may hold a placeholder of an image: questions and answers in turn, the new question last."""
-        return [*(text for turn in self.history for text in turn), self.question]
+    def questions(self) -> list[str]:
+        """What may hold placeholders; in an answer `<image>` and `<video>` are words."""
+        return [*(asked for asked, _ in self.history), self.question]
 
 
 def conversation_of(bound: ChatArguments) -> Conversation:
@@ -61,7 +62,7 @@ def conversation_of(bound: ChatArguments) -> Conversation:
     pictures = [Picture(tiles) for tiles in _split_tiles(bound)]
     question = bound.question if history else _place_images(bound.question, history, len(pictures))
     conversation = Conversation(question, history, pictures)
-    check_placeholders(conversation.texts(), len(pictures))
+    _check(conversation, len(pictures), "The text")
     return conversation
 
 
@@ -98,20 +99,19 @@ def _with_media(
     if videos:
         question = _place_videos(question, history, len(videos))
     conversation = Conversation(question, history, [])
-    texts = conversation.texts()
-    check_placeholders(texts, len(images), subject)
-    check_placeholders(texts[::2], len(videos), subject, VIDEO_PLACEHOLDER)
+    _check(conversation, len(images), subject)
+    _check(conversation, len(videos), subject, VIDEO_PLACEHOLDER)
     options = _picture_options(bound, len(images))
     sampling, frame_options = video_options(options, bound.videos_kwargs)
     frames = [bound.processor.load_frames(video, **sampling) for video in videos]
-    expanded, order = expand_videos(texts, [len(video) for video in frames], answers=range(1, len(texts), 2))
+    expanded, order = expand_videos(conversation.questions(), [len(video) for video in frames])
     remaining = {
         IMAGE_PLACEHOLDER: iter([Picture(image, options) for image in images]),
         VIDEO_PLACEHOLDER: iter([Picture(frame, frame_options) for video in frames for frame in video]),
     }
     conversation.pictures = [next(remaining[kind]) for kind in order]
     conversation.prompt_question = expanded[-1]
-    conversation.prompt_history = list(zip(expanded[:-1:2], expanded[1:-1:2]))
+    conversation.prompt_history = [(asked, answered) for asked, (_, answered) in zip(expanded, history)]
     return conversation
 
 
@@ -159,17 +159,28 @@ def _split_tiles(bound: ChatArguments) -> tuple[torch.Tensor, ...]:
 
 def _rows_of_tiles(bound: ChatArguments, histories: list[list[tuple[str, str]]]) -> list[Conversation]:
     """The rows of a batch of tiles: the pictures belong to the rows by their placeholders."""
-    pictures, rows = iter(_split_tiles(bound)), []
+    pictures = [Picture(tiles) for tiles in _split_tiles(bound)]
+    remaining, rows = iter(pictures), []
     for question, history in zip(bound.questions, histories):
         question = question if IMAGE_PLACEHOLDER in question else _place_images(question, history, 1)
         conversation = Conversation(question, history, [])
-        conversation.pictures = [
-            Picture(tiles) for _, tiles in zip(range(count_placeholders(conversation.texts())), pictures)
-        ]
+        conversation.pictures = list(islice(remaining, count_placeholders(conversation.questions())))
         rows.append(conversation)
-    texts = [text for conversation in rows for text in conversation.texts()]
-    check_placeholders(texts, len(_split_tiles(bound)))
+    check_placeholders([text for conversation in rows for text in conversation.questions()], len(pictures))
     return rows
+
+
+def _check(conversation: Conversation, given: int, subject: str, placeholder: str = IMAGE_PLACEHOLDER) -> None:
+    """`check_placeholders`, with what is most often forgotten."""
+    try:
+        check_placeholders(conversation.questions(), given, subject, placeholder)
+    except ValueError as error:
+        in_history = count_placeholders([asked for asked, _ in conversation.history], placeholder)
+        if given >= in_history:
+            raise
+        raise ValueError(
+            f"{error} The history is about {in_history} of them: every turn is given those of the whole conversation, in order."
+        ) from error
 
 
 def _rows(media, rows: int, name: str) -> list:
@@ -192,7 +203,7 @@ def _picture_options(bound: ChatArguments, images: int) -> dict[str, Any]:
 
 def _place_images(question: str, history: list[tuple[str, str]], images: int) -> str:
     """`question` with placeholders in front for pictures that have none; several new ones are numbered."""
-    in_history = count_placeholders([text for turn in history for text in turn])
+    in_history = count_placeholders([asked for asked, _ in history])
     missing = images - in_history
     if missing < 1 or IMAGE_PLACEHOLDER in question:
         return question

@@ -19,7 +19,9 @@ from .chat_answer import AnswerStream, ChatAnswer, ChatHistory, trim
 from .chat_arguments import ChatArguments, bind_arguments
 from .chat_media import Conversation, Picture, conversation_of, conversations_of, counts_of_tiles
 from .conversation import (
+    GROUNDING_TOKENS,
     IMAGE_END,
+    IMAGE_PLACEHOLDER,
     IMAGE_START,
     IMAGE_TOKEN,
     begins_with_bos,
@@ -88,7 +90,8 @@ class ChatMixin:
             question: May say with `<image>` and `<video>` where each picture and video belongs; without, new ones come first.
             history: The (question, answer) pairs of earlier turns.
             return_history: Return (answer, history) instead of the answer.
-            return_dict: Return a `ChatAnswer`, with the probabilities of the answer's tokens.
+            return_dict: Return a `ChatAnswer`, with the probabilities of the answer's tokens. Meanwhile the logits of every
+                token are kept (92,553 x 4 bytes each for the 2B model).
             stream: Return an `AnswerStream`, which yields the answer's text while it is made.
             generation_config: A dict or a GenerationConfig; it is not changed.
             system_message: Instead of the configured one.
@@ -104,7 +107,9 @@ class ChatMixin:
             target_aspect_ratio: For SCM with tiles: (columns, rows) of the detailed grid, or a list of one for each picture.
             tile_order: Whether the detailed or the adaptive tiles come first in `pixel_values`: "detailed_first", or
                 "adaptive_first" as in the published demo.
-            skip_special_tokens: False leaves special tokens in the answer: `<ref>` and `<box>` of grounding for example.
+            grounding_tokens: `<ref>`, `<box>` and `<quad>` in questions and answers are the model's own tokens, as for models
+                that answer with boxes. By default they are plain text in questions and left out of answers.
+            skip_special_tokens: False leaves all special tokens in the answer.
             remember: False computes everything anew and keeps nothing for the next turn.
             **generation: Everything `generate` takes: max_new_tokens, do_sample, num_beams, stop_strings, streamer, ... The
                 answer ends before a stop string.
@@ -136,14 +141,9 @@ class ChatMixin:
             ValueError: See `chat`.
         """
         bound = bind_arguments(args, kwargs, batch=True)
-        conversations = conversations_of(bound)
-        answers = self._answers(bound, self._prepare(bound, conversations, None))
-        histories = [
-            [*conversation.history, (conversation.question, answer.text)]
-            for conversation, answer in zip(conversations, answers)
-        ]
+        answers = self._answers(bound, self._prepare(bound, conversations_of(bound), None))
         texts = [answer.text for answer in answers]
-        return (texts, histories) if bound.return_history else texts
+        return (texts, [list(answer.history) for answer in answers]) if bound.return_history else texts
 
     def _memory(self, bound: ChatArguments) -> PromptMemory | None:
         """The memory that came with the history, a fresh one for a history to be returned, or none."""
@@ -201,13 +201,15 @@ class ChatMixin:
 
     def _prompt(self, bound: ChatArguments, question: str, history: list[tuple[str, str]]) -> str:
         """The prompt with placeholders; what people wrote is protected from acting as control tokens."""
-        spellings = control_tokens(bound.tokenizer)
+        # Only questions hold placeholders; with pictures, `<image>` in an answer would be taken for one.
+        spellings = control_tokens(bound.tokenizer, bound.grounding_tokens)
+        words = [*spellings, IMAGE_PLACEHOLDER]
         system = self.config.system_message if bound.system_message is None else bound.system_message
         return build_prompt(
             get_template(self.config.template),
             protect(question, spellings),
-            [(protect(asked, spellings), protect(answered, spellings)) for asked, answered in history],
-            None if system is None else protect(system, spellings),
+            [(protect(asked, spellings), protect(answered, words)) for asked, answered in history],
+            None if system is None else protect(system, words),
         )
 
     def _encode(
@@ -255,7 +257,7 @@ class ChatMixin:
             options |= {"tile_order": bound.tile_order, "scm_query_ends": ends, "tile_counts": pictures.tile_counts}
         if memory is not None:
             options |= {"turn": pictures.turn, "tile_counts": pictures.tile_counts}
-        stops = options.get("stop_strings") or []
+        stops = options.get("stop_strings") or self.generation_config.stop_strings or []
         ends = [template.separator, *([stops] if isinstance(stops, str) else stops)]
         if not bound.skip_special_tokens:
             end_ids = torch.as_tensor(options["eos_token_id"]).flatten().tolist()
@@ -300,10 +302,9 @@ class ChatMixin:
         for conversation, row in zip(conversations, rows):
             history = conversation.prompt_history
             turns = [*history, (conversation.prompt_question, "")]
-            said_before = ["", *(answer for _, answer in history)]
             pictures_seen = 0
             for turn, (asked, _) in enumerate(turns):
-                new = count_placeholders([said_before[turn], asked])
+                new = count_placeholders([asked])
                 pictures_seen += new
                 if new:
                     end = len(row)
@@ -335,7 +336,7 @@ class ChatMixin:
         limits = ("max_new_tokens", "max_length")
         if not any(options.get(name) for name in limits) and not self.generation_config.max_new_tokens:
             options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
-        if options.get("stop_strings"):
+        if options.get("stop_strings") or self.generation_config.stop_strings:
             options.setdefault("tokenizer", bound.tokenizer)
         if bound.return_dict:
             options |= {"return_dict_in_generate": True, "output_logits": True}
@@ -379,7 +380,11 @@ class ChatMixin:
 
     @staticmethod
     def _decode(bound: ChatArguments, ids: list[int]) -> str:
-        return bound.tokenizer.decode(ids, skip_special_tokens=bound.skip_special_tokens)
+        if not bound.grounding_tokens:
+            return bound.tokenizer.decode(ids, skip_special_tokens=bound.skip_special_tokens)
+        skipped = set(bound.tokenizer.all_special_ids) if bound.skip_special_tokens else set()
+        skipped -= set(bound.tokenizer.convert_tokens_to_ids(list(GROUNDING_TOKENS)))
+        return bound.tokenizer.decode([index for index in ids if index not in skipped])
 
 
 def _up_to_end(ids: list[int], ends: int | list[int]) -> list[int]:

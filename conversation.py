@@ -14,6 +14,7 @@ import copy
 import json
 import re
 import secrets
+import weakref
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -23,7 +24,8 @@ IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 IMAGE_START, IMAGE_END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
 # In the order of their ids in the published tokenizers, where they follow the vocabulary of the language model.
-IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_TOKEN, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+GROUNDING_TOKENS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_TOKEN, *GROUNDING_TOKENS)
 
 DEFAULT_SYSTEM_MESSAGE = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
@@ -87,9 +89,12 @@ def check_history(history: list[tuple[str, str]] | None) -> list[tuple[str, str]
     Raises:
         ValueError: `history` is anything else.
     """
+    if history is not None and not isinstance(history, (list, tuple)):
+        raise ValueError(f"`history` is a list of (question, answer) pairs, got {type(history).__name__}.")
     pairs = []
     for turn in history or []:
-        if isinstance(turn, str) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+        is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+        if not is_pair or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"`history` is a list of (question, answer) pairs of strings, but one turn is {turn!r}.")
         pairs.append(tuple(turn))
     return pairs
@@ -155,9 +160,10 @@ _MARK = "\ue000" + secrets.token_hex(8) + "\ue001"
 _SECRET_NAME = "\ue002" + secrets.token_hex(8)
 
 
-def control_tokens(tokenizer) -> list[str]:
-    """Every spelling that `tokenizer` turns into an added token."""
-    return [str(token) for token in tokenizer.get_added_vocab()]
+def control_tokens(tokenizer, grounding_tokens: bool = False) -> list[str]:
+    """Every spelling that `tokenizer` turns into an added token; with `grounding_tokens` those of boxes are left out."""
+    allowed = GROUNDING_TOKENS if grounding_tokens else ()
+    return [str(token) for token in tokenizer.get_added_vocab() if str(token) not in allowed]
 
 
 def _any_of(spellings) -> re.Pattern:
@@ -207,8 +213,21 @@ def encode(tokenizer, text: str) -> list[int]:
     return twin.encode(unprotect(trusted), add_special_tokens=False).ids
 
 
+# Making a twin takes a second for a vocabulary of 92,000.
+_twins: "weakref.WeakKeyDictionary[object, tuple[dict[str, int], dict[str, str], Tokenizer]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def _with_secret_control_tokens(tokenizer) -> tuple[dict[str, str], Tokenizer]:
     """A twin of `tokenizer` whose added tokens have the same ids and flags but spellings that nobody can type."""
+    added = tokenizer.get_added_vocab()
+    if tokenizer not in _twins or _twins[tokenizer][0] != added:
+        _twins[tokenizer] = (added, *_make_twin(tokenizer))
+    return _twins[tokenizer][1:]
+
+
+def _make_twin(tokenizer) -> tuple[dict[str, str], Tokenizer]:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     renamed = {token["content"]: f"{_SECRET_NAME}{token['id']}\ue003" for token in state["added_tokens"]}
     for token in state["added_tokens"]:

@@ -10,6 +10,7 @@ language model.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -248,11 +249,7 @@ class GenerateMixin:
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
         """Whether this generation can go on from a cache and leave one: one row, an ordinary cache, no other decoding."""
-
-        def asked(name: str):
-            sources = (options, vars(generation_config or self.generation_config), vars(self.generation_config))
-            return next((source[name] for source in sources if source.get(name) is not None), None)
-
+        asked = partial(self._setting, generation_config=generation_config, options=options)
         is_one_row = all((asked(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
         others = ("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
         others = (*others, "prefill_chunk_size", "custom_generate")
@@ -343,15 +340,19 @@ class GenerateMixin:
             return
         if options.get("inputs_embeds") is not None or options.get("input_ids") is None:
             raise ValueError("pixel_values need input_ids and no inputs_embeds.")
-        sources = (options, vars(generation_config or self.generation_config))
         for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
-            if any(source.get(name) is not None for source in sources):
-                raise ValueError(f"{name} does not work with images; leave it out.")
+            if self._setting(name, generation_config, options) is not None:
+                raise ValueError(f"{name} does not work with images or use_scm=True; leave it out.")
         for name in ("position_ids", "past_key_values"):
             if use_scm and options.get(name) is not None:
                 raise ValueError(
                     f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."
                 )
+
+    def _setting(self, name: str, generation_config: GenerationConfig | None, options: dict[str, Any]):
+        """What a generation is told by its options, its configuration or the model's own, in this order."""
+        sources = (options, vars(generation_config or GenerationConfig()), vars(self.generation_config))
+        return next((source[name] for source in sources if source.get(name) is not None), None)
 
     def _lengths_in_new_tokens(
         self, generation_config: GenerationConfig | None, options: dict[str, Any], prompt_length: int
@@ -362,10 +363,9 @@ class GenerateMixin:
         """
         generation_config = copy.copy(generation_config)
         for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            sources = (options, vars(generation_config or GenerationConfig()), vars(self.generation_config))
-            length = next((source[total] for source in sources if source.get(total) is not None), None)
+            length = self._setting(total, generation_config, options)
             says_none = new in options and options[new] is None
-            if length is None or (not says_none and any(source.get(new) is not None for source in sources)):
+            if length is None or (not says_none and self._setting(new, generation_config, options) is not None):
                 continue
             if total == "max_length" and length <= prompt_length:
                 raise ValueError(

@@ -9,7 +9,7 @@ its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the 
 """
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
@@ -96,19 +96,17 @@ def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[s
     ]
 
 
-def expand_videos(texts: Iterable[str], frames: list[int], answers: Container[int] = ()) -> tuple[list[str], list[str]]:
+def expand_videos(texts: Iterable[str], frames: list[int]) -> tuple[list[str], list[str]]:
     """Put numbered frames where each `<video>` stands, `Frame1: <image>` and so on, as the published demo writes them.
 
     Args:
         texts: With one `<video>` for each video.
         frames: How many frames each video has.
-        answers: Indices of the texts in which `<video>` is only a word, what a model wrote.
 
     Returns:
         The texts, and in the order of their pictures whether each is an `<image>` or a frame of a `<video>`.
     """
     videos, kinds = iter(frames), []
-    image, video = re.escape(IMAGE_PLACEHOLDER), re.escape(VIDEO_PLACEHOLDER)
 
     def write(match: re.Match) -> str:
         if match[0] == IMAGE_PLACEHOLDER:
@@ -118,8 +116,8 @@ def expand_videos(texts: Iterable[str], frames: list[int], answers: Container[in
         kinds.extend([VIDEO_PLACEHOLDER] * count)
         return "\n".join(f"Frame{i + 1}: {IMAGE_PLACEHOLDER}" for i in range(count))
 
-    expanded = [re.sub(image if i in answers else f"{image}|{video}", write, text) for i, text in enumerate(texts)]
-    return expanded, kinds
+    pattern = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)}")
+    return [pattern.sub(write, text) for text in texts], kinds
 
 
 def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) -> tuple[dict, dict]:
@@ -215,7 +213,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
         missing = [token for token in (IMAGE_START, IMAGE_END, IMAGE_TOKEN) if token not in vocabulary]
         if missing:
             raise ValueError(
-                f"The tokenizer lacks {', '.join(missing)}; import_checkpoint.py and a MiniMonkey have them."
+                f"The tokenizer lacks {', '.join(missing)}; take that of a MiniMonkey folder, or import the checkpoint with "
+                "scripts/import_checkpoint.py."
             )
 
     def __call__(self, images=None, text=None, videos=None, **kwargs: Any) -> BatchFeature:
@@ -344,13 +343,14 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
         """As in transformers. With `tokenize=True`, text of the messages that spells a control token, or `<image>`, is
-        encoded as plain text; `sanitize_control_tokens=False` turns that off."""
-        sanitize = kwargs.pop("sanitize_control_tokens", True)
+        encoded as plain text; `sanitize_control_tokens=False` turns that off, and `grounding_tokens=True` turns it off for
+        `<ref>`, `<box>` and `<quad>`."""
+        sanitize, grounding_tokens = kwargs.pop("sanitize_control_tokens", True), kwargs.pop("grounding_tokens", False)
         allows_for_images = hasattr(ProcessorMixin, "_adjust_assistant_masks_indices")
         if kwargs.get("return_assistant_tokens_mask") and not allows_for_images and has_pictures(conversation):
             raise ValueError("With images, return_assistant_tokens_mask needs a newer transformers, 5.23 for example.")
         if tokenize and sanitize:
-            spellings = [*control_tokens(self.tokenizer), IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER]
+            spellings = [*control_tokens(self.tokenizer, grounding_tokens), IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER]
             conversation = protect_messages(conversation, spellings)
         return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
 

@@ -10,6 +10,7 @@ Knows ids, tensors and caches; no text. `generate` reads and writes a memory, `c
 
 import hashlib
 import os
+import threading
 import weakref
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -17,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
@@ -72,6 +74,9 @@ class Recalled:
 class PromptMemory:
     """The memory of one conversation with `model`; a plain object to everyone but `generate`.
 
+    Weights that are trained, replaced or moved make it void; a change through `parameter.data` in place is not noticed, so
+    call `forget` after one.
+
     `tile_counts` and `features` are those of its pictures, by their key (see `picture_key`).
     """
 
@@ -81,6 +86,7 @@ class PromptMemory:
         self.tile_counts: dict[bytes, list[int]] = {}
         self.features: dict[bytes, torch.Tensor] = {}
         self._state: _State | None = None
+        self._lock = threading.Lock()
 
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether this is a memory of `model`, whose weights are still those that it had."""
@@ -112,7 +118,8 @@ class PromptMemory:
         The memory is without a cache until `remember`: should the generation fail, or two run at once, none meets a cache
         that is half written.
         """
-        state, self._state = self._state, None
+        with self._lock:
+            state, self._state = self._state, None
         if state is None:
             return Recalled()
         start = min(prompt.common_start(state.prompt), len(prompt.token_ids) - 1)
@@ -156,6 +163,9 @@ def picture_key(picture, options: object) -> bytes:
     Args:
         picture: A PIL image, an array or tensor (their values count), a path (the file's bytes), a URL or data URI (its text).
         options: Whatever else decides how it is cut; its `repr` counts.
+
+    Raises:
+        ValueError: Anything else, or a picture whose file is broken.
     """
     digest = hashlib.sha256(repr(options).encode())
     if isinstance(picture, (str, os.PathLike)):
@@ -168,10 +178,17 @@ def picture_key(picture, options: object) -> bytes:
     elif hasattr(picture, "getexif"):
         orientation, transparency = picture.getexif().get(0x0112), picture.info.get("transparency")
         digest.update(repr((picture.mode, picture.size, orientation, transparency, picture.getpalette())).encode())
-        digest.update(picture.tobytes())
-    else:
+        try:
+            digest.update(picture.tobytes())
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"The picture cannot be decoded: {error}") from error
+    elif isinstance(picture, np.ndarray):
         digest.update(repr((picture.shape, picture.dtype)).encode())
         digest.update(picture.tobytes())
+    else:
+        raise ValueError(
+            f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(picture).__name__}."
+        )
     return digest.digest()
 
 
@@ -200,14 +217,16 @@ def _weights_version(model: nn.Module) -> int:
 
 
 # For each model the memories that hold a cache, the most recent last.
+_holding_lock = threading.Lock()
 _holding: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref]]" = weakref.WeakKeyDictionary()
 
 
 def forget_the_oldest(model: nn.Module, newest: PromptMemory | None = None) -> None:
     """Keep as many conversations in memory as the model allows, `newest` before all others."""
-    others = [ref for ref in _holding.get(model, []) if ref() is not None and ref() is not newest]
-    _holding[model] = [*others, *([] if newest is None else [weakref.ref(newest)])]
-    while len(_holding[model]) > max(model.remembered_conversations, 0):
-        oldest = _holding[model].pop(0)()
-        if oldest is not None:
+    with _holding_lock:
+        others = [memory for ref in _holding.get(model, []) if (memory := ref()) is not None and memory is not newest]
+        holding = [*(memory for memory in others if memory.nbytes()), *([] if newest is None else [newest])]
+        surplus = len(holding) - max(model.remembered_conversations, 0)
+        for oldest in holding[: max(surplus, 0)]:
             oldest.forget()
+        _holding[model] = [weakref.ref(memory) for memory in holding[max(surplus, 0) :]]

@@ -97,9 +97,12 @@ def ask(processor, model, args: argparse.Namespace, question: str, history: list
     return answer.history
 
 
-def add_medium(args: argparse.Namespace, name: str) -> None:
-    """Show another picture or video from the next question on."""
-    if name.startswith(("http://", "https://")) or Path(name).is_file():
+def add_medium(args: argparse.Namespace, command: str) -> None:
+    """Obey `/add FILE`: show another picture or video from the next question on."""
+    name = command.removeprefix("/add").strip()
+    if not command.startswith("/add ") or not name:
+        print("error: the only command is /add FILE", file=sys.stderr)
+    elif name.startswith(("http://", "https://")) or Path(name).is_file():
         args.media = [*args.media, name]
     else:
         print(f"error: there is no file {name}", file=sys.stderr)
@@ -108,6 +111,7 @@ def add_medium(args: argparse.Namespace, name: str) -> None:
 def converse(processor, model, args: argparse.Namespace) -> None:
     """Question after question until an empty line or the end of input."""
     history = ask(processor, model, args, args.question, None) if args.question else None
+    shown = args.media
     print("An empty line ends the conversation, /add FILE shows another picture or video.", file=sys.stderr)
     while True:
         try:
@@ -116,13 +120,15 @@ def converse(processor, model, args: argparse.Namespace) -> None:
             return
         if not question:
             return
-        if question.startswith("/add "):
-            add_medium(args, question.removeprefix("/add ").strip())
+        if question.startswith("/"):
+            add_medium(args, question)
             continue
         try:
             history = ask(processor, model, args, question, history)
-        except ValueError as error:
+            shown = args.media
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
             print(f"error: {error}", file=sys.stderr)
+            args.media = shown  # what was added since the last answer may be what is wrong
 
 
 def main() -> int:

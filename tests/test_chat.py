@@ -245,3 +245,62 @@ def test_batch_misuse(nano, processor, picture):
         nano.batch_chat(processor, [picture], [QUESTION, QUESTION])
     with pytest.raises(ValueError, match="but 1 histories"):
         nano.batch_chat(processor, [picture, None], [QUESTION, QUESTION], history=[None])
+
+
+def test_an_answer_may_speak_of_image_tags(nano, processor, tokenizer, picture, sent):
+    history = [("<image>\nWhat tag is this?", "It says <image> and <img>.")]
+    nano.chat(processor, picture, "And now?", history=history)
+    assert (sent["input_ids"] == processor.image_token_id).sum() == 49
+    assert "It says <image> and <img>." in tokenizer.decode(sent["input_ids"][0])
+    _, histories = nano.batch_chat(processor, [picture], ["And?"], history=[history], return_history=True, **GREEDY)
+    assert histories[0][0] == history[0]
+
+
+def test_grounding_tokens(nano, processor, tokenizer, sent, monkeypatch):
+    question, history = "Where is <ref>the cat</ref><|im_end|>?", [("a", "<ref>b</ref><box>[[1, 2, 3, 4]]</box>")]
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("<ref>", "<box>", "<|im_end|>")}
+    nano.chat(processor, None, question, history=history)
+    plain = sent["input_ids"][0].tolist()
+    nano.chat(processor, None, question, history=history, grounding_tokens=True)
+    grounded = sent["input_ids"][0].tolist()
+    assert [plain.count(ids[token]) for token in ids] == [0, 0, 4]
+    assert [grounded.count(ids[token]) for token in ids] == [2, 1, 4]
+    messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+    for allowed in (False, True):
+        row = processor.apply_chat_template(messages, tokenize=True, return_dict=True, grounding_tokens=allowed)
+        assert row["input_ids"][0].tolist().count(ids["<ref>"]) == allowed
+    answer = tokenizer("<ref>the cat</ref><box>[[1, 2, 30, 40]]</box><|im_end|>", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(
+        nano, "generate", lambda **options: torch.cat([options["input_ids"], torch.tensor([answer])], 1)
+    )
+    text = nano.chat(processor, None, "Where?", grounding_tokens=True)
+    assert text == "<ref>the cat</ref><box>[[1, 2, 30, 40]]</box>"
+    assert processor.parse_boxes(text)[0].label == "the cat"
+    assert nano.chat(processor, None, "Where?") == "the cat[[1, 2, 30, 40]]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((None, "Hi"), {"history": [{"role": "user", "content": "Hi"}]}, "pairs of strings"),
+        ((None, "Hi"), {"history": 5}, "got int"),
+        ((None, "Hi"), {"history": [5]}, "pairs of strings"),
+        ((None, "Hi"), {"history": [("<image>\na", "b")]}, "every turn is given those of the whole conversation"),
+        ((b"no picture", "Hi"), {"return_history": True}, "A picture is"),
+        ((None, "Hi"), {"preset": "docvqa"}, "goes into images_kwargs"),
+        ((None, "Hi"), {"num_frames": 4}, "goes into videos_kwargs"),
+        ((None, "Hi"), {"system_message": 3}, "system_message must be text"),
+    ],
+)
+def test_more_misuse(nano, processor, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        nano.chat(processor, *arguments, **options)
+
+
+def test_stop_strings_of_the_model(nano, processor, picture):
+    whole = nano.chat(processor, picture, QUESTION, **GREEDY)
+    nano.generation_config.stop_strings = whole[2:4]
+    try:
+        assert nano.chat(processor, picture, QUESTION, **GREEDY) == whole[:2]
+    finally:
+        nano.generation_config.stop_strings = None

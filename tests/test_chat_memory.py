@@ -981,3 +981,14 @@ def test_the_example_picture(nano, processor):
     assert first.answer.text
     assert second.tiles == 0
     assert second.read[0] == new_tokens(processor, "What is the last word?")
+
+
+def test_a_forgotten_conversation_takes_no_place(model, processor):
+    model.remembered_conversations = 2
+    try:
+        histories = [model.chat(processor, None, text, return_history=True, max_new_tokens=2)[1] for text in "ab"]
+        histories[1].forget()
+        histories.append(model.chat(processor, None, "c", return_history=True, max_new_tokens=2)[1])
+        assert [bool(history.memory.nbytes()) for history in histories] == [True, False, True]
+    finally:
+        del model.remembered_conversations

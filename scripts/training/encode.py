@@ -23,7 +23,6 @@ RANGE_NAMES = root_class("tiling.RANGE_NAMES")
 share_tile_budget = root_class("tiling.share_tile_budget")
 
 IGNORED = -100  # of torch's cross entropy
-GROUNDING_TOKENS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 # Tiles stay bytes until the model normalises them on its device: a quarter of the memory to hand over.
 AS_BYTES = {"do_rescale": False, "do_normalize": False}
 
@@ -54,8 +53,7 @@ class Encoder:
         self.system_message = config.system_message
         self.patches_per_side = config.tile_size // config.vision_config.patch_size[0]
         self.bos = self.tokenizer.bos_token if begins_with_bos(self.tokenizer) else ""
-        kept = GROUNDING_TOKENS if grounding_tokens else ()
-        self._spellings = [token for token in control_tokens(self.tokenizer) if token not in kept]
+        self._spellings = control_tokens(self.tokenizer, grounding_tokens)
 
     def ids_and_labels(self, conversation: Conversation, tiles: list[int]) -> tuple[list[int], list[int]]:
         """Token ids (N) and labels (N) of a conversation whose pictures have this many tiles each.

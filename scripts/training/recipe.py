@@ -73,7 +73,7 @@ class Recipe:
     order: Literal["shuffled", "grouped", "curriculum"] = "shuffled"
     """`grouped`: shuffled, examples of like length in a batch. `curriculum`: each dataset in its own order."""
     grounding_tokens: bool = False
-    """Whether <ref>, <box> and <quad> in the data are control tokens. `chat` takes them as plain text."""
+    """Whether <ref>, <box> and <quad> in the data are control tokens, as in `chat(..., grounding_tokens=True)`."""
     workers: int = 2
 
     # Steps
