@@ -130,21 +130,20 @@ class GenerateMixin:
             kwargs["input_ids"] = inputs
         has_images = pixel_values is not None or bool(turn is not None and turn.keys)
         self._check_what_fits(generation_config, kwargs, has_images, use_scm)
-        embedded, repacked = None, False
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
         if turn is not None and (turn.keys or can_remember):
             settings = settings or self._compression_settings(scm_keep_ratio=1.0)
             embedded = self._embed_turn(kwargs, pixel_values, tile_counts, settings, turn, can_remember)
         elif pixel_values is not None or (use_scm and kwargs.get("input_ids") is not None):
             embedded = self._embed_prompt(kwargs, pixel_values, tile_counts, settings)
-        elif all(kwargs.get(name) is None for name in ("inputs_embeds", "past_key_values")):
-            self._check_no_image_tokens(kwargs.get("input_ids"))
-        prompt_length = 0 if embedded is None else embedded.embeddings.shape[1]
-        if embedded is not None:
-            generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
+        else:
+            if all(kwargs.get(name) is None for name in ("inputs_embeds", "past_key_values")):
+                self._check_no_image_tokens(kwargs.get("input_ids"))
+            return super().generate(generation_config=generation_config, **kwargs)
+        generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
         output = super().generate(generation_config=generation_config, **kwargs)
-        if embedded is not None and embedded.cache is not None:
-            self._remember(turn.memory, embedded, output, prompt_length)
+        if embedded.cache is not None:
+            self._remember(turn.memory, embedded, output)
         elif repacked and getattr(output, "past_key_values", None) is not None:
             setattr(output.past_key_values, REPACKED, True)
         return output
@@ -257,10 +256,11 @@ class GenerateMixin:
         fits = options["input_ids"].shape[1] <= self.config.cacheable_length
         return is_one_row and is_ordinary and fits
 
-    def _remember(self, memory: PromptMemory, embedded: _Embedded, output, prompt_length: int) -> None:
+    def _remember(self, memory: PromptMemory, embedded: _Embedded, output) -> None:
+        """Leave the cache to the next turn, unless the answer went beyond what stays right in it."""
         if embedded.cache.get_seq_length() <= self.config.cacheable_length:
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
-            new_ids = sequences[0, prompt_length:].tolist()
+            new_ids = sequences[0, embedded.embeddings.shape[1] :].tolist()
             memory.remember(embedded.prompt, embedded.kept[0], embedded.cache, new_ids)
 
     def _use_embedded(
