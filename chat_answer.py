@@ -63,7 +63,11 @@ class ChatAnswer:
 
 def trim(text: str, ends: list[str]) -> str:
     """The text before the first of `ends`, without white space around it."""
-    return text[: min((text.index(end) for end in ends if end in text), default=None)].strip()
+    return _before(text, ends).strip()
+
+
+def _before(text: str, ends: list[str]) -> str:
+    return text[: min((text.index(end) for end in ends if end in text), default=None)]
 
 
 def trim_pieces(pieces: Iterator[str], ends: list[str]) -> Iterator[str]:
@@ -77,7 +81,7 @@ def trim_pieces(pieces: Iterator[str], ends: list[str]) -> Iterator[str]:
         if certain:
             yield certain if has_begun else certain.lstrip()
             held, has_begun = held[len(certain) :], True
-    rest = held[: min((held.index(end) for end in ends if end in held), default=None)].rstrip()
+    rest = _before(held, ends).rstrip()
     rest = rest if has_begun else rest.lstrip()
     if rest:
         yield rest
@@ -164,19 +168,16 @@ class AnswerStream:
     def __next__(self) -> str:
         for piece in self._pieces:
             return piece
-        self._finish()
+        _ = self.result  # raises what went wrong
         raise StopIteration
-
-    def _finish(self) -> ChatAnswer:
-        self._thread.join()
-        if "error" in self._outcome:
-            raise self._outcome["error"]
-        return self._outcome["answer"]
 
     @property
     def result(self) -> ChatAnswer:
         """The whole answer; waits until it is complete."""
-        return self._finish()
+        self._thread.join()
+        if "error" in self._outcome:
+            raise self._outcome["error"]
+        return self._outcome["answer"]
 
     @property
     def answer(self) -> str:

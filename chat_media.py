@@ -15,10 +15,9 @@ from .conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, check_history
 from .processing_minimonkey import (
     check_placeholders,
     count_placeholders,
-    expand_videos,
     flatten_pictures,
     list_videos,
-    video_options,
+    place_frames,
 )
 from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
 
@@ -101,15 +100,10 @@ def _with_media(
     conversation = Conversation(question, history, [])
     _check(conversation, len(images), subject)
     _check(conversation, len(videos), subject, VIDEO_PLACEHOLDER)
-    options = _picture_options(bound, len(images))
-    sampling, frame_options = video_options(options, bound.videos_kwargs)
-    frames = [bound.processor.load_frames(video, **sampling) for video in videos]
-    expanded, order = expand_videos(conversation.questions(), [len(video) for video in frames])
-    remaining = {
-        IMAGE_PLACEHOLDER: iter([Picture(image, options) for image in images]),
-        VIDEO_PLACEHOLDER: iter([Picture(frame, frame_options) for video in frames for frame in video]),
-    }
-    conversation.pictures = [next(remaining[kind]) for kind in order]
+    expanded, pictures = place_frames(
+        conversation.questions(), images, _picture_options(bound, len(images)), videos, bound.videos_kwargs
+    )
+    conversation.pictures = [Picture(*picture) for picture in pictures]
     conversation.prompt_question = expanded[-1]
     conversation.prompt_history = [(asked, answered) for asked, (_, answered) in zip(expanded, history)]
     return conversation

@@ -9,7 +9,6 @@ Knows prompts and the model's `generate`; pictures and videos are the processor'
 """
 
 from dataclasses import dataclass
-from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ from .conversation import (
     get_template,
     protect,
 )
-from .processing_minimonkey import count_placeholders, expand_placeholders
-from .prompt_memory import PromptMemory, Turn, forget_the_oldest, picture_key
+from .processing_minimonkey import count_placeholders, cut_pictures, expand_placeholders
+from .prompt_memory import PromptMemory, Turn, common_length, forget_the_oldest, picture_key
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -188,14 +187,11 @@ class ChatMixin:
         """pixel_values (T, 3, S, S) on the model's device and tile_counts (pictures, 3)."""
         if counts is not None:
             return torch.cat([picture.source for picture in pictures]).to(self.device, self.dtype), counts
-        parts = [
-            bound.processor.image_processor([picture.source for picture in group], return_tensors="pt", **options)
-            for options, group in groupby(pictures, key=lambda picture: picture.options)
-        ]
-        pixel_values = torch.cat([part["pixel_values"] for part in parts])
+        sources = [(picture.source, picture.options) for picture in pictures]
+        cut = cut_pictures(bound.processor.image_processor, sources, return_tensors="pt")
         # uint8 tiles are normalised by the model, see encode_images.
-        dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
-        return pixel_values.to(self.device, dtype), torch.cat([part["tile_counts"] for part in parts])
+        dtype = self.dtype if cut["pixel_values"].is_floating_point() else cut["pixel_values"].dtype
+        return cut["pixel_values"].to(self.device, dtype), cut["tile_counts"]
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -310,7 +306,7 @@ class ChatMixin:
                     end = len(row)
                     if turn < len(history):
                         prompt = self._prompt(bound, asked, history[:turn])
-                        end = _common_start(
+                        end = common_length(
                             self._encode(bound, [prompt], tiles[:pictures_seen], tokens_per_tile)[0], row
                         )
                     ends += [length - len(row) + end] * new
@@ -391,8 +387,3 @@ def _up_to_end(ids: list[int], ends: int | list[int]) -> list[int]:
     """Ids up to and with the first end token; padding may follow it."""
     ends = torch.as_tensor(ends).flatten().tolist()
     return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), None)]
-
-
-def _common_start(first: list[int], second: list[int]) -> int:
-    """How many tokens two sequences have in common from the start on."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))

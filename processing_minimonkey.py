@@ -120,6 +120,41 @@ def expand_videos(texts: Iterable[str], frames: list[int]) -> tuple[list[str], l
     return [pattern.sub(write, text) for text in texts], kinds
 
 
+def place_frames(
+    texts: list[str], images: list, images_kwargs: dict[str, Any], videos: list, videos_kwargs: dict[str, Any]
+) -> tuple[list[str], list[tuple[Any, dict[str, Any]]]]:
+    """Read videos and put their frames in their places.
+
+    Args:
+        texts: With one `<image>` for each image and one `<video>` for each video.
+        images_kwargs: Options of the image processor.
+        videos_kwargs: Of VIDEO_OPTIONS.
+
+    Returns:
+        The texts with `<image>` for every frame too, and in this order the pictures, each with the image processor's options.
+
+    Raises:
+        ValueError: See `video_options` and `video_frames.load_frames`.
+    """
+    sampling, frame_options = video_options(images_kwargs, videos_kwargs)
+    frames = [load_frames(video, **sampling) for video in videos]
+    texts, kinds = expand_videos(texts, [len(video) for video in frames])
+    remaining = {
+        IMAGE_PLACEHOLDER: iter([(image, images_kwargs) for image in images]),
+        VIDEO_PLACEHOLDER: iter([(frame, frame_options) for video in frames for frame in video]),
+    }
+    return texts, [next(remaining[kind]) for kind in kinds]
+
+
+def cut_pictures(image_processor, pictures: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
+    """What the image processor gives for pictures that have options of their own, beside `options` of all, in their order."""
+    parts = [
+        image_processor([picture for picture, _ in group], **{**own, **options})
+        for own, group in groupby(pictures, key=lambda picture: picture[1])
+    ]
+    return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+
+
 def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) -> tuple[dict, dict]:
     """How the frames of videos are chosen, and the image processor's options for them: one tile each, else as for images.
 
@@ -276,20 +311,9 @@ class MiniMonkeyProcessor(ProcessorMixin):
         videos = list_videos(videos)
         check_placeholders(texts, len(videos), placeholder=VIDEO_PLACEHOLDER)
         given = {name: merged["videos_kwargs"].get(name) for name in VIDEO_OPTIONS}
-        sampling, cutting = video_options(
-            merged["images_kwargs"], {name: value for name, value in given.items() if value is not None}
-        )
-        frames = [load_frames(video, **sampling) for video in videos]
-        texts, kinds = expand_videos(texts, list(map(len, frames)))
-        pictures = {
-            IMAGE_PLACEHOLDER: (iter(flatten_pictures(images)), merged["images_kwargs"]),
-            VIDEO_PLACEHOLDER: (iter([frame for video in frames for frame in video]), cutting),
-        }
-        parts = []
-        for kind, group in groupby(kinds):
-            source, options = pictures[kind]
-            parts.append(self.image_processor([next(source) for _ in group], **options))
-        return texts, {name: _joined([part[name] for part in parts]) for name in parts[0]}
+        given = {name: value for name, value in given.items() if value is not None}
+        texts, pictures = place_frames(texts, flatten_pictures(images), merged["images_kwargs"], videos, given)
+        return texts, cut_pictures(self.image_processor, pictures)
 
     @staticmethod
     def _check_images(texts: list[str], images) -> None:

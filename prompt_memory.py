@@ -27,6 +27,11 @@ from transformers.cache_utils import DynamicLayer
 from .compression import CompressionSettings, ImageSpan
 
 
+def common_length(first: list[int], second: list[int]) -> int:
+    """How many tokens two sequences have in common from the start on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What decides what the language model computes: the ids of one row (N,), which pictures stand where, and how these are
@@ -38,7 +43,7 @@ class Prompt:
 
     def common_start(self, other: "Prompt") -> int:
         """How many of its first tokens mean the same in `other`: all that the language model computes for them is equal."""
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, other.token_ids)))
+        same = common_length(self.token_ids, other.token_ids)
         is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
         is_compressed = min(self.settings.keep_ratio, other.settings.keep_ratio) < 1
         for i, (key, span) in enumerate(self.pictures):

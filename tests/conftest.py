@@ -69,3 +69,18 @@ def processor():
 def nano():
     """MiniMonkey-Nano in float32."""
     return AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def sent(nano, monkeypatch):
+    """The arguments of the last `generate`, which answers with `<|im_end|>` at once."""
+    last = {}
+
+    def generate(**options):
+        last.clear()
+        last.update(options)
+        ids = options["input_ids"]
+        return torch.cat([ids, torch.full((len(ids), 1), options["eos_token_id"])], dim=1)
+
+    monkeypatch.setattr(nano, "generate", generate)
+    return last

@@ -29,21 +29,6 @@ def tiles(processor, picture):
     return processor.image_processor(picture, return_tensors="pt")["pixel_values"]
 
 
-@pytest.fixture
-def sent(nano, monkeypatch):
-    """The arguments of the last `generate`, which answers with `<|im_end|>` at once."""
-    last = {}
-
-    def generate(**options):
-        last.clear()
-        last.update(options)
-        ids = options["input_ids"]
-        return torch.cat([ids, torch.full((len(ids), 1), options["eos_token_id"])], dim=1)
-
-    monkeypatch.setattr(nano, "generate", generate)
-    return last
-
-
 def prompt_of(sent, tokenizer, row: int = 0) -> str:
     """The prompt that was sent, behind the system turn, image tokens shortened."""
     text = tokenizer.decode(sent["input_ids"][row]).replace("<IMG_CONTEXT>", "").replace("<pad>", "")

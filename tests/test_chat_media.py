@@ -1,6 +1,7 @@
 """Pictures and videos in `chat` and the processor: tile budgets, prompts that are too long, numbering, videos."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from test_chat_memory import CHAT, SCM, TILES, assert_equal, remembers, tile_num
 
 
 av = pytest.importorskip("av")
+from clips import write_clip as write_any_clip  # noqa: E402
+
 
 share_tile_budget = root_class("tiling.share_tile_budget")
 msac_grids, tile_counts = root_class("tiling.msac_grids"), root_class("tiling.tile_counts")
@@ -18,24 +21,12 @@ PRESETS, frame_indices = root_class("tiling.PRESETS"), root_class("video_frames.
 QUESTION = "Read the text."
 SIZES = [(300, 200), (200, 300), (500, 40), (64, 64), (40, 400), (333, 111)]
 STEP = 20
+write_clip = partial(write_any_clip, step=STEP, frames=12, rate=4)
 
 
 @pytest.fixture(scope="module")
 def picture():
     return synthetic_picture(90, 80, 1)
-
-
-def write_clip(path, frames: int = 12, rate: int = 4, size: tuple[int, int] = (64, 48)):
-    """A clip whose frame i is grey of level STEP * i."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for i in range(frames):
-            pixels = np.full((size[1], size[0], 3), STEP * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +36,6 @@ def clips(tmp_path_factory):
         str(write_clip(folder / "first.mp4")),
         str(write_clip(folder / "second.mp4", frames=5, rate=2, size=(48, 96))),
     ]
-
-
-@pytest.fixture
-def sent(nano, monkeypatch):
-    """The arguments of the last `generate`, which answers with the end token at once."""
-    last = {}
-
-    def generate(**options):
-        last.clear()
-        last.update(options)
-        ids = options["input_ids"]
-        return torch.cat([ids, torch.full((len(ids), 1), options["eos_token_id"])], dim=1)
-
-    monkeypatch.setattr(nano, "generate", generate)
-    return last
 
 
 def shorten(text: str) -> str:

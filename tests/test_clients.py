@@ -216,21 +216,26 @@ def test_lmms_eval(model, tokenizer, pictures, sent, word, settings):
     assert tokens_of_pictures(sent, tokenizer) == [49 * len(tiles)]
 
 
+def ask_as_vlmevalkit(model, tokenizer, tiles: list[torch.Tensor], question: str, settings: dict) -> str:
+    """Its call of `chat`; `tiles` are those of each picture."""
+    return model.chat(
+        tokenizer,
+        pixel_values=torch.cat(tiles) if tiles else None,
+        target_aspect_ratio=(1, 1),
+        num_patches_list=[part.size(0) for part in tiles],
+        question=question,
+        generation_config=settings,
+        verbose=False,
+    )
+
+
 @pytest.mark.parametrize("dataset", VLMEVALKIT_RANGES)
 def test_vlmevalkit_one_picture(model, tokenizer, processor, pictures, sent, dataset):
     """The tiles and the answer are those of our own processor."""
     ranges, path, settings = VLMEVALKIT_RANGES[dataset], pictures["window"], dict(VLMEVALKIT_SETTINGS)
     tiles = detailed_first(path, ranges)
     with torch.no_grad():
-        answer = model.chat(
-            tokenizer,
-            pixel_values=tiles,
-            target_aspect_ratio=(1, 1),
-            num_patches_list=[tiles.size(0)],
-            question=f"<image>\n{QUESTION}",
-            generation_config=settings,
-            verbose=False,
-        )
+        answer = ask_as_vlmevalkit(model, tokenizer, [tiles], f"<image>\n{QUESTION}", settings)
     assert answer == "window"
     assert settings == VLMEVALKIT_SETTINGS
     assert torch.equal(sent["pixel_values"], tiles)
@@ -249,15 +254,7 @@ def test_vlmevalkit_several_pictures(model, tokenizer, processor, pictures, sent
     """An interleaved message, and the frames of a video."""
     ranges, paths = VLMEVALKIT_RANGES["default"], [pictures["monkey"], pictures["window"]]
     tiles = [detailed_first(path, ranges) for path in paths]
-    answer = model.chat(
-        tokenizer,
-        pixel_values=torch.cat(tiles),
-        target_aspect_ratio=(1, 1),
-        num_patches_list=[part.size(0) for part in tiles],
-        question=prompt,
-        generation_config=dict(VLMEVALKIT_SETTINGS),
-        verbose=False,
-    )
+    answer = ask_as_vlmevalkit(model, tokenizer, tiles, prompt, dict(VLMEVALKIT_SETTINGS))
     assert last_turn(sent, tokenizer) == turn(prompt.replace("<image>", "<img></img>"))
     assert tokens_of_pictures(sent, tokenizer) == [49 * len(part) for part in tiles]
     options = {"images_kwargs": range_options(ranges), **VLMEVALKIT_SETTINGS}
@@ -265,15 +262,7 @@ def test_vlmevalkit_several_pictures(model, tokenizer, processor, pictures, sent
 
 
 def test_vlmevalkit_without_a_picture(model, tokenizer, sent):
-    answer = model.chat(
-        tokenizer,
-        pixel_values=None,
-        target_aspect_ratio=(1, 1),
-        num_patches_list=[],
-        question="\nHello",
-        generation_config=dict(VLMEVALKIT_SETTINGS),
-        verbose=False,
-    )
+    answer = ask_as_vlmevalkit(model, tokenizer, [], "\nHello", dict(VLMEVALKIT_SETTINGS))
     assert isinstance(answer, str)
     assert last_turn(sent, tokenizer) == turn("\nHello")
 
@@ -282,15 +271,7 @@ def test_vlmevalkit_without_a_picture(model, tokenizer, sent):
 def test_vlmevalkit_with_settings_of_the_caller(model, tokenizer, pictures, settings):
     """Keyword arguments of its class become the settings; without any, an answer still ends by itself."""
     tiles = detailed_first(pictures["monkey"], VLMEVALKIT_RANGES["default"])
-    answer = model.chat(
-        tokenizer,
-        pixel_values=tiles,
-        target_aspect_ratio=(1, 1),
-        num_patches_list=[tiles.size(0)],
-        question=f"<image>\n{QUESTION}",
-        generation_config=settings,
-        verbose=False,
-    )
+    answer = ask_as_vlmevalkit(model, tokenizer, [tiles], f"<image>\n{QUESTION}", settings)
     assert answer == "monkey"
 
 

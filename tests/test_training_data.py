@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import ExifTags, Image
-from training_helpers import ONE_TILE, StandInCharacter, draw, line, stand_in_documents, write_lines, write_words
+from training_helpers import ONE_TILE, draw, line, stand_in_documents, write_lines, write_words
 
 
+from synthetic.text_images import CharacterBox  # isort: skip
 from training.collator import Collator  # isort: skip
 from training.data import picture_size, read_sources  # isort: skip
 from training.encode import IGNORED, Conversation, Encoder, tile_options  # isort: skip
@@ -320,7 +321,7 @@ def test_batches_are_padded_and_a_needless_tile_changes_nothing(nano, encoder, p
 
 def test_cells_name_the_characters_under_them():
     """A picture of 80 x 40 in tiles of 4 x 4 patches, two cells a patch across."""
-    characters = [StandInCharacter("A", (0, 0, 20, 20)), StandInCharacter("b", (60, 30, 64, 40))]
+    characters = [CharacterBox("A", (0, 0, 20, 20)), CharacterBox("b", (60, 30, 64, 40))]
     labels = cell_labels(Image.new("RGB", (80, 40)), characters, [(2, 1), (1, 1)], 4)
     a, b = CHARACTER_CLASS["A"], CHARACTER_CLASS["b"]
     assert labels.shape == (3, 4, 8)

@@ -15,6 +15,8 @@ from PIL import Image
 
 
 av = pytest.importorskip("av")
+from clips import write_clip as write_any_clip  # noqa: E402
+
 
 frame_indices = root_class("video_frames.frame_indices")
 load_frames = root_class("video_frames.load_frames")
@@ -26,19 +28,7 @@ BACKENDS = [
     for name, package in (("pyav", "av"), ("decord", "decord"), ("opencv", "cv2"))
 ]
 STEP = 6  # levels of grey from a frame to the next
-
-
-def write_clip(path, frames=40, rate=10, codec="libx264", size=(64, 48), faststart=False):
-    """A clip whose frame i is grey of level STEP * i."""
-    with av.open(str(path), "w", options={"movflags": "faststart"} if faststart else {}) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for i in range(frames):
-            pixels = np.full((size[1], size[0], 3), STEP * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+write_clip = partial(write_any_clip, step=STEP)
 
 
 def write_sound(path):

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import types
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -13,6 +12,9 @@ from PIL import Image, ImageDraw
 
 
 sys.path.insert(0, str(ROOT / "scripts"))
+from synthetic.canvas import Document, Question  # noqa: E402
+from synthetic.text_images import CharacterBox  # noqa: E402
+
 
 ONE_TILE = [[1, 1, 1, 1]]
 
@@ -82,25 +84,6 @@ def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-@dataclass(frozen=True)
-class StandInQuestion:
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class StandInCharacter:
-    character: str
-    box: tuple
-
-
-@dataclass(frozen=True)
-class StandInDocument:
-    image: Image.Image
-    questions: tuple
-    characters: tuple = ()
-
-
 def stand_in_documents() -> types.ModuleType:
     """A module like synthetic.documents, without fonts: answers tell the arguments; every third document is long."""
 
@@ -108,8 +91,8 @@ def stand_in_documents() -> types.ModuleType:
         if split not in ("training", "held_out"):
             raise ValueError(f"no split {split}")
         text = f"{kind} {index} {seed} {split} {difficulty:.2f}" + " long" * (100 if index % 3 == 2 else 0)
-        characters = tuple(StandInCharacter(c, (10 * i, 0, 10 * i + 10, 20)) for i, c in enumerate(text[:4]))
-        return StandInDocument(Image.new("RGB", (120, 100)), (StandInQuestion("Read.", text),) * 2, characters)
+        characters = tuple(CharacterBox(c, (10 * i, 0, 10 * i + 10, 20)) for i, c in enumerate(text[:4]))
+        return Document(Image.new("RGB", (120, 100)), (Question("Read.", text),) * 2, characters)
 
     module = types.ModuleType("synthetic.documents")
     module.KINDS, module.document = {"word": None, "page": None}, document
