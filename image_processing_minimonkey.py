@@ -58,6 +58,9 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
         Greatest number of tiles of the adaptive grid.
     preset (`str`, *optional*):
         A name of `tiling.PRESETS`, the tile ranges of a published benchmark; sets those of the four that are not given.
+    use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
+        Whether the whole picture follows its tiles as one more. Mini-Monkey always does that; without it a picture is seen
+        in parts alone, which is of use for comparisons.
     """
 
     min_tiles: int
@@ -65,6 +68,7 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     adaptive_min_tiles: int
     adaptive_max_tiles: int
     preset: str | None
+    use_thumbnail: bool
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -214,6 +218,7 @@ class _MsacMixin:
     do_normalize = True
     do_convert_rgb = True
     min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = PRESETS["default"]
+    use_thumbnail = True
     preset = None
 
     def __init__(self, **kwargs):
@@ -301,7 +306,8 @@ class _MsacMixin:
         """How many tiles a picture of this size gives, thumbnail included, without its pixels."""
         settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs or {})}
         tile_size = get_size_dict(settings.get("size") or dict(self.size))["height"]
-        return sum(tile_counts(*self._grids((width, height), settings, tile_size)))
+        use_thumbnail = settings.get("use_thumbnail", self.use_thumbnail)
+        return sum(tile_counts(*self._grids((width, height), settings, tile_size), use_thumbnail))
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers; keeps both back ends in `auto_map`, which saving would narrow to one."""
@@ -334,10 +340,10 @@ def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(RANGE_NAMES, PRESETS[preset])), **given}
 
 
-def _batch(tiles, grids: list[tuple], return_tensors) -> BatchFeature:
+def _batch(tiles, grids: list[tuple], use_thumbnail: bool, return_tensors) -> BatchFeature:
     data = {
         "pixel_values": tiles,
-        "tile_counts": [tile_counts(*pair) for pair in grids],
+        "tile_counts": [tile_counts(*pair, use_thumbnail) for pair in grids],
         "tile_grids": [(*detailed, *adaptive) for detailed, adaptive in grids],
     }
     return BatchFeature(data=data, tensor_type=return_tensors)
@@ -356,6 +362,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         do_normalize: bool,
         image_mean,
         image_std,
+        use_thumbnail: bool,
         return_tensors=None,
         **settings,
     ) -> BatchFeature:
@@ -365,7 +372,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
             [
                 self._cut(image, grid, tile_size, resample)
                 for image, pair in zip(images, grids)
-                for grid in layer_grids(*pair)
+                for grid in layer_grids(*pair, use_thumbnail)
             ]
         )  # (T, 3, S, S) uint8
         if do_rescale and rescale_factor == 1 / 255:
@@ -375,7 +382,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         if do_normalize:
             mean, std = (np.asarray(value, dtype=np.float32).reshape(-1, 1, 1) for value in (image_mean, image_std))
             tiles = (tiles - mean) / std
-        return _batch(tiles, grids, return_tensors)
+        return _batch(tiles, grids, use_thumbnail, return_tensors)
 
     @staticmethod
     def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int, resample) -> np.ndarray:
@@ -399,6 +406,7 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         do_normalize: bool,
         image_mean,
         image_std,
+        use_thumbnail: bool,
         return_tensors=None,
         device=None,
         **settings,
@@ -408,11 +416,13 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         layers = []
         for image, pair in zip(images, grids):
             pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
-            layers += [self._cut(image, pixels, grid, tile_size, resample) for grid in layer_grids(*pair)]
+            layers += [
+                self._cut(image, pixels, grid, tile_size, resample) for grid in layer_grids(*pair, use_thumbnail)
+            ]
         tiles = self.rescale_and_normalize(
             torch.cat(layers), do_rescale, rescale_factor, do_normalize, image_mean, image_std
         )
-        return _batch(tiles.contiguous(), grids, return_tensors)
+        return _batch(tiles.contiguous(), grids, use_thumbnail, return_tensors)
 
     def _cut(
         self, image: Image.Image, pixels: torch.Tensor, grid: tuple[int, int], tile_size: int, resample

@@ -119,18 +119,24 @@ def msac_grids(
     return detailed, closest_grid(width, height, candidates, tile_size)
 
 
-def layer_grids(detailed: Grid, adaptive: Grid) -> list[Grid]:
-    """The grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; a one-tile grid gives none."""
-    return [grid for grid in (detailed, adaptive) if grid != SINGLE_TILE] + [SINGLE_TILE]
+def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> list[Grid]:
+    """The grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; a one-tile grid gives none.
+
+    Args:
+        use_thumbnail: Whether the whole image comes last as one tile. An image without other tiles is one in any case.
+    """
+    cut = [grid for grid in (detailed, adaptive) if grid != SINGLE_TILE]
+    return cut + [SINGLE_TILE] if use_thumbnail or not cut else cut
 
 
-def tile_counts(detailed: Grid, adaptive: Grid) -> tuple[int, int, int]:
+def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> tuple[int, int, int]:
     """Number of detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none."""
+    grids = layer_grids(detailed, adaptive, use_thumbnail)
 
     def count(grid: Grid) -> int:
         return 0 if grid == SINGLE_TILE else grid[0] * grid[1]
 
-    return count(detailed), count(adaptive), 1
+    return count(detailed), count(adaptive), int(SINGLE_TILE in grids)
 
 
 def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges) -> TileRanges:

@@ -28,7 +28,15 @@ from evaluation.metrics import METRICS
 from evaluation.predictions import Predictions, read_predictions
 from evaluation.report import compare, describe, describe_comparison, score
 from evaluation.runner import Answering, answer_suite
-from evaluation.suites import DEFAULT_METRIC, PRESET_METRICS, SYNTHETIC, Suite, read_benchmark, synthetic_suite
+from evaluation.suites import (
+    DEFAULT_METRIC,
+    PRESET_METRICS,
+    QUESTIONS,
+    SYNTHETIC,
+    Suite,
+    read_benchmark,
+    synthetic_suite,
+)
 
 
 DEFAULT_ITEMS = 1000
@@ -44,8 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clean", action="store_true", help="words without blur, noise, tilt or JPEG artefacts")
     parser.add_argument("--difficulty", type=float, default=None, help="of rendered documents, 0 to 1 (default)")
+    parser.add_argument("--questions", choices=QUESTIONS, default="any", help="for the whole text, or for values in it")
     parser.add_argument("--metric", choices=METRICS, default=None, help="instead of the suite's or preset's")
     add_tile_arguments(parser)
+    parser.add_argument("--no-thumbnail", action="store_true", help="leave out the tile that shows the whole image")
     parser.add_argument("--use-scm", action="store_true", help="compress the tokens of the detailed tiles")
     parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
     parser.add_argument(
@@ -78,6 +88,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     is_word = args.suite == "word" and args.benchmark is None
     if args.clean and not is_word:
         parser.error("--clean belongs to the suite word; use --difficulty")
+    if args.questions != "any" and args.benchmark is not None:
+        parser.error("--questions belongs to rendered documents")
     if args.difficulty is not None and (is_word or args.benchmark is not None):
         parser.error("--difficulty belongs to rendered documents; words have --clean")
 
@@ -88,12 +100,17 @@ def open_suite(args: argparse.Namespace) -> Suite:
             args.benchmark, args.items, args.metric or PRESET_METRICS.get(args.preset, DEFAULT_METRIC)
         )
     difficulty = 0.0 if args.clean else args.difficulty
-    return synthetic_suite(args.suite, args.items or DEFAULT_ITEMS, args.seed, difficulty, args.metric)
+    items = args.items or DEFAULT_ITEMS
+    return synthetic_suite(args.suite, items, args.seed, difficulty, args.metric, args.questions)
+
+
+def image_options(args: argparse.Namespace) -> dict:
+    return tile_options(args) | ({"use_thumbnail": False} if args.no_thumbnail else {})
 
 
 def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     """The model and how it is asked; raises `ValueError` for tile ranges that cannot work before the weights are read."""
-    options = tile_options(args)
+    options = image_options(args)
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     processor.image_processor.get_number_of_image_patches(100, 100, options)
     model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype).to(args.device).eval()
@@ -108,6 +125,7 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
         "seed",
         "clean",
         "difficulty",
+        "questions",
         "metric",
         "use_scm",
         "scm_keep_ratio",
@@ -118,7 +136,7 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
     settings = {name: getattr(args, name) for name in names} | {"suite": suite.name, "items": len(suite)}
     if args.benchmark is not None:
         settings["benchmark"] = hashlib.sha256(args.benchmark.read_bytes()).hexdigest()
-    return settings | {"tiles": tile_options(args), "max_new_tokens": max_new_tokens}
+    return settings | {"tiles": image_options(args), "max_new_tokens": max_new_tokens}
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 Metric = Callable[[str, Sequence[str]], float]
 
 
-def edit_distance(first: str, second: str) -> int:
-    """Least number of insertions, deletions and substitutions between two strings (Levenshtein)."""
+def edit_distance(first: Sequence, second: Sequence) -> int:
+    """Least number of insertions, deletions and substitutions between two strings, or lists of words (Levenshtein)."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, start=1):
         previous, row[0] = row[0], i
@@ -30,6 +30,13 @@ def nearest_reference(answer: str, references: Sequence[str]) -> tuple[str, int]
 def exact_match(answer: str, references: Sequence[str]) -> float:
     """1 for an answer that is spelled exactly like a right one; case counts."""
     return float(answer in references)
+
+
+def word_accuracy(answer: str, references: Sequence[str]) -> float:
+    """1 less the word error rate against the closest right answer, at least 0; case and punctuation count."""
+    words = answer.split()
+    rates = [edit_distance(words, right) / max(1, len(right)) for right in map(str.split, references)]
+    return max(0.0, 1 - min(rates))
 
 
 def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> float:
@@ -136,6 +143,7 @@ def normalise_vqa(text: str) -> str:
 
 METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
+    "word_accuracy": word_accuracy,
     "anls": anls,
     "relaxed_accuracy": relaxed_accuracy,
     "ocrbench": ocrbench,

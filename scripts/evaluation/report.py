@@ -5,6 +5,7 @@ from evaluation.intervals import mean_interval, paired_difference
 
 TITLES = {
     "exact_match": "read exactly",
+    "word_accuracy": "of the words read",
     "anls": "ANLS",
     "relaxed_accuracy": "relaxed accuracy",
     "ocrbench": "OCRBench containment",

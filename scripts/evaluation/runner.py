@@ -52,7 +52,8 @@ class Answering:
         """Image tokens of the prompt, and how many of them the language model reads."""
         reader, per_tile = self.processor.image_processor, self.model.config.image_seq_length
         ranges, tile_size = reader.tile_ranges(**self.images_kwargs), dict(reader.size)["height"]
-        counts = [tile_counts(*msac_grids(*image.size, *ranges, tile_size)) for image in images]
+        use_thumbnail = self.images_kwargs.get("use_thumbnail", reader.use_thumbnail)
+        counts = [tile_counts(*msac_grids(*image.size, *ranges, tile_size), use_thumbnail) for image in images]
         tokens = per_tile * sum(map(sum, counts))
         if self.scm_keep_ratio is None:
             return tokens, tokens

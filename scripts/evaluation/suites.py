@@ -15,6 +15,7 @@ from PIL import Image
 from evaluation.metrics import METRICS
 from synthetic.documents import document
 from synthetic.text_images import held_out_word
+from synthetic.vocabulary import READ_ALL
 
 
 PRESET_METRICS = {"docvqa": "anls", "infovqa": "anls", "chartqa": "relaxed_accuracy", "ocrbench": "ocrbench"}
@@ -62,20 +63,36 @@ SYNTHETIC = {
 }
 
 
+MOST_ATTEMPTS = 20  # a document may have no question of the kind that is wanted
+QUESTIONS = {
+    "any": lambda question: True,
+    "text": lambda question: question.text in READ_ALL,
+    "values": lambda question: question.text not in READ_ALL,
+}
+
+
 def synthetic_suite(
-    name: str, items: int, seed: int = 0, difficulty: float | None = None, metric: str | None = None
+    name: str,
+    items: int,
+    seed: int = 0,
+    difficulty: float | None = None,
+    metric: str | None = None,
+    questions: str = "any",
 ) -> Suite:
     """Unseen words in unseen fonts: "word" as held_out_word of text_images.py gives them, or documents of a kind.
 
     Args:
         difficulty: 0 to 1 (None: 1). Of "word" it is the amount of damage alone.
+        questions: "any" of a document's, for its whole "text", or for "values" in it.
 
     Raises:
-        ValueError: An unknown suite or metric.
+        ValueError: An unknown suite, metric or kind of question, or one that these documents do not have.
         FileNotFoundError: Fonts or the word list are missing.
     """
     if name not in SYNTHETIC:
         raise ValueError(f"There is no suite {name!r}; known are {', '.join(SYNTHETIC)}.")
+    if questions not in QUESTIONS:
+        raise ValueError(f"There are no questions for {questions!r}; known are {', '.join(QUESTIONS)}.")
     own_metric, max_new_tokens = SYNTHETIC[name]
     metric, difficulty = check_metric(metric or own_metric), 1.0 if difficulty is None else difficulty
 
@@ -87,11 +104,15 @@ def synthetic_suite(
 
     def asked(index: int) -> Item:
         """One of the questions of a document, so that items are independent of each other."""
-        drawn = document(name, index, seed, "held_out", difficulty)
-        question = random.Random(f"{seed}/asked/{name}/{index}").choice(drawn.questions)
-        return Item(ids[index], [drawn.image], question.text, [question.answer], metric)
+        for attempt in range(MOST_ATTEMPTS):
+            drawn = document(name, index + attempt * items, seed, "held_out", difficulty)
+            fitting = [question for question in drawn.questions if QUESTIONS[questions](question)]
+            if fitting:
+                question = random.Random(f"{seed}/asked/{name}/{index}").choice(fitting)
+                return Item(ids[index], [drawn.image], question.text, [question.answer], metric)
+        raise ValueError(f"Documents of kind {name!r} have no questions for {questions}.")
 
-    make = word if name == "word" else asked
+    make = word if name == "word" and questions != "values" else asked
     make(0)  # says now what is missing
     return Suite(name, ids, make, max_new_tokens)
 

@@ -24,18 +24,19 @@ class Collator:
         self.always_with_tile = always_with_tile
 
     def __call__(self, samples: list[dict]) -> dict:
-        """input_ids, attention_mask, labels (B, N), pixel_values (T, 3, S, S) as uint8, and how many were redrawn."""
+        """input_ids, labels (B, N), pixel_values (T, 3, S, S) as uint8, and how many were redrawn.
+
+        No attention_mask: in a causal model no token sees what is padded behind it, and attention is twice as fast without.
+        """
         ids = pad_sequence([s["input_ids"] for s in samples], batch_first=True, padding_value=self.pad_token_id)
         labels = pad_sequence([s["labels"] for s in samples], batch_first=True, padding_value=IGNORED)
-        lengths = torch.tensor([len(s["input_ids"]) for s in samples])
         tiles = [s["pixel_values"] for s in samples if "pixel_values" in s]
         if not tiles and self.always_with_tile:
             ids = torch.nn.functional.pad(ids, (0, self.tokens_per_tile), value=self.pad_token_id)
             labels = torch.nn.functional.pad(labels, (0, self.tokens_per_tile), value=IGNORED)
             ids[0, -self.tokens_per_tile :] = self.image_token_id
             tiles = [torch.zeros(1, 3, self.tile_size, self.tile_size, dtype=torch.uint8)]
-        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
-        batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+        batch = {"input_ids": ids, "labels": labels}
         if tiles:
             batch["pixel_values"] = torch.cat(tiles)
         labelled = [s["cell_labels"] for s in samples if "cell_labels" in s]

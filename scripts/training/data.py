@@ -3,11 +3,12 @@
 A meta JSON names datasets, each of them lines of a file or a kind of rendered document:
 
     {"invoices": {"root": "images", "annotation": "invoices.jsonl", "repeat_time": 2, "max_dynamic_patch": 8},
-     "receipts": {"synthetic": "receipt", "length": 20000, "seed": 1, "difficulty": [0.3, 1.0]}}
+     "receipts": {"synthetic": "receipt", "length": 20000, "seed": 1, "difficulty": [0.3, 1.0], "turns": 4}}
 
 `repeat_time` below 1 takes the first part of a dataset, a whole number repeats it. `tile_ranges`, a list of [min_tiles,
-max_tiles, adaptive_min_tiles, adaptive_max_tiles], or one of these names by itself, replaces the recipe's. Relative paths
-count from the folder of the meta JSON.
+max_tiles, adaptive_min_tiles, adaptive_max_tiles], or one of these names by itself, replaces the recipe's; `use_thumbnail:
+false` leaves the whole image out. A rendered document is asked one of its questions, or up to `turns` of them in one
+conversation, the whole text last. Relative paths count from the folder of the meta JSON.
 
 A line is {"image": path or [paths], "conversations": [{"from": "human", "value": "<image>\\nRead."}, {"from": "gpt", ...}]}.
 All lines are checked, and measured from the heads of their pictures, before training begins.
@@ -25,6 +26,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from repository import root_class
 
 from synthetic import documents
+from synthetic.vocabulary import READ_ALL
 from training.encode import Conversation, Encoder
 from training.recipe import check_ranges
 
@@ -35,9 +37,9 @@ check_placeholders = root_class("processing_minimonkey.check_placeholders")
 
 TileRanges = tuple[int, int, int, int]
 PUBLISHED_NAMES = {"min_dynamic_patch": "min_tiles", "max_dynamic_patch": "max_tiles"}
-SHARED_KEYS = {"repeat_time", "length", "tile_ranges", *RANGE_NAMES, *PUBLISHED_NAMES}
+SHARED_KEYS = {"repeat_time", "length", "tile_ranges", "use_thumbnail", *RANGE_NAMES, *PUBLISHED_NAMES}
 FILE_KEYS = {"root", "annotation", "data_augment"}
-SYNTHETIC_KEYS = {"synthetic", "seed", "split", "difficulty"}
+SYNTHETIC_KEYS = {"synthetic", "seed", "split", "difficulty", "turns"}
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -57,6 +59,7 @@ class Source:
 
     name: str
     ranges: tuple[TileRanges, ...]
+    use_thumbnail: bool
     size: int
     """Examples of one round, after a `repeat_time` below 1."""
     repeats: int
@@ -92,19 +95,25 @@ class SyntheticSource(Source):
     split: str
     difficulty: tuple[float, float]
     """At the first and at the last document of a round."""
+    turns: int
+    """Most questions about one document."""
 
     MOST_ATTEMPTS = 8
 
     def example(self, index: int, round_: int, attempt: int = 0) -> Example:
-        """One question about one document; another document for every attempt."""
+        """A conversation about one document; another document for every attempt."""
         number = index + self.size * (round_ * self.MOST_ATTEMPTS + attempt)
         low, high = self.difficulty
         drawn = documents.document(
             self.kind, number, self.seed, self.split, low + (high - low) * index / max(1, self.size - 1)
         )
-        question = random.Random(f"{self.seed}/question/{number}").choice(drawn.questions)
-        turn = (f"{IMAGE_PLACEHOLDER}\n{question.text}", question.answer)
-        return Example(Conversation((turn,)), [drawn.image], drawn.characters)
+        rng = random.Random(f"{self.seed}/question/{number}")
+        count = min(rng.randint(1, self.turns), len(drawn.questions))
+        # The whole text comes last: what is asked after it would be copied from there, not from the picture.
+        questions = sorted(rng.sample(drawn.questions, count), key=lambda question: question.text in READ_ALL)
+        turns = [(question.text, question.answer) for question in questions]
+        turns[0] = (f"{IMAGE_PLACEHOLDER}\n{turns[0][0]}", turns[0][1])
+        return Example(Conversation(tuple(turns)), [drawn.image], drawn.characters)
 
 
 # --- meta JSON -------------------------------------------------------------------------------------------------------
@@ -136,14 +145,16 @@ def _read_source(name: str, entry: dict, folder: Path, ranges: list[list[int]], 
     if unknown:
         known = ", ".join(sorted(own_keys | SHARED_KEYS))
         raise ValueError(f"Dataset {name}: unknown {', '.join(sorted(unknown))}; known are {known}.")
-    chosen = _tile_ranges(name, entry, ranges)
+    chosen, use_thumbnail = _tile_ranges(name, entry, ranges), entry.get("use_thumbnail", True)
+    if not isinstance(use_thumbnail, bool):
+        raise ValueError(f"Dataset {name}: use_thumbnail is true or false, got {use_thumbnail!r}.")
     part, repeats = _repeats(name, entry.get("repeat_time", 1))
     if "synthetic" in entry:
-        return _synthetic_source(name, entry, chosen, part, repeats)
+        return _synthetic_source(name, entry, chosen, use_thumbnail, part, repeats)
     rows = _read_lines(name, entry, folder, encoder)
     if entry.get("length", len(rows)) != len(rows):
         print(f"Dataset {name}: the meta JSON says {entry['length']} lines, the file has {len(rows)}.")
-    return FileSource(name, chosen, _part(name, len(rows), part), repeats, rows)
+    return FileSource(name, chosen, use_thumbnail, _part(name, len(rows), part), repeats, rows)
 
 
 def _tile_ranges(name: str, entry: dict, ranges: list[list[int]]) -> tuple[TileRanges, ...]:
@@ -172,8 +183,10 @@ def _part(name: str, length: int, part: float) -> int:
     return size
 
 
-def _synthetic_source(name: str, entry: dict, ranges, part: float, repeats: int) -> SyntheticSource:
-    kind, length, seed = entry["synthetic"], entry.get("length"), entry.get("seed", 1)
+def _synthetic_source(
+    name: str, entry: dict, ranges: tuple[TileRanges, ...], use_thumbnail: bool, part: float, repeats: int
+) -> SyntheticSource:
+    kind, length, seed, turns = entry["synthetic"], entry.get("length"), entry.get("seed", 1), entry.get("turns", 1)
     if kind not in documents.KINDS:
         raise ValueError(
             f"Dataset {name}: there are no synthetic documents {kind!r}; known are {', '.join(documents.KINDS)}."
@@ -184,8 +197,20 @@ def _synthetic_source(name: str, entry: dict, ranges, part: float, repeats: int)
     difficulty = difficulty if isinstance(difficulty, list) else [difficulty, difficulty]
     if len(difficulty) != 2 or not all(isinstance(value, (int, float)) for value in difficulty):
         raise ValueError(f"Dataset {name}: difficulty is a number or [from, to], got {entry['difficulty']!r}.")
-    split = entry.get("split", "training")
-    source = SyntheticSource(name, ranges, _part(name, length, part), repeats, kind, seed, split, tuple(difficulty))
+    if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
+        raise ValueError(f"Dataset {name}: turns must be a whole number of at least 1, got {turns!r}.")
+    source = SyntheticSource(
+        name,
+        ranges,
+        use_thumbnail,
+        _part(name, length, part),
+        repeats,
+        kind=kind,
+        seed=seed,
+        split=entry.get("split", "training"),
+        difficulty=tuple(difficulty),
+        turns=turns,
+    )
     try:
         for index in (0, source.size - 1):
             source.example(index, 0)

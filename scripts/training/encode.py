@@ -93,17 +93,25 @@ class Encoder:
         """Tokens of a conversation without those of its tiles."""
         return len(self.ids_and_labels(conversation, [0] * pictures)[0])
 
-    def image_length(self, sizes: list[tuple[int, int]], ranges: tuple[int, int, int, int]) -> int:
+    def image_length(
+        self, sizes: list[tuple[int, int]], ranges: tuple[int, int, int, int], use_thumbnail: bool = True
+    ) -> int:
         """Tokens that the tiles of pictures of these (height, width) take."""
-        options = tile_options(ranges, len(sizes))
+        options = {**tile_options(ranges, len(sizes)), "use_thumbnail": use_thumbnail}
         tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in sizes]
         return sum(tiles) * self.tokens_per_tile
 
-    def __call__(self, conversation: Conversation, pictures: list, ranges: tuple[int, int, int, int]) -> dict:
+    def __call__(
+        self,
+        conversation: Conversation,
+        pictures: list,
+        ranges: tuple[int, int, int, int],
+        use_thumbnail: bool = True,
+    ) -> dict:
         """One sample: input_ids, labels (N) and, with pictures, pixel_values (T, 3, S, S) as uint8, tile_grids (images, 4)."""
         sample, tiles = {}, []
         if pictures:
-            options = {**tile_options(ranges, len(pictures)), **AS_BYTES}
+            options = {**tile_options(ranges, len(pictures)), **AS_BYTES, "use_thumbnail": use_thumbnail}
             cut = self.image_processor(pictures, return_tensors="pt", **options)
             tiles = cut.pop("tile_counts").sum(dim=1).tolist()
             sample = dict(cut)

@@ -1,5 +1,6 @@
 """The model of a run: loaded, what is trained of it, and saved so that AutoModel loads it again."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
     if recipe.attention is not None:
         options["attn_implementation"] = recipe.attention
     model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
+    if recipe.language_layers is not None:
+        deepen(model, recipe.language_layers)
     model.config.text_config.use_cache = False  # of no use in training
     freeze(model, recipe.train if recipe.lora is None else [])
     return model if recipe.lora is None else _with_adapters(model, recipe)
@@ -73,6 +76,34 @@ def _config_of_depth(folder: str, depth: int):
         part.pop("layer_types", None)
         fields[name] = {**part, "num_hidden_layers": depth}
     return type(config)(**fields)
+
+
+@torch.no_grad()
+def deepen(model: nn.Module, layers: int) -> None:
+    """Add layers to the language model, evenly spread, until it has `layers`.
+
+    A new layer is a copy of the one below whose output projections are zero, so that the model first answers as before.
+    Source: LLaMA Pro (arXiv 2401.02415), section 3.2.
+
+    Raises:
+        ValueError: Fewer layers than there are.
+    """
+    language_model, text_config = model.model.language_model, model.config.text_config
+    old = len(language_model.layers)
+    if layers < old:
+        raise ValueError(f"language_layers {layers} is less than the {old} layers that the model has.")
+    deeper: list[nn.Module] = []
+    for number, layer in enumerate(language_model.layers):
+        deeper.append(layer)
+        while len(deeper) < (number + 1) * layers // old:
+            added = copy.deepcopy(layer)
+            added.self_attn.o_proj.weight.zero_()
+            added.mlp.down_proj.weight.zero_()
+            deeper.append(added)
+    for number, layer in enumerate(deeper):
+        layer.self_attn.layer_idx = number
+    language_model.layers = nn.ModuleList(deeper)
+    text_config.num_hidden_layers = layers
 
 
 def freeze(model: nn.Module, train: list[str]) -> None:

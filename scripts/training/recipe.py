@@ -63,6 +63,8 @@ class Recipe:
     letters: LettersRecipe | None = None
     depth: int | None = None
     """Keep this many layers of vision tower and language model, to try a large model on a small machine."""
+    language_layers: int | None = None
+    """Deepen the language model to this many layers; the new ones begin without effect, see `models.deepen`."""
 
     # Data
     tile_ranges: list[list[int]] = field(default_factory=lambda: [list(PUBLISHED_TRAINING_RANGES)])
@@ -211,7 +213,7 @@ def _describe(kind) -> str:
 
 def _check_values(recipe: Recipe) -> None:
     whole = ("max_seq_length", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "log_every")
-    for name in (*whole, "max_steps", "depth", "eval_every"):
+    for name in (*whole, "max_steps", "depth", "language_layers", "eval_every"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -222,6 +224,10 @@ def _check_values(recipe: Recipe) -> None:
     if not recipe.train or set(recipe.train) - set(PARTS):
         raise ValueError(f"train must name one or more of {', '.join(PARTS)}, got {recipe.train}.")
     check_ranges(recipe.tile_ranges, "tile_ranges")
+    if recipe.language_layers is not None and (recipe.lora is not None or "language_model" not in recipe.train):
+        raise ValueError("language_layers adds layers that have to be trained: train the language_model, without LoRA.")
+    if recipe.language_layers is not None and recipe.depth is not None:
+        raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
     if len(recipe.betas) != 2:
         raise ValueError(f"betas must be two numbers, got {recipe.betas}.")
     if recipe.matrix_learning_rate is not None and recipe.optimizer != "muon":

@@ -75,7 +75,7 @@ class Samples(torch.utils.data.Dataset):
         limit = self.recipe.max_seq_length
         fits = np.ones(source.size, dtype=bool)
         for index, row in enumerate(source.rows.select(range(source.size)).select_columns(["text_tokens", "sizes"])):
-            length = max(self._length(row, ranges) for ranges in source.ranges)
+            length = max(self._length(row, ranges, source.use_thumbnail) for ranges in source.ranges)
             fits[index] = length <= limit
             if length > limit and self.recipe.too_long == "raise":
                 raise ValueError(
@@ -85,8 +85,8 @@ class Samples(torch.utils.data.Dataset):
                 )
         return np.flatnonzero(fits)
 
-    def _length(self, row: dict, ranges: tuple[int, int, int, int]) -> int:
-        return row["text_tokens"] + self.encoder.image_length(row["sizes"], ranges)
+    def _length(self, row: dict, ranges: tuple[int, int, int, int], use_thumbnail: bool) -> int:
+        return row["text_tokens"] + self.encoder.image_length(row["sizes"], ranges, use_thumbnail)
 
     def _lay_out(self, total: int) -> np.ndarray:
         """(total, 3) source, index and round of every slot: epoch after epoch, the last one cut off."""
@@ -113,19 +113,30 @@ class Samples(torch.utils.data.Dataset):
             within = np.concatenate(
                 [np.arange(len(f)) for source, f in zip(self.sources, self.fitting) for _ in range(source.repeats)]
             )
-            return slots[np.argsort((within + rng.random(len(slots))) / sizes, kind="stable")]
+            slots = slots[np.argsort((within + rng.random(len(slots))) / sizes, kind="stable")]
+            # Neighbours of like length within a step: its micro batches are padded less.
+            step = np.arange(len(slots)) // self.recipe.batch_size
+            tiles = [self._most_tiles(Slot(*slot)) for slot in slots.tolist()]
+            return slots[np.lexsort((slots[:, 0], tiles, step))]
         return slots[rng.permutation(len(slots))]
+
+    def _most_tiles(self, slot: Slot) -> int:
+        """A bound of the tiles of a document that is not drawn yet."""
+        source = self.sources[slot.source]
+        _, most, _, adaptive_most = source.tile_range(slot.index, slot.round, self.recipe.seed)
+        return most + adaptive_most
 
     def _slot_length(self, slot: Slot) -> int:
         source = self.sources[slot.source]
-        return self._length(source.rows[slot.index], source.tile_range(slot.index, slot.round, self.recipe.seed))
+        ranges = source.tile_range(slot.index, slot.round, self.recipe.seed)
+        return self._length(source.rows[slot.index], ranges, source.use_thumbnail)
 
-    def _with_letters(self, sample: dict, example: Example) -> dict:
+    def _with_letters(self, sample: dict, example: Example, use_thumbnail: bool) -> dict:
         grids = sample.pop("tile_grids", None)
         if self.recipe.letters is None or not example.characters:
             return sample
         columns, rows, adaptive_columns, adaptive_rows = grids[0].tolist()
-        layers = layer_grids((columns, rows), (adaptive_columns, adaptive_rows))
+        layers = layer_grids((columns, rows), (adaptive_columns, adaptive_rows), use_thumbnail)
         patches = self.encoder.patches_per_side
         return {**sample, "cell_labels": cell_labels(example.pictures[0], example.characters, layers, patches)}
 
@@ -144,9 +155,9 @@ class Samples(torch.utils.data.Dataset):
         attempts = getattr(source, "MOST_ATTEMPTS", 1) if self.recipe.too_long == "skip" else 1
         for attempt in range(attempts):
             example = source.example(slot.index, slot.round, attempt)
-            sample = self.encoder(example.conversation, example.pictures, ranges)
+            sample = self.encoder(example.conversation, example.pictures, ranges, source.use_thumbnail)
             if len(sample["input_ids"]) <= limit:
-                return {**self._with_letters(sample, example), "redrawn": attempt}
+                return {**self._with_letters(sample, example, source.use_thumbnail), "redrawn": attempt}
         raise ValueError(
             f"Dataset {source.name}, example {slot.index}: {len(sample['input_ids'])} tokens do not fit max_seq_length "
             f"{limit} ({attempts} drawn). Raise it, use fewer tiles (tile_ranges), or too_long: skip."

@@ -1,0 +1,45 @@
+"""The ways to show a picture that are compared: four tilings, and which detailed tokens go."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from repository import root_class
+
+from evaluation.dropping import DROPS
+
+
+RANGE_NAMES = root_class("tiling.RANGE_NAMES")
+KEEP_RATIOS = (0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a picture reaches the language model."""
+
+    name: str
+    images_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    keep_ratio: float | None = None
+    """Share of the detailed tokens that stays; None: all."""
+    drop: str = "scm"
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        return "".join(character if character.isalnum() else "-" for character in self.name.lower())
+
+
+def tilings(ranges: tuple[int, int, int, int]) -> list[Way]:
+    """The whole image as one tile, its detailed tiles, these and the whole, and multi-scale cropping with `ranges`."""
+    detailed = dict(zip(RANGE_NAMES, (*ranges[:2], 1, 1)))
+    return [
+        Way("whole image", dict(zip(RANGE_NAMES, (1, 1, 1, 1)))),
+        Way("detailed", {**detailed, "use_thumbnail": False}),
+        Way("detailed + thumbnail", detailed),
+        Way("MSAC", dict(zip(RANGE_NAMES, ranges))),
+    ]
+
+
+def droppings(ranges: tuple[int, int, int, int]) -> list[Way]:
+    """Multi-scale cropping with fewer and fewer detailed tokens, dropped by scale compression and by its baselines."""
+    options = dict(zip(RANGE_NAMES, ranges))
+    return [Way(f"{drop} {ratio}", options, ratio, drop) for ratio in KEEP_RATIOS for drop in DROPS]
