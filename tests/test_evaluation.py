@@ -27,11 +27,13 @@ from evaluation.metrics import (  # noqa: E402
     ocrbench_formula,
     relaxed_accuracy,
     vqa_accuracy,
+    word_accuracy,
 )
 from evaluation.predictions import Predictions, read_predictions  # noqa: E402
 from evaluation.report import compare, score  # noqa: E402
 from evaluation.runner import Answering, answer_suite, prediction  # noqa: E402
 from evaluation.suites import SYNTHETIC, Item, Suite, read_benchmark, synthetic_suite  # noqa: E402
+from synthetic.vocabulary import READ_ALL  # noqa: E402
 
 
 TILES = {"min_tiles": 2, "max_tiles": 4, "adaptive_min_tiles": 1, "adaptive_max_tiles": 3}
@@ -100,6 +102,21 @@ def test_anls(answer, references, expected):
 )
 def test_relaxed_accuracy(answer, reference, expected):
     assert relaxed_accuracy(answer, [reference]) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "expected"),
+    [
+        ("The total\nis 12", ["The total is 12"], 1.0),
+        ("the total is 12", ["The total is 12"], 0.75),  # case counts
+        ("The is 12", ["The total is 12"], 0.75),  # one is missing
+        ("a b c d e f", ["x"], 0.0),  # six errors for one word
+        ("one two", ["one", "one two three"], 2 / 3),  # the closest: one error for three words, not one for one
+        ("", ["one"], 0.0),
+    ],
+)
+def test_word_accuracy(answer, references, expected):
+    assert word_accuracy(answer, references) == pytest.approx(expected)
 
 
 def test_ocrbench():
@@ -284,6 +301,8 @@ def test_compare_by_the_command(tmp_path, run_here):
         (["--drop", "random"], 2, "need --use-scm"),
         (["--resume"], 2, "--resume needs --out"),
         (["--suite", "page", "--clean"], 2, "use --difficulty"),
+        (["--benchmark", "a.jsonl", "--questions", "text"], 2, "--questions belongs to rendered documents"),
+        (["--suite", "word", "--questions", "values", "--items", 2], 1, "no questions for values"),
         (["--benchmark", "missing.jsonl"], 1, "no benchmark missing.jsonl"),
     ],
     ids=str,
@@ -303,9 +322,9 @@ def test_wrong_tiles_are_refused_before_a_model_is_loaded(benchmark, tiles, run_
 # --- suites and answers ----------------------------------------------------------------------------------------------
 
 
-def suite_of(name: str, items: int) -> Suite:
+def suite_of(name: str, items: int, **options) -> Suite:
     try:
-        return synthetic_suite(name, items, seed=1)
+        return synthetic_suite(name, items, seed=1, **options)
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -322,6 +341,15 @@ def test_every_kind_of_document_is_a_suite():
             assert len(item.answers[0].encode()) < suite.max_new_tokens
     with pytest.raises(ValueError, match="receipt"):
         synthetic_suite("novel", 1)
+
+
+def test_questions_for_the_whole_text_or_for_values():
+    for questions in ("text", "values"):
+        suite = suite_of("seam", 12, questions=questions)  # some of its documents hold one word and no other question
+        wordings = [suite.item(index).question in READ_ALL for index in range(12)]
+        assert wordings == [questions == "text"] * 12
+    with pytest.raises(ValueError, match="known are any, text, values"):
+        synthetic_suite("seam", 1, questions="all")
 
 
 def test_predictions_do_not_depend_on_where_a_run_was_interrupted(nano, processor, tmp_path):

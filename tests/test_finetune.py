@@ -28,7 +28,7 @@ import finetune as script  # isort: skip
 from benchmarking.models import random_config, random_model  # isort: skip
 from importing.folder import save_processor  # isort: skip
 from training.data import read_sources  # isort: skip
-from training.models import load_model  # isort: skip
+from training.models import deepen, load_model  # isort: skip
 from training.optimizers import MuonWithAdamW, matrices_and_rest  # isort: skip
 from training.recipe import read_recipe  # isort: skip
 from training.trainer import FineTuner, last_checkpoint  # isort: skip
@@ -128,12 +128,32 @@ def test_letters_are_a_loss_of_their_own(tmp_path, monkeypatch, only):
     assert loss != metrics(tmp_path / "plain")["losses"]["1"]
 
 
+def test_new_layers_begin_without_effect_and_are_trained(tmp_path, monkeypatch, nano):
+    model = load_model(str(ROOT), read_recipe(write_recipe(tmp_path, depth=None)))
+    layers = model.config.text_config.num_hidden_layers
+    inputs = {"input_ids": torch.arange(10, 40)[None]}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        deepen(model, 2 * layers + 1)
+        after = model(**inputs).logits
+    assert torch.equal(before, after)
+    assert [layer.self_attn.layer_idx for layer in model.model.language_model.layers] == [*range(2 * layers + 1)]
+    train_here(monkeypatch, write_recipe(tmp_path, depth=None, language_layers=layers + 2, save_dtype="float32"))
+    trained = load_model(str(tmp_path / "out" / "model"), read_recipe(write_recipe(tmp_path, depth=None)))
+    assert trained.config.text_config.num_hidden_layers == layers + 2
+    added = [layer for layer in trained.model.language_model.layers if layer.mlp.down_proj.weight.abs().max() < 0.01]
+    assert len(added) == 2 and all(layer.mlp.down_proj.weight.abs().max() > 0 for layer in added)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 3}, "take a multiple of 2"),
         ({"model": "nowhere"}, "import_checkpoint.py"),
         ({"depth": 9}, "depth 9 is more than"),
+        ({"depth": None, "language_layers": 2}, "language_layers 2 is less than"),
+        ({"depth": 1, "language_layers": 9}, "give one of them"),
+        ({"device": "auto", "bf16": True}, "device=cpu"),
         ({"max_seq_length": 20}, "do not fit max_seq_length 20"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),

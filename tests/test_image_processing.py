@@ -22,6 +22,7 @@ RECORDED = json.loads((FIXTURES / "preprocess" / "pixels.json").read_text())
 RANGE_NAMES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
 ONE_TILE = dict.fromkeys(RANGE_NAMES, 1)
 PUBLISHED = dict(zip(RANGE_NAMES, (4, 12, 3, 7)))
+IN_PARTS = {**PUBLISHED, "use_thumbnail": False}
 RAW = {"do_rescale": False, "do_normalize": False}
 SIDE = 28
 BACKENDS = {"pil": "MiniMonkeyImageProcessorPil", "torchvision": "MiniMonkeyImageProcessor"}
@@ -287,11 +288,21 @@ def test_bad_settings_raise_in_a_call(either, picture, settings, message):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (640, 480), (480, 640), (20, 800), (800, 20), (61, 59)])
-@pytest.mark.parametrize("options", [PUBLISHED, ONE_TILE, {"preset": "docvqa"}, {"preset": "infovqa", "max_tiles": 9}])
+@pytest.mark.parametrize(
+    "options", [PUBLISHED, ONE_TILE, {"preset": "docvqa"}, {"preset": "infovqa", "max_tiles": 9}, IN_PARTS]
+)
 def test_number_of_patches_is_what_comes_out(either, size, options):
     options = {**options, "size": square(SIDE)}
     tiles = either(Image.new("RGB", size), **options)["pixel_values"]
     assert either.get_number_of_image_patches(size[1], size[0], options) == len(tiles)
+
+
+def test_without_thumbnail_the_other_tiles_are_the_same(either, processor_class):
+    image = Image.effect_mandelbrot((300, 200), (-2, -1, 1, 1), 50).convert("RGB")
+    whole, parts = either(image, **PUBLISHED), either(image, **IN_PARTS)
+    assert tuple(parts["tile_counts"][0]) == (*whole["tile_counts"][0][:2], 0)
+    np.testing.assert_array_equal(parts["pixel_values"], whole["pixel_values"][:-1])
+    assert processor_class(use_thumbnail=False).to_dict()["use_thumbnail"] is False
 
 
 def test_number_of_patches_uses_the_processors_own_settings(either):

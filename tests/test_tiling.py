@@ -11,6 +11,7 @@ from conftest import FIXTURES, ROOT, root_class
 msac_grids = root_class("tiling.msac_grids")
 grids_in_range = root_class("tiling.grids_in_range")
 closest_grid = root_class("tiling.closest_grid")
+layer_grids = root_class("tiling.layer_grids")
 tile_counts = root_class("tiling.tile_counts")
 PRESETS = root_class("tiling.PRESETS")
 
@@ -125,6 +126,13 @@ def test_no_candidate_gives_the_single_tile():
 )
 def test_single_tile_grid_adds_no_tiles_beside_the_thumbnail(detailed, adaptive, counts):
     assert tile_counts(detailed, adaptive) == counts
+    assert layer_grids(detailed, adaptive)[-1] == (1, 1)
+
+
+def test_without_thumbnail_a_picture_of_one_tile_is_still_shown():
+    assert layer_grids((4, 3), (3, 2), use_thumbnail=False) == [(4, 3), (3, 2)]
+    assert tile_counts((4, 3), (1, 1), use_thumbnail=False) == (12, 0, 0)
+    assert tile_counts((1, 1), (1, 1), use_thumbnail=False) == (0, 0, 1)
 
 
 @pytest.mark.parametrize("size", [(0, 10), (10, 0), (-1, 10), (10, -5)])

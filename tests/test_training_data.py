@@ -12,7 +12,7 @@ from training_helpers import ONE_TILE, draw, line, stand_in_documents, write_lin
 
 from synthetic.text_images import CharacterBox  # isort: skip
 from training.collator import Collator  # isort: skip
-from training.data import picture_size, read_sources  # isort: skip
+from training.data import IMAGE_PLACEHOLDER, picture_size, read_sources  # isort: skip
 from training.encode import IGNORED, Conversation, Encoder, tile_options  # isort: skip
 from training.letters import CHARACTER_CLASS, cell_labels  # isort: skip
 from training.recipe import Recipe, read_recipe  # isort: skip
@@ -118,7 +118,7 @@ def test_lengths_are_known_without_pixels(tmp_path, encoder):
     data = samples(tmp_path, encoder, {"a": {"annotation": write_lines(tmp_path, lines)}}, MSAC, order="grouped")
     rows = data.sources[0].rows
     for position, (_, index, _) in enumerate(data.slots.tolist()):
-        assert len(data[position]["input_ids"]) == data._length(rows[index], (1, 4, 1, 3))
+        assert len(data[position]["input_ids"]) == data._length(rows[index], (1, 4, 1, 3), True)
 
 
 def test_sideways_pictures_are_measured_upright(tmp_path):
@@ -178,6 +178,9 @@ def test_wrong_lines_are_named(tmp_path, encoder, entry, message):
         ({"synthetic": "word", "length": 3, "difficulty": [1]}, "difficulty"),
         ({"synthetic": "word", "length": 3, "annotation": "a"}, "unknown annotation"),
         ({"synthetic": "word", "length": 3, "split": "other"}, "no split other"),
+        ({"synthetic": "word", "length": 3, "turns": 0}, "turns"),
+        ({"annotation": "lines.jsonl", "use_thumbnail": 0}, "use_thumbnail"),
+        ({"annotation": "lines.jsonl", "turns": 2}, "unknown turns"),
     ],
 )
 def test_wrong_datasets_are_named(tmp_path, encoder, monkeypatch, entry, message):
@@ -286,6 +289,45 @@ def test_a_curriculum_keeps_every_dataset_in_order(tmp_path, encoder):
     assert 1 in slots[:8, 0] and 1 in slots[-8:, 0]
 
 
+def test_samples_of_few_tiles_stand_together_in_a_step(tmp_path, encoder):
+    annotation = write_lines(tmp_path, [line("Hi", "x")] * 12)
+    entries = {
+        name: {"annotation": annotation, "tile_ranges": [[1, most, 1, 1]]}
+        for name, most in (("a", 9), ("b", 1), ("c", 4))
+    }
+    slots = samples(tmp_path, encoder, entries, order="curriculum", batch_size=6).slots
+    for step in slots.reshape(6, 6, 3):
+        assert sorted(set(step[:, 0])) == [0, 1, 2]
+        order = [{1: 0, 2: 1, 0: 2}[source] for source in step[:, 0]]
+        assert order == sorted(order)
+
+
+def test_several_questions_share_a_picture_and_the_whole_text_comes_last(tmp_path, encoder):
+    def conversations(turns):
+        entries = {"a": {"synthetic": "receipt", "length": 12, "turns": turns, "tile_ranges": [[2, 4, 1, 1]]}}
+        try:
+            (source,) = read_sources(entries, tmp_path, ONE_TILE, encoder)
+        except ValueError as error:
+            pytest.skip(str(error))
+        return [source.example(index, 0).conversation.turns for index in range(12)]
+
+    assert {len(turns) for turns in conversations(1)} == {1}
+    several = conversations(4)
+    assert {len(turns) for turns in several} == {1, 2, 3, 4}
+    for turns in several:
+        assert [IMAGE_PLACEHOLDER in question for question, _ in turns] == [True] + [False] * (len(turns) - 1)
+        assert all("\n" not in answer for _, answer in turns[:-1])
+    assert any("\n" in turns[-1][1] for turns in several)
+
+
+def test_a_dataset_without_thumbnails(tmp_path, encoder):
+    draw(tmp_path / "a.png", "a", (300, 150))
+    entry = {"annotation": write_lines(tmp_path, [GOOD]), "tile_ranges": [[2, 4, 1, 1]]}
+    whole, parts = (samples(tmp_path, encoder, {"a": {**entry, "use_thumbnail": use}})[0] for use in (True, False))
+    assert torch.equal(whole["pixel_values"][:-1], parts["pixel_values"])
+    assert len(whole["input_ids"]) == len(parts["input_ids"]) + 49
+
+
 def test_a_sample_takes_one_of_its_tile_ranges(tmp_path, encoder):
     ranges = [[1, 1, 1, 1], [2, 4, 1, 1], [1, 4, 2, 3]]
     draw(tmp_path / "a.png", "a", (300, 150))
@@ -308,11 +350,13 @@ def test_batches_are_padded_and_a_needless_tile_changes_nothing(nano, encoder, p
         batch = Collator(*settings, always_with_tile)([short, long])
         assert batch.pop("redrawn") == 0
         assert ("pixel_values" in batch) == always_with_tile
-        assert batch["attention_mask"].sum(dim=1).tolist() == [len(short["input_ids"]), len(long["input_ids"])]
-        assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+        padding = torch.arange(batch["labels"].shape[1]) >= torch.tensor([[len(s["input_ids"])] for s in (short, long)])
+        assert (batch["labels"][padding] == IGNORED).all()
         with torch.no_grad():
             losses.append(nano(**batch).loss)
-    torch.testing.assert_close(*losses)
+            losses.append(nano(**batch, attention_mask=(~padding).long()).loss)
+    for loss in losses:
+        torch.testing.assert_close(loss, losses[0])
     picture = encoder(Conversation((("<image>", "a"),)), [Image.new("RGB", (300, 100))], (1, 4, 1, 1))
     batch = Collator(*settings, True)([short, picture, picture])
     assert batch["pixel_values"].shape == (2 * len(picture["pixel_values"]), 3, 112, 112)
@@ -367,6 +411,8 @@ def test_shipped_recipes_are_valid(path):
         ("eval_every=2", "eval_data"),
         ("letters.weight=1", "letters teach the vision tower"),
         ("decay_ratio=0.99", "decay_ratio"),
+        ("language_layers=0", "at least 1"),
+        ("language_layers=30", "without LoRA"),
     ],
 )
 def test_recipes_say_what_is_wrong(override, message):

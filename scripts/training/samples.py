@@ -91,7 +91,14 @@ class Samples(torch.utils.data.Dataset):
     def _lay_out(self, total: int) -> np.ndarray:
         """(total, 3) source, index and round of every slot: epoch after epoch, the last one cut off."""
         epochs = range(-(-total // self.epoch_size))
-        return np.concatenate([self._ordered(self._epoch(epoch), epoch) for epoch in epochs])[:total]
+        slots = np.concatenate([self._ordered(self._epoch(epoch), epoch) for epoch in epochs])[:total]
+        return self._like_length(slots) if self.recipe.order == "curriculum" else slots
+
+    def _like_length(self, slots: np.ndarray) -> np.ndarray:
+        """The same steps, within each of them samples of few tiles first, so that its micro batches are padded less."""
+        step = np.arange(len(slots)) // self.recipe.batch_size
+        tiles = [self._most_tiles(Slot(*slot)) for slot in slots.tolist()]
+        return slots[np.lexsort((slots[:, 0], tiles, step))]
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """(slots, 3) of one epoch, dataset after dataset."""
@@ -113,15 +120,11 @@ class Samples(torch.utils.data.Dataset):
             within = np.concatenate(
                 [np.arange(len(f)) for source, f in zip(self.sources, self.fitting) for _ in range(source.repeats)]
             )
-            slots = slots[np.argsort((within + rng.random(len(slots))) / sizes, kind="stable")]
-            # Neighbours of like length within a step: its micro batches are padded less.
-            step = np.arange(len(slots)) // self.recipe.batch_size
-            tiles = [self._most_tiles(Slot(*slot)) for slot in slots.tolist()]
-            return slots[np.lexsort((slots[:, 0], tiles, step))]
+            return slots[np.argsort((within + rng.random(len(slots))) / sizes, kind="stable")]
         return slots[rng.permutation(len(slots))]
 
     def _most_tiles(self, slot: Slot) -> int:
-        """A bound of the tiles of a document that is not drawn yet."""
+        """A bound of the tiles of a picture, which may not be drawn yet."""
         source = self.sources[slot.source]
         _, most, _, adaptive_most = source.tile_range(slot.index, slot.round, self.recipe.seed)
         return most + adaptive_most
