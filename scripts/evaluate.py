@@ -7,9 +7,9 @@
     python scripts/evaluate.py compare scm.jsonl random.jsonl
 
 Prints scores with their 95% intervals and the character error rate, and one JSON line. --out keeps every prediction, written
-as it is made; --resume goes on with such a file. The suites are rendered on the spot from words and fonts that training
-leaves out (synthetic/documents.py); see synthetic/text_images.py for the Debian packages they come from. The form of a
-benchmark is in evaluation/suites.py, the metrics are in evaluation/metrics.py.
+as it is made; --resume goes on with such a file; --sheet draws the first items. The suites are rendered on the spot from words
+and fonts that training leaves out (synthetic/documents.py); see synthetic/text_images.py for the Debian packages they come
+from. The form of a benchmark is in evaluation/suites.py, the metrics are in evaluation/metrics.py.
 """
 
 import argparse
@@ -37,9 +37,11 @@ from evaluation.suites import (
     read_benchmark,
     synthetic_suite,
 )
+from synthetic.sheet import sheet
 
 
 DEFAULT_ITEMS = 1000
+SHEET_ITEMS, SHEET_COLUMNS = 9, 3
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, default=None, help="JSONL file for the predictions")
     parser.add_argument("--resume", action="store_true", help="go on with the predictions in --out")
+    parser.add_argument("--sheet", type=Path, default=None, help="PNG of the first items with question and answers")
     args = parser.parse_args()
     _check(parser, args)
     return args
@@ -139,6 +142,16 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
     return settings | {"tiles": image_options(args), "max_new_tokens": max_new_tokens}
 
 
+def draw_sheet(suite: Suite, predictions: list[dict], answering: Answering, path: Path) -> None:
+    """Write a picture of the first items, with what was asked, the right answer, and the model's."""
+    captioned = []
+    for number, line in enumerate(predictions[:SHEET_ITEMS]):
+        (image, *_) = answering.open(suite.item(number))
+        texts = [line["question"], f"right: {line['reference']!r}", f"read:  {line['answer']!r}"]
+        captioned.append((image, texts))
+    sheet(captioned, SHEET_COLUMNS).save(path)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -146,11 +159,14 @@ def evaluate(args: argparse.Namespace) -> None:
     max_new_tokens = args.max_new_tokens or suite.max_new_tokens
     settings = settings_of(args, suite, max_new_tokens)
     predictions = Predictions(args.out, settings, args.resume)
-    lines = answer_suite(suite, load(args, max_new_tokens), predictions, args.batch_size)
+    answering = load(args, max_new_tokens)
+    lines = answer_suite(suite, answering, predictions, args.batch_size)
     result = score(lines) | {name: value for name, value in settings.items() if value is not None}
     is_word = args.benchmark is None and args.suite == "word"
     print(describe(result, f"{len(lines)} {'unseen words in unseen fonts' if is_word else 'items of ' + suite.name}"))
     print(json.dumps(result))
+    if args.sheet is not None:
+        draw_sheet(suite, lines, answering, args.sheet)
 
 
 def compare_files(arguments: list[str]) -> None:

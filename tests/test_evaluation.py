@@ -257,7 +257,7 @@ def test_a_benchmark_by_the_command_and_its_continuation(benchmark, tmp_path, ru
         8,
     ]
     result = subprocess.run(
-        [sys.executable, "scripts/evaluate.py", *map(str, command)],
+        [sys.executable, "scripts/evaluate.py", *map(str, command), "--sheet", str(tmp_path / "sheet.png")],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -265,6 +265,7 @@ def test_a_benchmark_by_the_command_and_its_continuation(benchmark, tmp_path, ru
     )
     assert result.returncode == 0, result.stderr
     assert "3 items of benchmark" in result.stdout
+    assert Image.open(tmp_path / "sheet.png").width >= 3 * 320
     whole = report(result.stdout)
     assert (whole["items"], whole["anls_items"], whole["exact_match_items"]) == (3, 2, 1)
     assert whole["image_tokens_per_item"] == whole["image_tokens_read_per_item"] > 49

@@ -17,8 +17,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as for the scripts in the folder above
 
-from PIL import Image, ImageDraw
-
 from synthetic.canvas import Document, Question
 from synthetic.charts import chart
 from synthetic.forms import form
@@ -26,10 +24,11 @@ from synthetic.pages import line, page, word
 from synthetic.receipts import receipt
 from synthetic.scenes import scene
 from synthetic.seams import seam
+from synthetic.sheet import sheet
 from synthetic.tables import table
 
 
-__all__ = ["KINDS", "SPLITS", "Document", "Question", "document", "sheet"]
+__all__ = ["KINDS", "SPLITS", "Document", "Question", "document"]
 
 SPLITS = ("training", "held_out")
 KINDS: dict[str, Callable[[random.Random, str, float], Document]] = {
@@ -67,30 +66,6 @@ def document(kind: str, index: int, seed: int, split: str = "training", difficul
     return KINDS[kind](random.Random(f"{seed}/{split}/{kind}/{index}"), split, difficulty)
 
 
-def sheet(documents: list[Document], columns: int) -> Image.Image:
-    """Documents at their own size, each with its questions and answers below."""
-    width = max(320, *(item.image.width for item in documents)) + 10
-    cells = [_cell(item, width) for item in documents]
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    heights = [max(cell.height for cell in row) for row in rows]
-    whole = Image.new("RGB", (width * columns, sum(heights)), "white")
-    for number, row in enumerate(rows):
-        for column, cell in enumerate(row):
-            whole.paste(cell, (column * width, sum(heights[:number])))
-    return whole
-
-
-def _cell(item: Document, width: int) -> Image.Image:
-    texts = [f"{question.text} -> {question.answer!r}" for question in item.questions]
-    lines = [text[i : i + width // 6] for text in texts for i in range(0, len(text), width // 6)]
-    cell = Image.new("RGB", (width, item.image.height + 12 * len(lines) + 16), "white")
-    cell.paste(item.image, (0, 0))
-    draw = ImageDraw.Draw(cell)
-    for number, text in enumerate(lines):
-        draw.text((2, item.image.height + 4 + 12 * number), text, fill="black")
-    return cell
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a sheet of documents with their questions, to look at.")
     parser.add_argument("out", type=Path)
@@ -102,7 +77,8 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=4)
     args = parser.parse_args()
     items = [document(args.kind, i, args.seed, args.split, args.difficulty) for i in range(args.items)]
-    sheet(items, args.columns).save(args.out)
+    captions = [[f"{asked.text} -> {asked.answer!r}" for asked in item.questions] for item in items]
+    sheet([(item.image, texts) for item, texts in zip(items, captions)], args.columns).save(args.out)
 
 
 if __name__ == "__main__":
