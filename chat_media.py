@@ -190,9 +190,11 @@ def _picture_options(bound: ChatArguments, images: int) -> dict[str, Any]:
     """The image processor's options, with what each picture gets of a tile budget."""
     if bound.tile_budget is None or not images:
         return bound.images_kwargs
-    ranges = bound.processor.image_processor.tile_ranges(**bound.images_kwargs)
+    image_processor = bound.processor.image_processor
+    use_thumbnail = bound.images_kwargs.get("use_thumbnail", image_processor.use_thumbnail)
+    ranges = image_processor.tile_ranges(**bound.images_kwargs)
     options = {name: value for name, value in bound.images_kwargs.items() if name != "preset"}
-    return {**options, **dict(zip(RANGE_NAMES, share_tile_budget(bound.tile_budget, images, ranges)))}
+    return {**options, **dict(zip(RANGE_NAMES, share_tile_budget(bound.tile_budget, images, ranges, use_thumbnail)))}
 
 
 def _place_images(question: str, history: list[tuple[str, str]], images: int) -> str:

@@ -43,6 +43,7 @@ from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_gr
 
 BACKGROUND = (255, 255, 255)
 URL_TIMEOUT = 30.0  # seconds
+CHECKED = (*RANGE_NAMES, "size", "do_resize", "use_thumbnail")
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 
 
@@ -223,7 +224,7 @@ class _MsacMixin:
 
     def __init__(self, **kwargs):
         super().__init__(**expand_preset(kwargs))
-        self._check_settings(**{name: getattr(self, name) for name in (*RANGE_NAMES, "size", "do_resize")})
+        self._check_settings(**{name: getattr(self, name) for name in CHECKED})
 
     def preprocess(self, images: ImageInput, *args, **kwargs) -> BatchFeature:
         """Cut pictures into tiles.
@@ -245,15 +246,19 @@ class _MsacMixin:
     __call__ = preprocess
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
-        self._check_settings(**{name: kwargs[name] for name in (*RANGE_NAMES, "size", "do_resize")})
+        self._check_settings(**{name: kwargs[name] for name in CHECKED})
         super()._validate_preprocess_kwargs(**kwargs)
 
     @staticmethod
-    def _check_settings(min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles, size, do_resize) -> None:
+    def _check_settings(
+        min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles, size, do_resize, use_thumbnail
+    ) -> None:
         check_tile_range(min_tiles, max_tiles, "detailed tile")
         check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
         if size is None or size["height"] is None or size["height"] != size["width"] or size["height"] < 1:
             raise ValueError(f"Tiles are square: size must be {{'height': S, 'width': S}}, got {size}.")
+        if not isinstance(use_thumbnail, bool):
+            raise ValueError(f"use_thumbnail is True or False, got {use_thumbnail!r}.")
         if not do_resize:
             raise ValueError(
                 "do_resize=False cannot work: a picture is cut in tiles after it is resized to their grid."
@@ -302,12 +307,16 @@ class _MsacMixin:
     def _grids(size: tuple[int, int], settings: dict[str, Any], tile_size: int) -> tuple:
         return msac_grids(*size, *(settings[name] for name in RANGE_NAMES), tile_size)
 
-    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """How many tiles a picture of this size gives, thumbnail included, without its pixels."""
-        settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs or {})}
+    def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
+        """How many detailed, adaptive and thumbnail tiles a picture of this size gives, without its pixels."""
+        own = {name: getattr(self, name) for name in (*RANGE_NAMES, "use_thumbnail")}
+        settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = get_size_dict(settings.get("size") or dict(self.size))["height"]
-        use_thumbnail = settings.get("use_thumbnail", self.use_thumbnail)
-        return sum(tile_counts(*self._grids((width, height), settings, tile_size), use_thumbnail))
+        return tile_counts(*self._grids((width, height), settings, tile_size), settings["use_thumbnail"])
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """How many tiles a picture of this size gives, all three kinds together, without its pixels."""
+        return sum(self.count_tiles(height, width, images_kwargs))
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers; keeps both back ends in `auto_map`, which saving would narrow to one."""

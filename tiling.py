@@ -139,7 +139,7 @@ def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> t
     return count(detailed), count(adaptive), int(SINGLE_TILE in grids)
 
 
-def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges) -> TileRanges:
+def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges, use_thumbnail: bool = True) -> TileRanges:
     """Tile ranges for each of `images` pictures that together give at most `tile_budget` tiles, thumbnails counted.
 
     Every picture gets the same share; within it detailed and adaptive tiles keep their proportion.
@@ -150,12 +150,13 @@ def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges) -> Tile
     share = tile_budget // images
     if share < 1:
         raise ValueError(
-            f"A tile_budget of {tile_budget} does not give each of {images} pictures its one thumbnail; raise it to at least "
+            f"A tile_budget of {tile_budget} does not give each of {images} pictures its one tile; raise it to at least "
             f"{images}, or pass fewer pictures."
         )
     min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = ranges
-    if max_tiles + adaptive_max_tiles < share:
+    parts = share - int(use_thumbnail)  # what is left for detailed and adaptive tiles
+    if max_tiles + adaptive_max_tiles <= parts:
         return ranges
-    detailed = max(1, -(-(share - 1) * max_tiles // (max_tiles + adaptive_max_tiles)))
-    adaptive = max(1, share - 1 - detailed)
+    detailed = max(1, -(-parts * max_tiles // (max_tiles + adaptive_max_tiles)))
+    adaptive = max(1, parts - detailed)
     return min(min_tiles, detailed), detailed, min(adaptive_min_tiles, adaptive), adaptive

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoProcessor
 
 from evaluation.dropping import DROPS
 from evaluation.metrics import METRICS
-from evaluation.predictions import Predictions, read_predictions
+from evaluation.predictions import Predictions, read_predictions, weights_digest
 from evaluation.report import compare, describe, describe_comparison, score
 from evaluation.runner import Answering, answer_suite
 from evaluation.suites import (
@@ -91,6 +91,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     is_word = args.suite == "word" and args.benchmark is None
     if args.clean and not is_word:
         parser.error("--clean belongs to the suite word; use --difficulty")
+    if args.sheet is not None and (args.sheet.suffix != ".png" or not args.sheet.parent.is_dir()):
+        parser.error(f"--sheet must be a .png in a folder that exists, got {args.sheet}")
     if args.questions != "any" and args.benchmark is not None:
         parser.error("--questions belongs to rendered documents")
     if args.difficulty is not None and (is_word or args.benchmark is not None):
@@ -128,7 +130,6 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
         "seed",
         "clean",
         "difficulty",
-        "questions",
         "metric",
         "use_scm",
         "scm_keep_ratio",
@@ -137,13 +138,16 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
         "dtype",
     )
     settings = {name: getattr(args, name) for name in names} | {"suite": suite.name, "items": len(suite)}
+    settings["weights"] = weights_digest(args.model)
+    if args.questions != "any":
+        settings["questions"] = args.questions
     if args.benchmark is not None:
         settings["benchmark"] = hashlib.sha256(args.benchmark.read_bytes()).hexdigest()
     return settings | {"tiles": image_options(args), "max_new_tokens": max_new_tokens}
 
 
 def draw_sheet(suite: Suite, predictions: list[dict], answering: Answering, path: Path) -> None:
-    """Write a picture of the first items, with what was asked, the right answer, and the model's."""
+    """Write the first picture of each of the first items, with what was asked, the right answer, and the model's."""
     captioned = []
     for number, line in enumerate(predictions[:SHEET_ITEMS]):
         (image, *_) = answering.open(suite.item(number))

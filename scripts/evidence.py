@@ -6,12 +6,14 @@
 Held-out documents (evaluation/suites.py) are read as one whole image, as detailed tiles, as these and a thumbnail, and with
 multi-scale cropping; then with fewer detailed tokens, chosen by scale compression, at random and evenly. Writes to the folder:
 predictions of every way, evidence.json, the tables as evidence.md and the figure evidence.png. Differences are paired, their
-95% intervals bootstrapped. What is there already is not asked again. Needs the `training` extra.
+95% intervals bootstrapped and not corrected for how many there are. What is there already is not asked again. Needs the
+`training` extra.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from repository import ROOT, root_class
 from transformers import AutoModel, AutoProcessor
 
 from evaluation.figure import draw
-from evaluation.predictions import Predictions
+from evaluation.predictions import Predictions, weights_digest
 from evaluation.runner import Answering, answer_suite
 from evaluation.suites import Suite, synthetic_suite
 from evaluation.tables import Comparison, markdown
@@ -48,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--preset", default="default", help="tile ranges of multi-scale cropping")
     parser.add_argument("--items", type=int, default=1000, help="of each suite")
-    parser.add_argument("--difficulty", type=float, default=1.0, help="of the documents, 0 to 1 (default)")
+    parser.add_argument("--difficulty", type=float, default=0.5, help="of the documents, 0 to 1 (default 0.5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -56,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.compressed is None:
         args.compressed = [name for name in args.suites if name in COMPRESSED]
+    args.suites = list(dict.fromkeys(args.suites))
     if args.items < 2 or args.batch_size < 1:
         parser.error("--items must be at least 2, --batch-size at least 1")
     if args.preset not in root_class("tiling.PRESETS"):
@@ -65,50 +68,73 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One suite that is to be read in one way."""
+
+    name: str
+    suite: Suite
+    way: Way
+    predictions: Predictions
+
+
+def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
+    """What is to be read, by suite and subject, with the predictions of an earlier run.
+
+    Raises:
+        ValueError: Predictions in the folder that were made with other weights or settings, or no fonts.
+    """
+    ranges = root_class("tiling.PRESETS")[args.preset]
+    args.out.mkdir(parents=True, exist_ok=True)
+    shared = {key: getattr(args, key) for key in ("model", "difficulty", "seed", "batch_size", "device", "dtype")}
+    shared["weights"] = weights_digest(args.model)
+    readings = {}
+    for name in args.suites:
+        kind, questions, metric = SUITES[name]
+        suite = synthetic_suite(kind, args.items, args.seed, args.difficulty, metric, questions)
+        settings = {**shared, "suite": suite.name, "questions": questions, "metric": metric, "items": len(suite)}
+        ways = tilings(ranges) + (droppings(ranges) if name in args.compressed else [])
+        planned = {way: Reading(name, suite, way, _predictions(args.out, name, way, settings)) for way in ways}
+        readings[name, "tilings"] = [planned[way] for way in tilings(ranges)]
+        if name in args.compressed:
+            readings[name, "compression"] = [planned[way] for way in (tilings(ranges)[-1], *droppings(ranges))]
+    return readings
+
+
+def _predictions(folder: Path, name: str, way: Way, settings: dict) -> Predictions:
+    shown = {"tiles": way.images_kwargs, "keep_ratio": way.keep_ratio, "drop": way.drop}
+    return Predictions(folder / f"{name}.{way.slug}.jsonl", settings | shown, resume=True)
+
+
 class Reader:
     """Answers a suite in one way after another, with the same model."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
+        self.batch_size = args.batch_size
         self.processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
         self.model = model.to(args.device).eval()
 
-    def __call__(self, suite: Suite, name: str, way: Way) -> list[dict]:
+    def __call__(self, reading: Reading) -> list[dict]:
         """The predictions of a way, those of an earlier run among them."""
-        print(f"{name}, {way.name}", file=sys.stderr)
-        names = ("model", "difficulty", "seed", "batch_size", "dtype")
-        settings = {key: getattr(self.args, key) for key in names} | {
-            "suite": suite.name,
-            "items": len(suite),
-            "tiles": way.images_kwargs,
-            "keep_ratio": way.keep_ratio,
-            "drop": way.drop,
-        }
-        predictions = Predictions(self.args.out / f"{name}.{way.slug}.jsonl", settings, resume=True)
+        suite, way = reading.suite, reading.way
+        print(f"{reading.name}, {way.name}", file=sys.stderr)
         answering = Answering(
             self.model, self.processor, suite.max_new_tokens, way.images_kwargs, way.keep_ratio, way.drop
         )
-        return answer_suite(suite, answering, predictions, self.args.batch_size)
+        if len(reading.predictions.lines) < len(suite):  # a first pass takes longer, and seconds are compared
+            items = [suite.item(index) for index in range(2)]
+            answering(items, [answering.open(item) for item in items])
+        return answer_suite(suite, answering, reading.predictions, self.batch_size)
 
 
 def compare_ways(args: argparse.Namespace) -> list[Comparison]:
-    """Every suite of `args` in every way."""
-    ranges = root_class("tiling.PRESETS")[args.preset]
-    suites = {
-        name: synthetic_suite(kind, args.items, args.seed, args.difficulty, metric, questions)
-        for name, (kind, questions, metric) in SUITES.items()
-        if name in args.suites
-    }
-    read, comparisons = Reader(args), []
-    for name, suite in suites.items():
-        shown = {way: read(suite, name, way) for way in tilings(ranges)}
-        comparisons.append(Comparison(name, "tilings", shown))
-    for name in args.compressed:
-        whole = tilings(ranges)[-1]
-        shown = {way: read(suites[name], name, way) for way in (whole, *droppings(ranges))}
-        comparisons.append(Comparison(name, "compression", shown))
-    return comparisons
+    """Every suite of `args` in every way: first the tilings of all, then compression."""
+    readings, read = plan(args), Reader(args)
+    return [
+        Comparison(name, subject, {reading.way: read(reading) for reading in chosen})
+        for (name, subject), chosen in sorted(readings.items(), key=lambda pair: pair[0][1], reverse=True)
+    ]
 
 
 def main() -> int:

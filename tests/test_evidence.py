@@ -22,6 +22,8 @@ def predictions(scores: list[float], tokens: int = 100) -> list[dict]:
     return [
         {
             "id": str(number),
+            "question": "What?",
+            "answers": ["ab"],
             "metric": "exact_match",
             "score": score,
             "reference": "ab",
@@ -57,6 +59,7 @@ def test_a_tiling_is_compared_with_the_one_before():
     assert [row["score"] for row in rows] == [0, 0.25, 0.5, 0.75]
     assert [row.get("compared_with") for row in rows] == [None, "whole image", "detailed", "detailed + thumbnail"]
     assert all(row["difference"] == 0.25 and row["difference_low"] == 0 for row in rows[1:])
+    assert all((row["better"], row["worse"]) == (1, 0) for row in rows[1:])
     assert rows[0]["character_error_rate"] == 0.5 and rows[0]["seconds"] == 0.5
 
 
@@ -98,8 +101,10 @@ def test_the_command_writes_tables_and_figure_and_goes_on(tmp_path):
     assert [json.loads(line)["answer"] for line in again["seams.msac.jsonl"].splitlines()] == [
         json.loads(line)["answer"] for line in answered["seams.msac.jsonl"].splitlines()
     ]
+    command[command.index("seams") : command.index("seams") + 1] = ["lines", "seams"]
     changed = subprocess.run([*command, "--seed", "5"], capture_output=True, text=True, timeout=300)
     assert changed.returncode == 1 and "seed was 0, is 5" in changed.stderr
+    assert not (tmp_path / "lines.whole-image.jsonl").exists()  # said before anything is read
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, root_class
 from PIL import ExifTags, Image
 from training_helpers import ONE_TILE, draw, line, stand_in_documents, write_lines, write_words
 
@@ -20,6 +20,7 @@ from training.samples import Samples  # isort: skip
 
 
 MSAC = [[1, 4, 1, 3]]
+RANGE_NAMES = root_class("tiling.RANGE_NAMES")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,7 @@ def test_a_system_message_replaces_the_default(encoder, processor):
 
 
 def test_pictures_share_tiles():
+    assert tile_options((4, 12, 3, 7), 2, use_thumbnail=False) == dict(zip(RANGE_NAMES, (4, 6, 3, 3)))
     assert list(tile_options((1, 8, 1, 4), 1).values()) == [1, 8, 1, 4]
     least, most, adaptive_least, adaptive_most = tile_options((2, 8, 1, 4), 3).values()
     assert most + adaptive_most + 1 <= 13 // 3 and 1 <= least <= most and 1 <= adaptive_least <= adaptive_most

@@ -1,4 +1,7 @@
-"""The figure of a comparison: accuracy of each tiling, and what dropping tokens costs."""
+"""The figure of a comparison: accuracy of each tiling, and what dropping tokens costs.
+
+Its bars are intervals of each score by itself; whether two ways differ is for the paired differences to say.
+"""
 
 from pathlib import Path
 
@@ -39,9 +42,9 @@ def _draw_tilings(panel: Axes, rows: list[dict]) -> None:
 
 
 def _draw_compression(panel: Axes, rows: list[dict], suite: str) -> None:
-    full = rows[0]
+    (full,) = [row for row in rows if row["keep_ratio"] == 1]
     for drop, colour in COLOURS.items():
-        chosen = [full, *(row for row in rows[1:] if row["drop"] == drop)]
+        chosen = [full, *(row for row in rows if row["drop"] == drop and row is not full)]
         ratios, scores = [row["keep_ratio"] for row in chosen], [100 * row["score"] for row in chosen]
         panel.errorbar(ratios, scores, _errors(chosen), label=drop, color=colour, marker="o", ms=4, capsize=2, lw=1.2)
     panel.invert_xaxis()

@@ -3,6 +3,7 @@
 One line for each item, in JSON; what was asked of which model stands beside it in `<file>.settings.json`.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -42,6 +43,19 @@ class Predictions:
             self._is_begun = True
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def weights_digest(model: str) -> str | None:
+    """What tells the weights of a folder from others; None for a Hub id, whose revision stands for its weights."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _settings_path(path: Path) -> Path:

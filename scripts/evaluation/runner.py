@@ -6,16 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
-from repository import root_class
 
 from evaluation.dropping import dropping
 from evaluation.metrics import METRICS, nearest_reference
 from evaluation.predictions import Predictions
 from evaluation.suites import Item, Suite
-
-
-msac_grids = root_class("tiling.msac_grids")
-tile_counts = root_class("tiling.tile_counts")
 
 
 @dataclass(frozen=True)
@@ -51,9 +46,7 @@ class Answering:
     def count_tokens(self, images: list[Image.Image]) -> tuple[int, int]:
         """Image tokens of the prompt, and how many of them the language model reads."""
         reader, per_tile = self.processor.image_processor, self.model.config.image_seq_length
-        ranges, tile_size = reader.tile_ranges(**self.images_kwargs), dict(reader.size)["height"]
-        use_thumbnail = self.images_kwargs.get("use_thumbnail", reader.use_thumbnail)
-        counts = [tile_counts(*msac_grids(*image.size, *ranges, tile_size), use_thumbnail) for image in images]
+        counts = [reader.count_tiles(image.height, image.width, self.images_kwargs) for image in images]
         tokens = per_tile * sum(map(sum, counts))
         if self.scm_keep_ratio is None:
             return tokens, tokens

@@ -63,7 +63,7 @@ SYNTHETIC = {
 }
 
 
-MOST_ATTEMPTS = 20  # a document may have no question of the kind that is wanted
+MOST_REDRAWS, REDRAWN_SEED = 20, 1_000_003  # of documents that have no question of the kind that is wanted
 QUESTIONS = {
     "any": lambda question: True,
     "text": lambda question: question.text in READ_ALL,
@@ -104,8 +104,8 @@ def synthetic_suite(
 
     def asked(index: int) -> Item:
         """One of the questions of a document, so that items are independent of each other."""
-        for attempt in range(MOST_ATTEMPTS):
-            drawn = document(name, index + attempt * items, seed, "held_out", difficulty)
+        for redraw in range(MOST_REDRAWS):
+            drawn = document(name, index, seed + redraw * REDRAWN_SEED, "held_out", difficulty)
             fitting = [question for question in drawn.questions if QUESTIONS[questions](question)]
             if fitting:
                 question = random.Random(f"{seed}/asked/{name}/{index}").choice(fitting)

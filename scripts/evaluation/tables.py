@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-from evaluation.intervals import paired_difference
-from evaluation.report import score
+from evaluation.report import compare, score
 from evaluation.ways import Way
+
+
+DIFFERENCE = ("difference", "difference_low", "difference_high", "better", "worse")
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Comparison:
     Args:
         suite: Its name.
         subject: "tilings" or "compression".
-        shown: Predictions by way; in a comparison of tilings each is compared with the one before, else as `rows` says.
+        shown: Predictions by way, those that the others are compared with among them; see `rows`.
     """
 
     suite: str
@@ -25,31 +27,30 @@ class Comparison:
         """One for each way: its score with a 95% interval, character error rate, tokens and seconds for an item, and how
         much better it is than `compared_with`: the tiling before it, or for a baseline SCM that keeps as many tokens, for
         SCM itself all tokens.
+
+        Raises:
+            ValueError: Ways that were not asked the same.
         """
-        ways = {way.name: way for way in self.shown}
         rows = []
         for number, way in enumerate(self.shown):
             row = self._row(way)
             other = self._reference(number, way)
             if other is not None:
-                pair = [[line["score"] for line in self.shown[w]] for w in (ways[other], way)]
-                difference, low, high = paired_difference(*pair)
-                row |= {
-                    "compared_with": other,
-                    "difference": difference,
-                    "difference_low": low,
-                    "difference_high": high,
-                }
+                result = compare(*({line["id"]: line for line in self.shown[w]} for w in (other, way)))
+                row |= {name: result[name] for name in DIFFERENCE} | {"compared_with": other.name}
             rows.append(row)
         return rows
 
-    def _reference(self, number: int, way: Way) -> str | None:
-        names = [other.name for other in self.shown]
+    def _reference(self, number: int, way: Way) -> Way | None:
+        ways = list(self.shown)
         if number == 0:
             return None
         if self.subject == "tilings":
-            return names[number - 1]
-        return names[0] if way.drop == "scm" else f"scm {way.keep_ratio}"
+            return ways[number - 1]
+        if way.drop == "scm":
+            return ways[0]
+        (scm,) = [other for other in ways if (other.drop, other.keep_ratio) == ("scm", way.keep_ratio)]
+        return scm
 
     def _row(self, way: Way) -> dict:
         result = score(self.shown[way])

@@ -34,12 +34,15 @@ def tilings(ranges: tuple[int, int, int, int]) -> list[Way]:
     return [
         Way("whole image", dict(zip(RANGE_NAMES, (1, 1, 1, 1)))),
         Way("detailed", {**detailed, "use_thumbnail": False}),
-        Way("detailed + thumbnail", detailed),
-        Way("MSAC", dict(zip(RANGE_NAMES, ranges))),
+        Way("detailed + thumbnail", {**detailed, "use_thumbnail": True}),
+        _msac("MSAC", ranges),
     ]
 
 
 def droppings(ranges: tuple[int, int, int, int]) -> list[Way]:
     """Multi-scale cropping with fewer and fewer detailed tokens, dropped by scale compression and by its baselines."""
-    options = dict(zip(RANGE_NAMES, ranges))
-    return [Way(f"{drop} {ratio}", options, ratio, drop) for ratio in KEEP_RATIOS for drop in DROPS]
+    return [_msac(f"{drop} {ratio}", ranges, ratio, drop) for ratio in KEEP_RATIOS for drop in DROPS]
+
+
+def _msac(name: str, ranges: tuple[int, int, int, int], keep_ratio: float | None = None, drop: str = "scm") -> Way:
+    return Way(name, {**dict(zip(RANGE_NAMES, ranges)), "use_thumbnail": True}, keep_ratio, drop)

@@ -10,9 +10,9 @@ class Collator:
     """Pads token ids on the right and joins the tiles of all samples.
 
     Args:
-        pad_token_id: What fills the ids; masked.
+        pad_token_id: What fills the ids; its labels are ignored.
         image_token_id, tokens_per_tile, tile_size: Of the model, for `always_with_tile`.
-        always_with_tile: Give a batch without pictures one black tile behind the masked end of a row, where nothing sees it.
+        always_with_tile: Give a batch without pictures one black tile behind the end of a row, where nothing sees it.
             All processes of a distributed run then run the same modules, which sharding needs.
     """
 
@@ -26,7 +26,7 @@ class Collator:
     def __call__(self, samples: list[dict]) -> dict:
         """input_ids, labels (B, N), pixel_values (T, 3, S, S) as uint8, and how many were redrawn.
 
-        No attention_mask: in a causal model no token sees what is padded behind it, and attention is twice as fast without.
+        No attention_mask: a causal language model sees no padding behind its tokens, and attention needs no mask in memory.
         """
         ids = pad_sequence([s["input_ids"] for s in samples], batch_first=True, padding_value=self.pad_token_id)
         labels = pad_sequence([s["labels"] for s in samples], batch_first=True, padding_value=IGNORED)

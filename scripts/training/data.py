@@ -145,7 +145,10 @@ def _read_source(name: str, entry: dict, folder: Path, ranges: list[list[int]], 
     if unknown:
         known = ", ".join(sorted(own_keys | SHARED_KEYS))
         raise ValueError(f"Dataset {name}: unknown {', '.join(sorted(unknown))}; known are {known}.")
-    chosen, use_thumbnail = _tile_ranges(name, entry, ranges), entry.get("use_thumbnail", True)
+    chosen, use_thumbnail = (
+        _tile_ranges(name, entry, ranges),
+        entry.get("use_thumbnail", encoder.image_processor.use_thumbnail),
+    )
     if not isinstance(use_thumbnail, bool):
         raise ValueError(f"Dataset {name}: use_thumbnail is true or false, got {use_thumbnail!r}.")
     part, repeats = _repeats(name, entry.get("repeat_time", 1))

@@ -94,10 +94,10 @@ class Encoder:
         return len(self.ids_and_labels(conversation, [0] * pictures)[0])
 
     def image_length(
-        self, sizes: list[tuple[int, int]], ranges: tuple[int, int, int, int], use_thumbnail: bool = True
+        self, sizes: list[tuple[int, int]], ranges: tuple[int, int, int, int], use_thumbnail: bool | None = None
     ) -> int:
-        """Tokens that the tiles of pictures of these (height, width) take."""
-        options = {**tile_options(ranges, len(sizes)), "use_thumbnail": use_thumbnail}
+        """Tokens that the tiles of pictures of these (height, width) take; `use_thumbnail` is the processor's if None."""
+        options = self._tile_options(ranges, len(sizes), use_thumbnail)
         tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in sizes]
         return sum(tiles) * self.tokens_per_tile
 
@@ -106,23 +106,29 @@ class Encoder:
         conversation: Conversation,
         pictures: list,
         ranges: tuple[int, int, int, int],
-        use_thumbnail: bool = True,
+        use_thumbnail: bool | None = None,
     ) -> dict:
         """One sample: input_ids, labels (N) and, with pictures, pixel_values (T, 3, S, S) as uint8, tile_grids (images, 4)."""
         sample, tiles = {}, []
         if pictures:
-            options = {**tile_options(ranges, len(pictures)), **AS_BYTES, "use_thumbnail": use_thumbnail}
+            options = {**self._tile_options(ranges, len(pictures), use_thumbnail), **AS_BYTES}
             cut = self.image_processor(pictures, return_tensors="pt", **options)
             tiles = cut.pop("tile_counts").sum(dim=1).tolist()
             sample = dict(cut)
         ids, labels = self.ids_and_labels(conversation, tiles)
         return {**sample, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
+    def _tile_options(self, ranges: tuple[int, int, int, int], pictures: int, use_thumbnail: bool | None) -> dict:
+        if use_thumbnail is None:
+            use_thumbnail = self.image_processor.use_thumbnail
+        return {**tile_options(ranges, pictures, use_thumbnail), "use_thumbnail": use_thumbnail}
 
-def tile_options(ranges: tuple[int, int, int, int], pictures: int) -> dict[str, int]:
+
+def tile_options(ranges: tuple[int, int, int, int], pictures: int, use_thumbnail: bool = True) -> dict[str, int]:
     """Tile ranges as options of the image processor. Several pictures of an example share the tiles of one, each of them
-    with at least its thumbnail; `chat` does the same with that `tile_budget`."""
+    with at least one; `chat` does the same with that `tile_budget`."""
     if pictures > 1:
         _, most, _, adaptive_most = ranges
-        ranges = share_tile_budget(max(pictures, most + adaptive_most + 1), pictures, ranges)
+        budget = max(pictures, most + adaptive_most + use_thumbnail)
+        ranges = share_tile_budget(budget, pictures, ranges, use_thumbnail)
     return dict(zip(RANGE_NAMES, ranges))

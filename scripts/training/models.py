@@ -19,6 +19,7 @@ from training.recipe import UNTRAINED_NANO, Recipe
 
 ADAPTED = r".*language_model\.layers\..*_proj"
 """Every projection of attention and MLP, in Llama, Qwen, Phi and those built like them."""
+OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
 
 
 def model_folder(recipe: Recipe) -> str:
@@ -49,12 +50,14 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
     """The model with the recipe's weights type and depth; what is not trained is frozen, LoRA's adapters are in.
 
     Raises:
-        ValueError: More depth than the model has.
+        ValueError: More depth than the model has, or fewer language layers.
     """
     model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
     if recipe.letters is not None:
         model_class = with_letters(model_class, recipe.letters.weight, recipe.letters.only)
     options = {} if recipe.depth is None else {"config": _config_of_depth(folder, recipe.depth)}
+    if recipe.language_layers is not None:
+        _check_language_layers(folder, recipe.language_layers)
     if recipe.attention is not None:
         options["attn_implementation"] = recipe.attention
     model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
@@ -78,6 +81,15 @@ def _config_of_depth(folder: str, depth: int):
     return type(config)(**fields)
 
 
+def _check_language_layers(folder: str, layers: int) -> None:
+    """Raise `ValueError` if the model has more layers already."""
+    text_config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_pretrained(folder).text_config
+    if layers < text_config.num_hidden_layers:
+        raise ValueError(
+            f"language_layers {layers} is less than the {text_config.num_hidden_layers} layers that the model has."
+        )
+
+
 @torch.no_grad()
 def deepen(model: nn.Module, layers: int) -> None:
     """Add layers to the language model, evenly spread, until it has `layers`.
@@ -86,24 +98,36 @@ def deepen(model: nn.Module, layers: int) -> None:
     Source: LLaMA Pro (arXiv 2401.02415), section 3.2.
 
     Raises:
-        ValueError: Fewer layers than there are.
+        ValueError: Layers without the usual output projections (a mixture of experts, say).
     """
     language_model, text_config = model.model.language_model, model.config.text_config
     old = len(language_model.layers)
-    if layers < old:
-        raise ValueError(f"language_layers {layers} is less than the {old} layers that the model has.")
+    copies = [(number + 1) * layers // old - number * layers // old for number in range(old)]
+    origins = [number for number, count in enumerate(copies) for _ in range(count)]
     deeper: list[nn.Module] = []
-    for number, layer in enumerate(language_model.layers):
-        deeper.append(layer)
-        while len(deeper) < (number + 1) * layers // old:
-            added = copy.deepcopy(layer)
-            added.self_attn.o_proj.weight.zero_()
-            added.mlp.down_proj.weight.zero_()
-            deeper.append(added)
-    for number, layer in enumerate(deeper):
+    for number, origin in enumerate(origins):
+        layer = language_model.layers[origin]
+        if origin in origins[:number]:
+            layer = copy.deepcopy(layer)
+            _silence(layer)
         layer.self_attn.layer_idx = number
+        deeper.append(layer)
     language_model.layers = nn.ModuleList(deeper)
     text_config.num_hidden_layers = layers
+    if getattr(text_config, "layer_types", None) is not None:
+        text_config.layer_types = [text_config.layer_types[origin] for origin in origins]
+
+
+def _silence(layer: nn.Module) -> None:
+    """Zero what a layer adds to its input."""
+    outputs = {name: module for name, module in layer.named_modules() if name.rpartition(".")[2] in OUTPUT_PROJECTIONS}
+    if {name.rpartition(".")[2] for name in outputs} != set(OUTPUT_PROJECTIONS):
+        raise ValueError(
+            f"language_layers needs layers with {' and '.join(OUTPUT_PROJECTIONS)}, got {type(layer).__name__}."
+        )
+    for module in outputs.values():
+        for parameter in module.parameters():
+            parameter.zero_()
 
 
 def freeze(model: nn.Module, train: list[str]) -> None:
