@@ -85,6 +85,7 @@ def test_shares_keep_the_budget(ranges):
             before = shared[1] + shared[3]
         assert share_tile_budget(10_000, images, ranges) == ranges
     assert share_tile_budget(sum(ranges[1::2]) + 1, 1, ranges) == ranges
+    assert share_tile_budget(sum(ranges[1::2]), 1, ranges, use_thumbnail=False) == ranges
     assert largest <= sum(ranges[1::2]) + 1
 
 
@@ -92,6 +93,16 @@ def test_shares_keep_the_budget(ranges):
 def test_a_budget_that_gives_pictures_nothing(budget, images):
     with pytest.raises(ValueError, match=f"tile_budget of {budget} .* each of {images} pictures .*at least {images}"):
         share_tile_budget(budget, images, (1, 12, 1, 7))
+
+
+@pytest.mark.parametrize("budget", [3, 5, 8, 20, 200])
+def test_a_budget_without_thumbnails(nano, processor, sent, budget):
+    options = {**TILES, "use_thumbnail": False}
+    for count in (1, 3):
+        pictures = [synthetic_picture(*size, 1) for size in SIZES[:count]]
+        nano.chat(processor, pictures, QUESTION, images_kwargs=options, tile_budget=budget)
+        assert count <= sent["pixel_values"].shape[0] <= budget
+    assert budget < 200 or sent["pixel_values"].shape[0] == sum(tile_numbers(processor, pictures, **options))
 
 
 @pytest.mark.parametrize("images_kwargs", [{}, TILES, {"preset": "docvqa"}, {"preset": "default", "max_tiles": 20}])

@@ -1,10 +1,12 @@
 """scripts/finetune.py by its command, or its main function where a process of its own adds nothing."""
 
+import copy
 import json
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from training_helpers import (
     write_recipe,
     write_words,
 )
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, LlamaConfig, Qwen2Config
 
 
 import finetune as script  # isort: skip
@@ -126,6 +128,48 @@ def test_letters_are_a_loss_of_their_own(tmp_path, monkeypatch, only):
     options = {**options, "letters": None, "output": str(tmp_path / "plain")}
     train_here(monkeypatch, write_recipe(tmp_path, **options))
     assert loss != metrics(tmp_path / "plain")["losses"]["1"]
+
+
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+FAMILIES = {
+    "layer types": Qwen2Config(**TINY, num_hidden_layers=2),
+    "biases": LlamaConfig(**TINY, num_hidden_layers=3, attention_bias=True, mlp_bias=True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_becomes_deeper_without_effect(family, tmp_path):
+    language_model = AutoModel.from_config(copy.deepcopy(FAMILIES[family])).eval()
+    for parameter in language_model.parameters():
+        torch.nn.init.normal_(parameter)
+    holder = types.SimpleNamespace(language_model=language_model)
+    model = types.SimpleNamespace(model=holder, config=types.SimpleNamespace(text_config=language_model.config))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = language_model(ids).last_hidden_state
+        deepen(model, 5)
+        torch.testing.assert_close(language_model(ids).last_hidden_state, before)
+        language_model.save_pretrained(tmp_path)
+        again = AutoModel.from_pretrained(tmp_path)
+        torch.testing.assert_close(again(ids).last_hidden_state, before)
+    assert len(again.layers) == 5
+
+
+def test_layers_that_cannot_be_silenced_are_refused():
+    layers = torch.nn.ModuleList([torch.nn.TransformerEncoderLayer(8, 2)])
+    layers[0].self_attn.layer_idx = 0
+    model = types.SimpleNamespace(
+        model=types.SimpleNamespace(language_model=types.SimpleNamespace(layers=layers)),
+        config=types.SimpleNamespace(text_config=types.SimpleNamespace()),
+    )
+    with pytest.raises(ValueError, match="o_proj and down_proj, got TransformerEncoderLayer"):
+        deepen(model, 2)
 
 
 def test_new_layers_begin_without_effect_and_are_trained(tmp_path, monkeypatch, nano):
