@@ -10,6 +10,7 @@ NANO_SMOKE = runs/nano-smoke
 
 quickstart: setup
 	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
+	$(BIN)/python scripts/chat.py assets/receipt.png "What is the total?" --subfolder nano-documents --preset default
 
 setup: $(VENV)/.ready
 

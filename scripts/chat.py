@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from repository import ROOT, add_tile_arguments, tile_options
+from repository import add_model_arguments, add_tile_arguments, tile_options
 from transformers import AutoModel, AutoProcessor
 
 
@@ -40,7 +40,7 @@ def is_medium(text: str) -> bool:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="FILE ... QUESTION", help="pictures and videos, then the question")
-    parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
+    add_model_arguments(parser)
     parser.add_argument("--device", default=None, help="cuda, cpu, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--attn-implementation", default=None, help="sdpa, eager or flash_attention_2")
@@ -68,7 +68,9 @@ def load(args: argparse.Namespace):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype, **options)
+    model = AutoModel.from_pretrained(
+        args.model, subfolder=args.subfolder, trust_remote_code=True, dtype=args.dtype, **options
+    )
     return processor, model.to(device).eval()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from repository import ROOT, add_tile_arguments, tile_options
+from repository import add_model_arguments, add_tile_arguments, tile_options
 from transformers import AutoModel, AutoProcessor
 
 from evaluation.dropping import DROPS
@@ -46,7 +46,7 @@ SHEET_ITEMS, SHEET_COLUMNS = 9, 3
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
+    add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--suite", choices=SYNTHETIC, default="word", help="what to render")
     what.add_argument("--benchmark", type=Path, default=None, help="JSONL file of items")
@@ -115,12 +115,13 @@ def image_options(args: argparse.Namespace) -> dict:
 
 def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     """The model and how it is asked; raises `ValueError` for tile ranges that cannot work before the weights are read."""
-    options = image_options(args)
+    tiles = image_options(args)
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    processor.image_processor.get_number_of_image_patches(100, 100, options)
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype).to(args.device).eval()
+    processor.image_processor.get_number_of_image_patches(100, 100, tiles)
+    options = {"subfolder": args.subfolder, "dtype": args.dtype}
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **options).to(args.device).eval()
     keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
-    return Answering(model, processor, max_new_tokens, options, keep_ratio, args.drop or "scm")
+    return Answering(model, processor, max_new_tokens, tiles, keep_ratio, args.drop or "scm")
 
 
 def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> dict:
@@ -138,7 +139,7 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
         "dtype",
     )
     settings = {name: getattr(args, name) for name in names} | {"suite": suite.name, "items": len(suite)}
-    settings["weights"] = weights_digest(args.model)
+    settings["weights"] = weights_digest(args.model, args.subfolder)
     if args.questions != "any":
         settings["questions"] = args.questions
     if args.benchmark is not None:

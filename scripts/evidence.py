@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from repository import ROOT, root_class
+from repository import add_model_arguments, root_class
 from transformers import AutoModel, AutoProcessor
 
 from evaluation.figure import draw
@@ -26,7 +26,7 @@ from evaluation.predictions import Predictions, weights_digest
 from evaluation.runner import Answering, answer_suite
 from evaluation.suites import Suite, synthetic_suite
 from evaluation.tables import Comparison, markdown
-from evaluation.ways import Way, droppings, tilings
+from evaluation.ways import KEEP_RATIOS, Way, droppings, tilings
 
 
 # Kind of document, its questions, the metric that ways are compared by.
@@ -43,11 +43,12 @@ COMPRESSED = ("receipts", "seams")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for predictions, tables and figure")
-    parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
+    add_model_arguments(parser)
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument(
         "--compressed", nargs="*", choices=SUITES, default=None, help=f"default: {' '.join(COMPRESSED)}"
     )
+    parser.add_argument("--keep-ratios", nargs="+", type=float, default=KEEP_RATIOS, help="of compression")
     parser.add_argument("--preset", default="default", help="tile ranges of multi-scale cropping")
     parser.add_argument("--items", type=int, default=1000, help="of each suite")
     parser.add_argument("--difficulty", type=float, default=0.5, help="of the documents, 0 to 1 (default 0.5)")
@@ -61,6 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     args.suites = list(dict.fromkeys(args.suites))
     if args.items < 2 or args.batch_size < 1:
         parser.error("--items must be at least 2, --batch-size at least 1")
+    if not all(0 < ratio < 1 for ratio in args.keep_ratios):
+        parser.error("--keep-ratios must be between 0 and 1")
     if args.preset not in root_class("tiling.PRESETS"):
         parser.error(f"there is no preset {args.preset!r}; known are {', '.join(root_class('tiling.PRESETS'))}")
     if set(args.compressed) - set(args.suites):
@@ -87,17 +90,20 @@ def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
     ranges = root_class("tiling.PRESETS")[args.preset]
     args.out.mkdir(parents=True, exist_ok=True)
     shared = {key: getattr(args, key) for key in ("model", "difficulty", "seed", "batch_size", "device", "dtype")}
-    shared["weights"] = weights_digest(args.model)
+    shared["weights"] = weights_digest(args.model, args.subfolder)
     readings = {}
     for name in args.suites:
         kind, questions, metric = SUITES[name]
         suite = synthetic_suite(kind, args.items, args.seed, args.difficulty, metric, questions)
         settings = {**shared, "suite": suite.name, "questions": questions, "metric": metric, "items": len(suite)}
-        ways = tilings(ranges) + (droppings(ranges) if name in args.compressed else [])
-        planned = {way: Reading(name, suite, way, _predictions(args.out, name, way, settings)) for way in ways}
-        readings[name, "tilings"] = [planned[way] for way in tilings(ranges)]
-        if name in args.compressed:
-            readings[name, "compression"] = [planned[way] for way in (tilings(ranges)[-1], *droppings(ranges))]
+        tiled = tilings(ranges)
+        dropped = droppings(ranges, args.keep_ratios) if name in args.compressed else []
+        planned = {
+            way: Reading(name, suite, way, _predictions(args.out, name, way, settings)) for way in tiled + dropped
+        }
+        readings[name, "tilings"] = [planned[way] for way in tiled]
+        if dropped:
+            readings[name, "compression"] = [planned[way] for way in (tiled[-1], *dropped)]
     return readings
 
 
@@ -112,7 +118,8 @@ class Reader:
     def __init__(self, args: argparse.Namespace):
         self.batch_size = args.batch_size
         self.processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-        model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
+        options = {"subfolder": args.subfolder, "dtype": args.dtype}
+        model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **options)
         self.model = model.to(args.device).eval()
 
     def __call__(self, reading: Reading) -> list[dict]:

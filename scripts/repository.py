@@ -17,6 +17,14 @@ def root_class(name: str):
     return get_class_from_dynamic_module(name, str(ROOT))
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which weights: `--model`, and `--subfolder` of it, as `from_pretrained` takes them."""
+    parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
+    parser.add_argument(
+        "--subfolder", default="", help="of the model, where its weights are: nano-documents, for example"
+    )
+
+
 def add_tile_arguments(parser: argparse.ArgumentParser, preset: str | None = None) -> None:
     """`--preset`, and the four tile ranges by themselves."""
     parser.add_argument("--preset", default=preset, help="tile ranges of a published benchmark, e.g. docvqa")

@@ -112,6 +112,7 @@ def test_the_command_writes_tables_and_figure_and_goes_on(tmp_path):
     [
         (["--suites", "seams", "--compressed", "lines"], "not among --suites"),
         (["--items", "1"], "at least 2"),
+        (["--keep-ratios", "0.5", "1"], "between 0 and 1"),
         (["--preset", "docqva"], "known are default"),
     ],
     ids=str,

@@ -1,6 +1,7 @@
 """The scripts by the commands in the README."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -23,6 +24,29 @@ def test_chat_reads_the_example():
     result = run("scripts/chat.py", "assets/example.png", "Read the text.")
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["Mini", "Monkey"]
+
+
+def test_chat_reads_a_receipt_with_the_weights_for_documents():
+    weights = ["--subfolder", "nano-documents", "--preset", "default"]
+    result = run("scripts/chat.py", "assets/receipt.png", "What is the total?", *weights)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "$2.38"
+
+
+def test_weights_for_documents_load_from_their_subfolder_with_an_empty_cache(tmp_path):
+    code = """
+import sys
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModel.from_pretrained(sys.argv[1], subfolder="nano-documents", trust_remote_code=True)
+questions = ["Read the date.", "What does SENATE cost?"]
+pictures = [sys.argv[1] + "/assets/receipt.png"] * 2
+print(*model.batch_chat(processor, pictures, questions, images_kwargs={"preset": "default"}), sep="|")
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
+    result = run("-c", code, ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "1991-09-18|$0.73"
 
 
 def test_chat_goes_on_with_history_until_an_empty_line():

@@ -45,9 +45,9 @@ class Predictions:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def weights_digest(model: str) -> str | None:
+def weights_digest(model: str, subfolder: str = "") -> str | None:
     """What tells the weights of a folder from others; None for a Hub id, whose revision stands for its weights."""
-    files = sorted(Path(model).glob("*.safetensors"))
+    files = sorted(Path(model, subfolder).glob("*.safetensors"))
     if not files:
         return None
     digest = hashlib.sha256()

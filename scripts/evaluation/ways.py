@@ -1,5 +1,6 @@
 """The ways to show a picture that are compared: four tilings, and which detailed tokens go."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,9 +40,9 @@ def tilings(ranges: tuple[int, int, int, int]) -> list[Way]:
     ]
 
 
-def droppings(ranges: tuple[int, int, int, int]) -> list[Way]:
+def droppings(ranges: tuple[int, int, int, int], keep_ratios: Sequence[float] = KEEP_RATIOS) -> list[Way]:
     """Multi-scale cropping with fewer and fewer detailed tokens, dropped by scale compression and by its baselines."""
-    return [_msac(f"{drop} {ratio}", ranges, ratio, drop) for ratio in KEEP_RATIOS for drop in DROPS]
+    return [_msac(f"{drop} {ratio}", ranges, ratio, drop) for ratio in keep_ratios for drop in DROPS]
 
 
 def _msac(name: str, ranges: tuple[int, int, int, int], keep_ratio: float | None = None, drop: str = "scm") -> Way:
