@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-thumbnail", action="store_true", help="leave out the tile that shows the whole image")
     parser.add_argument("--use-scm", action="store_true", help="compress the tokens of the detailed tiles")
     parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
+    parser.add_argument("--scm-layer", type=int, default=None, help="whose attention decides (with --use-scm)")
     parser.add_argument(
         "--drop", choices=DROPS, default=None, help="which of them go (with --use-scm): the baselines of scm"
     )
@@ -84,8 +85,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.resume and args.out is None:
         parser.error("--resume needs --out, the predictions to go on with")
-    if not args.use_scm and (args.scm_keep_ratio is not None or args.drop is not None):
-        parser.error("--scm-keep-ratio and --drop need --use-scm")
+    if not args.use_scm and any(value is not None for value in (args.scm_keep_ratio, args.scm_layer, args.drop)):
+        parser.error("--scm-keep-ratio, --scm-layer and --drop need --use-scm")
     if args.scm_keep_ratio is not None and not 0 < args.scm_keep_ratio <= 1:
         parser.error("--scm-keep-ratio must be above 0 and at most 1")
     is_word = args.suite == "word" and args.benchmark is None
@@ -121,7 +122,7 @@ def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     options = {"subfolder": args.subfolder, "dtype": args.dtype}
     model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **options).to(args.device).eval()
     keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
-    return Answering(model, processor, max_new_tokens, tiles, keep_ratio, args.drop or "scm")
+    return Answering(model, processor, max_new_tokens, tiles, keep_ratio, args.drop or "scm", args.scm_layer)
 
 
 def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> dict:
@@ -134,6 +135,7 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
         "metric",
         "use_scm",
         "scm_keep_ratio",
+        "scm_layer",
         "drop",
         "batch_size",
         "dtype",

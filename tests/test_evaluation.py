@@ -300,6 +300,7 @@ def test_compare_by_the_command(tmp_path, run_here):
     [
         (["--items", 0], 2, "--items must be at least 1"),
         (["--drop", "random"], 2, "need --use-scm"),
+        (["--scm-layer", 1], 2, "need --use-scm"),
         (["--resume"], 2, "--resume needs --out"),
         (["--suite", "page", "--clean"], 2, "use --difficulty"),
         (["--benchmark", "a.jsonl", "--questions", "text"], 2, "--questions belongs to rendered documents"),

@@ -21,6 +21,7 @@ class Answering:
         images_kwargs: Options of the image processor: preset, tile ranges.
         scm_keep_ratio: Share of the detailed tokens that stay; None: no compression.
         drop: Which tokens go, see dropping.py.
+        scm_layer: Whose attention decides; None: the configuration's.
     """
 
     model: Any
@@ -29,12 +30,15 @@ class Answering:
     images_kwargs: dict[str, Any] = field(default_factory=dict)
     scm_keep_ratio: float | None = None
     drop: str = "scm"
+    scm_layer: int | None = None
 
     def __call__(self, items: list[Item], images: list[list[Image.Image]]) -> list[str]:
         """The answers to a batch."""
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "images_kwargs": self.images_kwargs}
         if self.scm_keep_ratio is not None:
             options |= {"use_scm": True, "scm_keep_ratio": self.scm_keep_ratio}
+        if self.scm_layer is not None:
+            options["scm_layer"] = self.scm_layer
         with dropping(self.model, self.drop, [item.id for item in items]):
             return self.model.batch_chat(self.processor, images, [item.question for item in items], **options)
 
