@@ -129,6 +129,7 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
     """What decides the answers of a run."""
     names = (
         "model",
+        "subfolder",
         "seed",
         "clean",
         "difficulty",

@@ -1,7 +1,7 @@
 """What multi-scale cropping and scale compression are worth to a model: the same items, shown in different ways.
 
     python scripts/evidence.py runs/evidence                                          all of it; hours on a CPU, and goes on
-    python scripts/evidence.py runs/evidence --suites seam --items 100                  a first look
+    python scripts/evidence.py runs/evidence --suites seams --items 100                 a first look
 
 Held-out documents (evaluation/suites.py) are read as one whole image, as detailed tiles, as these and a thumbnail, and with
 multi-scale cropping; then with fewer detailed tokens, chosen by scale compression, at random and evenly. Writes to the folder:
@@ -89,7 +89,8 @@ def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
     """
     ranges = root_class("tiling.PRESETS")[args.preset]
     args.out.mkdir(parents=True, exist_ok=True)
-    shared = {key: getattr(args, key) for key in ("model", "difficulty", "seed", "batch_size", "device", "dtype")}
+    names = ("model", "subfolder", "difficulty", "seed", "batch_size", "device", "dtype")
+    shared = {name: getattr(args, name) for name in names}
     shared["weights"] = weights_digest(args.model, args.subfolder)
     readings = {}
     for name in args.suites:
@@ -155,7 +156,7 @@ def main() -> int:
         return 1
     rows = [row for comparison in comparisons for row in comparison.rows()]
     (args.out / "evidence.json").write_text(json.dumps(rows, indent=1) + "\n")
-    text = markdown(comparisons)
+    text = markdown(rows)
     (args.out / "evidence.md").write_text(text)
     draw(rows, args.out / "evidence.png")
     print(text)

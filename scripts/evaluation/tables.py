@@ -77,13 +77,13 @@ HEAD = "| suite | way | score | 95% interval | character errors | image tokens |
 RULE = "|---|---|---:|---|---:|---:|---:|---|---|"
 
 
-def markdown(comparisons: list[Comparison]) -> str:
-    """Two tables: tilings, and compression."""
+def markdown(rows: list[dict]) -> str:
+    """Two tables of the rows of all comparisons: tilings, and compression."""
     tables = []
     for subject in ("tilings", "compression"):
-        rows = [row for comparison in comparisons if comparison.subject == subject for row in comparison.rows()]
-        if rows:
-            tables.append("\n".join([HEAD, RULE, *map(_line, rows)]))
+        chosen = [row for row in rows if row["subject"] == subject]
+        if chosen:
+            tables.append("\n".join([HEAD, RULE, *map(_line, chosen)]))
     return "\n\n".join(tables) + "\n"
 
 
