@@ -10,7 +10,8 @@ import re
 from typing import Any
 
 import torch
-from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
+
+from .transformers_bridge import Chunk, ConversionOps, WeightConverter, WeightRenaming
 
 
 def _in_layer(layers: str, fragment: str) -> str:

@@ -14,11 +14,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList
 
 from .attention_probe import attention_inputs
 from .compression import AttentionInputs, CompressionSettings, find_images, kept_positions, pack
 from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, new_cache
+from .transformers_bridge import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    PaddedRepetitionPenalty,
+    cache_of,
+    extends,
+    with_both_cache_names,
+)
 
 
 # On a cache: its positions are not those of the ids that were returned with it.
@@ -64,6 +72,7 @@ class GenerateMixin:
         mask = _whole_mask(attention_mask, input_ids)
         return self._encode_and_compress(input_ids, mask, pixel_values, tile_counts, settings)[1]
 
+    @extends(GenerationMixin.generate)
     @torch.no_grad()
     def generate(
         self,
@@ -73,6 +82,7 @@ class GenerateMixin:
         pixel_values: torch.Tensor | None = None,
         tile_counts: torch.Tensor | None = None,
         tile_grids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         use_scm: bool = False,
         scm_keep_ratio: float | None = None,
         scm_layer: int | None = None,
@@ -92,7 +102,7 @@ class GenerateMixin:
             generation_config: Settings, as for any transformers model.
             pixel_values: (T, 3, S, S) tiles of all images.
             tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image; scale compression needs them.
-            tile_grids: Accepted so that a processor's whole output can be passed; not used.
+            tile_grids, mm_token_type_ids: Accepted so that a processor's whole output can be passed; not used.
             use_scm: Scale compression: of an image's detailed tokens the language model reads only those that the image's
                 other tokens and the text attend to most. The ids returned begin with the whole prompt all the same.
             scm_keep_ratio: Share of the detailed tokens that stay, above 0 and at most 1.
@@ -112,7 +122,7 @@ class GenerateMixin:
         Raises:
             ValueError: See `encode_images`; settings of SCM out of range or given without `use_scm=True`; with images or
                 SCM also `assistant_model`, `prompt_lookup_num_tokens` and `prefill_chunk_size`; with SCM `position_ids` and
-                `past_key_values`, and later on the cache that it returned.
+                a cache, and later on the cache that it returned.
         """
         scm_options = {
             "scm_keep_ratio": scm_keep_ratio,
@@ -137,24 +147,24 @@ class GenerateMixin:
         elif pixel_values is not None or (use_scm and kwargs.get("input_ids") is not None):
             embedded = self._embed_prompt(kwargs, pixel_values, tile_counts, settings)
         else:
-            if all(kwargs.get(name) is None for name in ("inputs_embeds", "past_key_values")):
+            if all(kwargs.get(name) is None for name in ("inputs_embeds", CACHE_NAME)):
                 self._check_no_image_tokens(kwargs.get("input_ids"))
-            return super().generate(generation_config=generation_config, **kwargs)
+            return with_both_cache_names(super().generate(generation_config=generation_config, **kwargs))
+        prompt_ids = kwargs["input_ids"]
         generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
         output = super().generate(generation_config=generation_config, **kwargs)
         if embedded.cache is not None:
             self._remember(turn.memory, embedded, output)
-        elif repacked and getattr(output, "past_key_values", None) is not None:
-            setattr(output.past_key_values, REPACKED, True)
-        return output
+        elif repacked:
+            output = _with_prompt(output, prompt_ids)
+            if cache_of(output) is not None:
+                setattr(cache_of(output), REPACKED, True)
+        return with_both_cache_names(output)
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, inputs_embeds=None, visual_token_mask=None, **kwargs
-    ):
+    @extends(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, visual_token_mask: torch.Tensor | None = None, **kwargs):
         """As in transformers; image tokens are only in the prompt, so no later step is told where they are."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
-        )
+        inputs = super().prepare_inputs_for_generation(**kwargs)
         embeddings = inputs.get("inputs_embeds")
         if visual_token_mask is not None and embeddings is not None:
             inputs["visual_token_mask"] = visual_token_mask[:, -embeddings.shape[1] :]  # what is not cached yet
@@ -237,7 +247,7 @@ class GenerateMixin:
             )
         features = dict(turn.features)
         if unseen:
-            encoded = self.encode_tiles(pixel_values)
+            encoded = self.encode_tiles(pixel_values).flatten(0, 1)
             per_tile = len(encoded) // given
             features |= zip(unseen, encoded.split([tiles[key] * per_tile for key in unseen]))
         counts_and_features = {key: (count.tolist(), features[key]) for key, count in zip(turn.keys, counts)}
@@ -250,8 +260,8 @@ class GenerateMixin:
         """Whether this generation can go on from a cache and leave one: one row, an ordinary cache, no other decoding."""
         asked = partial(self._setting, generation_config=generation_config, options=options)
         is_one_row = all((asked(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
-        others = ("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
-        others = (*others, "prefill_chunk_size", "custom_generate")
+        others = ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+        others = (*CACHE_NAMES, *others, "custom_generate")
         is_ordinary = all(asked(name) is None for name in others) and asked("use_cache") is not False
         fits = options["input_ids"].shape[1] <= self.config.cacheable_length
         return is_one_row and is_ordinary and fits
@@ -278,13 +288,26 @@ class GenerateMixin:
         repacked = embedded.kept is not None and _needs_packing(mask, embedded.kept)
         if repacked:
             generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
+            self._move_padding_left(generation_config, options, mask)
             (embeddings, is_image), options["attention_mask"] = pack((embeddings, is_image), embedded.kept)
         options["inputs_embeds"] = embeddings
         if embedded.cache is not None:
-            options["past_key_values"] = embedded.cache
+            options[CACHE_NAME] = embedded.cache
         if self.config.visual_experts:
             options["visual_token_mask"] = is_image
         return generation_config, repacked
+
+    def _move_padding_left(
+        self, generation_config: GenerationConfig | None, options: dict[str, Any], mask: torch.Tensor
+    ) -> None:
+        """Let what reads the ids of `options` find each row's own: all padding comes first, and none is penalised."""
+        order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(options["input_ids"].device)
+        options["input_ids"] = options["input_ids"].gather(1, order)
+        penalty = self._setting("repetition_penalty", generation_config, options)
+        if penalty is not None and penalty != 1:
+            padding = mask.eq(0).sum(dim=1)
+            processors = [PaddedRepetitionPenalty(penalty, padding), *(options.get("logits_processor") or [])]
+            options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
 
     def _encode_and_compress(
         self,
@@ -327,10 +350,10 @@ class GenerateMixin:
         self, generation_config: GenerationConfig | None, options: dict[str, Any], has_images: bool, use_scm: bool
     ) -> None:
         """Refuse what transformers would do with other tokens than the model saw; it gives other answers."""
-        if getattr(options.get("past_key_values"), REPACKED, False):
+        if getattr(options.get(CACHE_NAME), REPACKED, False):
             raise ValueError(
-                "past_key_values come from a generation whose prompt was shortened by scale compression, or moved because it "
-                "was padded on the right; they do not fit its input_ids. Leave them out."
+                f"{CACHE_NAME} comes from a generation whose prompt was shortened by scale compression, or moved because it "
+                "was padded on the right; it does not fit its input_ids. Leave it out."
             )
         if use_scm and options.get("inputs_embeds") is not None:
             raise ValueError(
@@ -343,7 +366,7 @@ class GenerateMixin:
         for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
             if self._setting(name, generation_config, options) is not None:
                 raise ValueError(f"{name} does not work with images or use_scm=True; leave it out.")
-        for name in ("position_ids", "past_key_values"):
+        for name in ("position_ids", CACHE_NAME):
             if use_scm and options.get(name) is not None:
                 raise ValueError(
                     f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."
@@ -388,6 +411,17 @@ def _whole_mask(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) ->
             f"{tuple(attention_mask.shape)}."
         )
     return attention_mask
+
+
+def _with_prompt(output, prompt_ids: torch.Tensor):
+    """What `generate` returned, its sequences beginning with the prompt as it was given, padding in its place."""
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    prompts = prompt_ids.repeat_interleave(len(sequences) // len(prompt_ids), dim=0).to(sequences.device)
+    sequences = torch.cat([prompts, sequences[:, prompts.shape[1] :]], dim=1)
+    if isinstance(output, torch.Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
 
 
 def _needs_packing(attention_mask: torch.Tensor, kept: list[torch.Tensor]) -> bool:

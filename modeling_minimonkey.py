@@ -13,16 +13,21 @@ D width of the language model.
 
 import torch
 from torch import nn
-from transformers import InternVLForConditionalGeneration
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.dynamic_module_utils import custom_object_save
+from transformers import GenerationMixin, InternVLForConditionalGeneration, InternVLModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.models.internvl.modeling_internvl import InternVLModel
+from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .chat_minimonkey import ChatMixin
 from .checkpoint import weight_conversions
 from .configuration_minimonkey import MiniMonkeyConfig
 from .generation_minimonkey import GenerateMixin
+from .transformers_bridge import (
+    custom_object_save,
+    extends,
+    register_checkpoint_conversion_mapping,
+    with_both_cache_names,
+    with_image_features,
+)
 from .visual_experts import add_visual_experts
 
 
@@ -44,15 +49,17 @@ class MiniMonkeyModel(InternVLModel):
                 if not isinstance(norm, nn.Identity):
                     norm.variance_epsilon = config.vision_config.layer_norm_eps
 
-    def get_image_features(self, pixel_values: torch.Tensor, vision_feature_layer: int | None = None, **kwargs):
+    @extends(InternVLModel.get_image_features)
+    def get_image_features(self, vision_feature_layer: int | None = None, **kwargs):
         """As in transformers, for every layer, the embeddings (0) among them."""
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         if not self.config.vision_config.num_hidden_layers:
             layer = -1  # without layers the only hidden state, the embeddings, is also the last
         if layer != -1:
             kwargs["output_hidden_states"] = True
-        return super().get_image_features(pixel_values, vision_feature_layer=layer, **kwargs)
+        return super().get_image_features(vision_feature_layer=layer, **kwargs)
 
+    @extends(InternVLModel.forward)
     def forward(self, input_ids=None, pixel_values=None, inputs_embeds=None, visual_token_mask=None, **kwargs):
         """As in transformers. `visual_token_mask` (B, N) tells visual experts which of `inputs_embeds` are image tokens.
 
@@ -79,7 +86,9 @@ class MiniMonkeyModel(InternVLModel):
         return shuffled.transpose(1, 2) if self.config.pixel_shuffle_version == "v1" else shuffled
 
 
-class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForConditionalGeneration):
+# GenerationMixin by name: without it transformers wraps a class that has a `generate` of its own in another of the same
+# name, whose objects cannot be pickled.
+class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForConditionalGeneration, GenerationMixin):
     """Mini-Monkey: answers questions about images. See the README for `chat`, `generate` and the pipeline."""
 
     config_class = MiniMonkeyConfig
@@ -143,29 +152,36 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
         Raises:
             ValueError: Shapes, types or devices that do not fit, or image tokens and features of different number.
         """
+        return self.place_features(input_ids, self._features_for(input_ids, pixel_values, image_flags))
+
+    def _features_for(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_flags: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The image features (T, K, D) of a prompt; see `encode_images`."""
         self._check_pixel_values(pixel_values)
         if image_flags is not None:
             pixel_values = pixel_values[image_flags.flatten() == 1]
-        tokens = int((input_ids == self.config.image_token_id).sum())
-        features_per_tile = self.tokens_per_tile(pixel_values)
-        if tokens != pixel_values.shape[0] * features_per_tile:
-            raise ValueError(
-                f"The prompt has {tokens} image tokens (id {self.config.image_token_id}), but {pixel_values.shape[0]} "
-                f"tiles give {pixel_values.shape[0] * features_per_tile} features ({features_per_tile} each)."
-            )
-        if tokens == 0:
-            return self.get_input_embeddings()(input_ids)
-        return self.place_features(input_ids, self.encode_tiles(pixel_values))
+        tiles, per_tile = pixel_values.shape[0], self.tokens_per_tile(pixel_values)
+        tokens = (input_ids == self.config.image_token_id).sum()
+        torch_compilable_check(
+            tokens == tiles * per_tile,
+            lambda: (
+                f"The prompt has {int(tokens)} image tokens (id {self.config.image_token_id}), but {tiles} tiles give "
+                f"{tiles * per_tile} features ({per_tile} each)."
+            ),
+        )
+        return self.encode_tiles(pixel_values)
 
     def encode_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the language model sees of tiles (T, 3, S, S): (T * K, D), for `pixel_values` see `encode_images`."""
+        """What the language model sees of tiles (T, 3, S, S): (T, K, D), for `pixel_values` see `encode_images`."""
         self._check_pixel_values(pixel_values)
+        if not len(pixel_values):
+            return pixel_values.new_empty(0, self.tokens_per_tile(pixel_values), self.config.text_config.hidden_size)
         chunks = map(self._normalised, pixel_values.split(VISION_CHUNK_TILES))
-        features = torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
-        return features.flatten(0, -2)
+        return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
 
     def place_features(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Embeddings (B, N, D) of a prompt (B, N) with `features` (image tokens, D) in the places of its image tokens."""
+        """Embeddings (B, N, D) of a prompt (B, N) with `features` (..., D) in the places of its image tokens."""
         embeddings = self.get_input_embeddings()(input_ids)
         is_image = (input_ids == self.config.image_token_id).unsqueeze(-1).to(embeddings.device)
         return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
@@ -201,18 +217,17 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
                 "move the inputs with inputs.to(model.device)."
             )
 
+    @can_return_tuple
+    @extends(InternVLForConditionalGeneration.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
         tile_counts: torch.Tensor | None = None,
         tile_grids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         visual_token_mask: torch.Tensor | None = None,
         **kwargs,
     ):
@@ -222,34 +237,34 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
             input_ids: (B, N)
             pixel_values: (T, 3, S, S), the tiles of all images in the order of their image tokens.
             image_flags: (T,) or (T, 1), as published training passes them; tiles flagged 0 are padding.
-            tile_counts, tile_grids: Accepted so that a processor's whole output can be passed; not used.
+            tile_counts, tile_grids, mm_token_type_ids: Accepted so that a processor's whole output can be passed; not used.
             visual_token_mask: (B, N) which of these embeddings are image tokens; only for visual experts, and only with
                 `inputs_embeds`. With `pixel_values` the ids say it.
 
         Returns:
-            `InternVLCausalLMOutputWithPast` with loss (if `labels` are given) and logits (B, N, vocabulary).
+            `InternVLCausalLMOutputWithPast` with loss (if `labels` are given), logits (B, N, vocabulary) and, with pixels,
+            the image features (T, K, D).
 
         Raises:
-            ValueError: See `encode_images`.
+            ValueError: See `encode_images`; image tokens without pixels.
         """
+        features = None
         if pixel_values is not None:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError(
                     "pixel_values need input_ids, whose image tokens say where the features belong, and no inputs_embeds."
                 )
             visual_token_mask = input_ids == self.config.image_token_id
-            inputs_embeds, input_ids = self.encode_images(input_ids, pixel_values, image_flags), None
+            features = self._features_for(input_ids, pixel_values, image_flags)
+            inputs_embeds, input_ids = self.place_features(input_ids, features), None
+        elif input_ids is not None and input_ids.shape[-1] > 1 and not torch.compiler.is_compiling():
+            self._check_no_image_tokens(input_ids)  # no later step of a generation waits for the device here
         if self.config.visual_experts:
             kwargs["visual_token_mask"] = visual_token_mask
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            **kwargs,
-        )
+        output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **{**kwargs, "return_dict": True})
+        if features is not None:
+            output = with_image_features(output, features)
+        return with_both_cache_names(output)
 
 
 register_checkpoint_conversion_mapping(

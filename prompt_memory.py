@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from .compression import CompressionSettings, ImageSpan
+from .transformers_bridge import DynamicLayer
 
 
 def common_length(first: list[int], second: list[int]) -> int:

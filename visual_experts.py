@@ -8,7 +8,8 @@ learned: `visual_token_mask`. Stands on transformers' Llama, which InternLM2 is.
 import torch
 from torch import nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+
+from .transformers_bridge import LlamaDecoderLayer, LlamaMLP
 
 
 class VisualExpertDecoderLayer(LlamaDecoderLayer):

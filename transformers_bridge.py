@@ -1,0 +1,139 @@
+"""Everything that MiniMonkey takes from transformers beyond its documented interface, each with its reason.
+
+A release of transformers that breaks something here breaks it in one place. CONTRIBUTING.md counts what is left.
+
+Knows transformers, nothing of MiniMonkey.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+# `chat` streams through a queue of its own; the base class of streamers is not exported at the top.
+from transformers import GenerationMixin
+from transformers.cache_utils import DynamicLayer  # noqa: F401 - tells layers that keep every token from those that let go
+
+# Published weights load under their names on the fly; there is no documented way to rename, split and merge them.
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping  # noqa: F401
+from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming  # noqa: F401
+
+# Saving puts the code that loads a model beside it; transformers does so only for classes registered by hand.
+from transformers.dynamic_module_utils import custom_object_save  # noqa: F401
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+from transformers.generation.streamers import BaseStreamer  # noqa: F401
+
+# Two back ends of one image processor, "pil" and "torchvision", which `backend=` chooses between.
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend  # noqa: F401
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+# Visual experts are a second feed-forward block in a Llama layer, which is otherwise transformers' own.
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP  # noqa: F401
+
+# What serving engines ask a processor for.
+from transformers.processing_utils import MultiModalData  # noqa: F401
+from transformers.utils import ModelOutput
+
+# Reads video files with whichever back end is installed; a video processor class would want all frames of all videos.
+from transformers.video_utils import load_video  # noqa: F401
+
+
+def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+# transformers 5.24 renamed the argument and the output. Both names are taken and given, on every version.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAME = "cache" if "cache" in _parameters(GenerationMixin.prepare_inputs_for_generation) else "past_key_values"
+
+
+def with_one_cache_name(options: dict[str, Any]) -> dict[str, Any]:
+    """Return `options` with a key/value cache under the name that this transformers uses.
+
+    Raises:
+        ValueError: Two caches, one under each name.
+    """
+    given = [name for name in CACHE_NAMES if options.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError("The key/value cache was given twice, as past_key_values and as cache; pass one of them.")
+    others = {name: value for name, value in options.items() if name not in CACHE_NAMES}
+    return {**others, CACHE_NAME: options[given[0]]} if given else others
+
+
+def cache_of(output) -> Any:
+    """Return the key/value cache of a model's or a generation's output, None where there is none."""
+    return getattr(output, CACHE_NAME, None)
+
+
+def with_both_cache_names(output):
+    """Let the cache of an output be read as `cache` on a transformers that calls it `past_key_values`."""
+    if CACHE_NAME != "cache" and isinstance(output, ModelOutput) and not torch.compiler.is_compiling():
+        output.cache = cache_of(output)
+    return output
+
+
+def with_image_features(output, features: torch.Tensor):
+    """Put the image features (T, K, D) into a model's output, where transformers keeps those that it computes itself."""
+    if "image_outputs" in getattr(output, "__dataclass_fields__", {}):
+        output.image_outputs = BaseModelOutputWithPooling(pooler_output=features)
+    else:
+        output.image_hidden_states = features
+    return output
+
+
+def extends(parent: Callable) -> Callable[[Callable], Callable]:
+    """Let an override name only the arguments that it uses and pass the rest on, whatever their names are.
+
+    The override is called with keywords alone. Positions, and the signature that transformers, the Trainer and editors
+    inspect, are those of `parent`, with the arguments that the override adds. A key/value cache comes under the name that
+    this transformers uses.
+    """
+    inherited = _parameters(parent)
+    positions = [
+        name for name, parameter in inherited.items() if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ][1:]
+
+    def decorate(function: Callable) -> Callable:
+        added = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in _parameters(function).items()
+            if name not in inherited and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+
+        @wraps(function)
+        def call(self, *args, **kwargs):
+            if len(args) > len(positions):
+                raise TypeError(
+                    f"{function.__name__} takes at most {len(positions)} arguments by position, got {len(args)}."
+                )
+            return function(self, **dict(zip(positions, args)), **with_one_cache_name(kwargs))
+
+        rest = [p for p in inherited.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        named = [p for p in inherited.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        call.__signature__ = inspect.Signature([*named, *added, *rest])
+        return call
+
+    return decorate
+
+
+class PaddedRepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """transformers' repetition penalty for ids that are padded on the left, whatever the attention mask's length.
+
+    Its own class finds the padding in the mask from some release on, and counts it as part of the prompt before.
+
+    Args:
+        penalty: As in `RepetitionPenaltyLogitsProcessor`.
+        padding: (B,) how many ids of padding each row begins with.
+    """
+
+    def __init__(self, penalty: float, padding: torch.Tensor):
+        super().__init__(penalty)
+        self.padding = padding
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Penalise as transformers does; a token that a row holds may be counted twice, padding is not."""
+        padding = self.padding.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.padding))
+        is_padding = torch.arange(input_ids.shape[1], device=input_ids.device) < padding[:, None]
+        return super().__call__(torch.where(is_padding, input_ids[:, -1:], input_ids), scores)
