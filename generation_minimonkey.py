@@ -26,6 +26,7 @@ from .transformers_bridge import (
     cache_of,
     extends,
     with_both_cache_names,
+    with_one_cache_name,
 )
 
 
@@ -140,6 +141,7 @@ class GenerateMixin:
             kwargs["input_ids"] = inputs
         has_images = pixel_values is not None or bool(turn is not None and turn.keys)
         self._check_what_fits(generation_config, kwargs, has_images, use_scm)
+        kwargs = with_one_cache_name(kwargs)
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
         if turn is not None and (turn.keys or can_remember):
             settings = settings or self._compression_settings(scm_keep_ratio=1.0)
@@ -350,9 +352,10 @@ class GenerateMixin:
         self, generation_config: GenerationConfig | None, options: dict[str, Any], has_images: bool, use_scm: bool
     ) -> None:
         """Refuse what transformers would do with other tokens than the model saw; it gives other answers."""
-        if getattr(options.get(CACHE_NAME), REPACKED, False):
+        cache_name = next((name for name in CACHE_NAMES if options.get(name) is not None), CACHE_NAME)
+        if getattr(options.get(cache_name), REPACKED, False):
             raise ValueError(
-                f"{CACHE_NAME} comes from a generation whose prompt was shortened by scale compression, or moved because it "
+                f"{cache_name} comes from a generation whose prompt was shortened by scale compression, or moved because it "
                 "was padded on the right; it does not fit its input_ids. Leave it out."
             )
         if use_scm and options.get("inputs_embeds") is not None:
@@ -366,7 +369,7 @@ class GenerateMixin:
         for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
             if self._setting(name, generation_config, options) is not None:
                 raise ValueError(f"{name} does not work with images or use_scm=True; leave it out.")
-        for name in ("position_ids", CACHE_NAME):
+        for name in ("position_ids", cache_name):
             if use_scm and options.get(name) is not None:
                 raise ValueError(
                     f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."

@@ -27,6 +27,7 @@ from .transformers_bridge import (
     register_checkpoint_conversion_mapping,
     with_both_cache_names,
     with_image_features,
+    with_one_cache_name,
 )
 from .visual_experts import add_visual_experts
 
@@ -75,6 +76,7 @@ class MiniMonkeyModel(InternVLModel):
             if visual_token_mask is None and pixel_values is not None:
                 visual_token_mask = input_ids == self.config.image_token_id
             kwargs["visual_token_mask"] = visual_token_mask
+        kwargs = with_one_cache_name(kwargs)
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)
 
     def pixel_shuffle(self, vision_features: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
@@ -261,7 +263,8 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
             self._check_no_image_tokens(input_ids)  # no later step of a generation waits for the device here
         if self.config.visual_experts:
             kwargs["visual_token_mask"] = visual_token_mask
-        output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **{**kwargs, "return_dict": True})
+        kwargs = {**with_one_cache_name(kwargs), "return_dict": True}
+        output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if features is not None:
             output = with_image_features(output, features)
         return with_both_cache_names(output)

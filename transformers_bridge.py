@@ -87,8 +87,7 @@ def extends(parent: Callable) -> Callable[[Callable], Callable]:
     """Let an override name only the arguments that it uses and pass the rest on, whatever their names are.
 
     The override is called with keywords alone. Positions, and the signature that transformers, the Trainer and editors
-    inspect, are those of `parent`, with the arguments that the override adds. A key/value cache comes under the name that
-    this transformers uses.
+    inspect, are those of `parent`, with the arguments that the override adds.
     """
     inherited = _parameters(parent)
     positions = [
@@ -108,7 +107,7 @@ def extends(parent: Callable) -> Callable[[Callable], Callable]:
                 raise TypeError(
                     f"{function.__name__} takes at most {len(positions)} arguments by position, got {len(args)}."
                 )
-            return function(self, **dict(zip(positions, args)), **with_one_cache_name(kwargs))
+            return function(self, **dict(zip(positions, args)), **kwargs)
 
         rest = [p for p in inherited.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
         named = [p for p in inherited.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]

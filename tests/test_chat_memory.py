@@ -412,12 +412,10 @@ def test_an_adapter_that_is_switched(model, small, pictures):
     peft = pytest.importorskip("peft")
     own = copy.deepcopy(model)
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, r=4, lora_alpha=32)
-    own.add_adapter(config)
-    own.eval()
+    adapted = peft.get_peft_model(own, config).eval()  # in place
     first = ask(own, small, pictures[2], QUESTION)
-    own.disable_adapters()
-    second = ask(own, small, pictures[2], "And?", first.history)
-    own.enable_adapters()
+    with adapted.disable_adapter():
+        second = ask(own, small, pictures[2], "And?", first.history)
     ask(own, small, pictures[2], "Why?", second.history)
 
 
