@@ -59,6 +59,11 @@ def _receive(query, key, attention_mask, scaling, softcap=None, sliding_window=N
     raise _Reached(AttentionInputs(query[0], key[0], scaling, softcap, sliding_window, s_aux, mask))
 
 
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, which is what can be copied in parts; any other as it is."""
+    return getattr(module, "_orig_mod", module)
+
+
 def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
     """A copy that shares weights and children with `module`, but for those children that are given."""
     copied = copy.copy(module)
@@ -92,8 +97,10 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
     Raises:
         ValueError: A language model that is not built as transformers' decoders usually are.
     """
+    language_model = _uncompiled(language_model)
     layers = getattr(language_model, "layers", None)
-    attention = getattr(layers[layer], "self_attn", None) if layers is not None else None
+    layers = None if layers is None else [_uncompiled(one) for one in layers[: layer + 1]]
+    attention = None if layers is None else _uncompiled(getattr(layers[layer], "self_attn", None))
     config = getattr(attention, "config", None)
     if config is None:
         raise ValueError(

@@ -13,6 +13,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, InternVLConfig
 
+from .transformers_bridge import register_for_serving
+
 
 _MODEL = "modeling_minimonkey.MiniMonkeyForConditionalGeneration"
 AUTO_MAP = {
@@ -132,6 +134,36 @@ def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
         config["rope_scaling"] = {**config["rope_scaling"], "type": "longrope", "rope_type": "longrope"}
     config.setdefault("tie_word_embeddings", False)
     return config
+
+
+# Fields of language models whose head does more than multiply by its weight.
+_SOFTCAP = "final_logit_softcapping"
+_HEAD_FACTORS = {"logit_scale": ("cohere",), "lm_head_multiplier": ("falcon_h1",), "logits_scaling": ("hyperclovax",)}
+_HEAD_DIVISORS = {"logits_scaling": ("granite",)}
+_UNKNOWN_HEAD_FIELDS = ("output_multiplier", "logits_soft_cap", "logits_mup_width_multiplier", "softcap")
+
+
+def head_scaling(text_config) -> tuple[float, float | None]:
+    """Return the factor of a language model's logits, and the bound that tanh keeps them within, None for none.
+
+    Raises:
+        ValueError: A head that does something else to its logits, so that its loss and its answers would be wrong.
+    """
+    model_type, factor = text_config.model_type, 1.0
+    for name in {*_HEAD_FACTORS, *_HEAD_DIVISORS, *_UNKNOWN_HEAD_FIELDS}:
+        value = getattr(text_config, name, None)
+        if value is None or value == 1:
+            continue
+        if model_type.startswith(_HEAD_FACTORS.get(name, ())):
+            factor *= value
+        elif model_type.startswith(_HEAD_DIVISORS.get(name, ())):
+            factor /= value
+        else:
+            raise ValueError(
+                f"The head of a language model {model_type!r} with {name}={value!r} is not known here; without it the loss "
+                f"and the probabilities would be wrong. Set {name} to None if the model does not use it."
+            )
+    return factor, getattr(text_config, _SOFTCAP, None)
 
 
 def config_from_published(published: dict[str, Any]) -> dict[str, Any]:
@@ -293,6 +325,7 @@ class MiniMonkeyConfig(InternVLConfig):
             raise ValueError(
                 f"tie_word_embeddings is {self.tie_word_embeddings} here but {text.tie_word_embeddings} in text_config."
             )
+        head_scaling(text)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with `tie_word_embeddings` and the whole `AUTO_MAP` always written out."""
@@ -306,5 +339,7 @@ class MiniMonkeyConfig(InternVLConfig):
         # The base class takes True for a missing tie_word_embeddings, and saving narrows auto_map to the class in use.
         return {"auto_map": dict(AUTO_MAP), "tie_word_embeddings": self.tie_word_embeddings}
 
+
+register_for_serving(MiniMonkeyConfig.model_type, "MiniMonkeyForConditionalGeneration")
 
 __all__ = ["MiniMonkeyConfig"]

@@ -34,6 +34,16 @@ from .transformers_bridge import (
 REPACKED = "prompt_was_repacked"
 
 
+# What transformers cannot do, or ignores, when a prompt is embeddings; and the value of each that changes nothing.
+NEED_PROMPT_IDS = {
+    "assistant_model": None,
+    "prompt_lookup_num_tokens": None,
+    "prefill_chunk_size": None,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+}
+
+
 @dataclass
 class _Embedded:
     """A prompt (B, N) as embeddings (B, N, D), and which positions of each row the language model reads.
@@ -366,8 +376,13 @@ class GenerateMixin:
             return
         if options.get("inputs_embeds") is not None or options.get("input_ids") is None:
             raise ValueError("pixel_values need input_ids and no inputs_embeds.")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
-            if self._setting(name, generation_config, options) is not None:
+        mask = options.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask must be (rows, tokens) where images are, got {tuple(mask.shape)}; forward takes others."
+            )
+        for name in NEED_PROMPT_IDS:
+            if self._setting(name, generation_config, options) not in (None, NEED_PROMPT_IDS[name]):
                 raise ValueError(f"{name} does not work with images or use_scm=True; leave it out.")
         for name in ("position_ids", cache_name):
             if use_scm and options.get(name) is not None:

@@ -19,8 +19,9 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .chat_minimonkey import ChatMixin
 from .checkpoint import weight_conversions
-from .configuration_minimonkey import MiniMonkeyConfig
+from .configuration_minimonkey import MiniMonkeyConfig, head_scaling
 from .generation_minimonkey import GenerateMixin
+from .published_names import PublishedNamesMixin
 from .transformers_bridge import (
     custom_object_save,
     extends,
@@ -88,9 +89,30 @@ class MiniMonkeyModel(InternVLModel):
         return shuffled.transpose(1, 2) if self.config.pixel_shuffle_version == "v1" else shuffled
 
 
+class ScaledHead(nn.Linear):
+    """The head of a language model that scales its logits and keeps them within a bound, see `head_scaling`."""
+
+    def __init__(self, in_features: int, out_features: int, factor: float, softcap: float | None):
+        super().__init__(in_features, out_features, bias=False)
+        self.factor, self.softcap = factor, softcap
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., vocabulary)"""
+        logits = super().forward(hidden_states) * self.factor
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def _language_model_head(text_config) -> nn.Linear:
+    factor, softcap = head_scaling(text_config)
+    size = (text_config.hidden_size, text_config.vocab_size)
+    return nn.Linear(*size, bias=False) if (factor, softcap) == (1, None) else ScaledHead(*size, factor, softcap)
+
+
 # GenerationMixin by name: without it transformers wraps a class that has a `generate` of its own in another of the same
 # name, whose objects cannot be pickled.
-class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForConditionalGeneration, GenerationMixin):
+class MiniMonkeyForConditionalGeneration(
+    PublishedNamesMixin, ChatMixin, GenerateMixin, InternVLForConditionalGeneration, GenerationMixin
+):
     """Mini-Monkey: answers questions about images. See the README for `chat`, `generate` and the pipeline."""
 
     config_class = MiniMonkeyConfig
@@ -100,7 +122,7 @@ class MiniMonkeyForConditionalGeneration(ChatMixin, GenerateMixin, InternVLForCo
         if config.visual_experts:
             self._no_split_modules = ["VisualExpertDecoderLayer"]  # the layers' own class; post_init adds the others
         self.model = MiniMonkeyModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = _language_model_head(config.text_config)
         self.post_init()
 
     @classmethod

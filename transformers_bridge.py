@@ -28,6 +28,10 @@ from transformers.generation.streamers import BaseStreamer  # noqa: F401
 # Two back ends of one image processor, "pil" and "torchvision", which `backend=` chooses between.
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend  # noqa: F401
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 # Visual experts are a second feed-forward block in a Llama layer, which is otherwise transformers' own.
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP  # noqa: F401
@@ -81,6 +85,12 @@ def with_image_features(output, features: torch.Tensor):
     else:
         output.image_hidden_states = features
     return output
+
+
+def register_for_serving(model_type: str, class_name: str) -> None:
+    """Let `transformers serve` load a remote-code model, whose class it looks for among transformers' own otherwise."""
+    for names in (MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        names.setdefault(model_type, class_name)
 
 
 def extends(parent: Callable) -> Callable[[Callable], Callable]:

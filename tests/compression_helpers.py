@@ -4,7 +4,7 @@ import copy
 
 import torch
 from conftest import random_tiles, root_class
-from test_model import IMAGE_TOKEN
+from model_helpers import IMAGE_TOKEN
 
 
 attention_received = root_class("compression.attention_received")

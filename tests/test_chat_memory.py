@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, root_class, synthetic_picture
+from model_helpers import TINY_TEXT, TINY_VISION
 from PIL import Image
-from test_model import TINY_TEXT, TINY_VISION
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 

@@ -19,8 +19,8 @@ from compression_helpers import (
     without_padding,
 )
 from conftest import FIXTURES, random_tiles, root_class
+from model_helpers import tiny_model
 from safetensors.torch import load_file
-from test_model import tiny_model
 from test_parity import load_published
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -355,6 +355,7 @@ def test_settings_without_compression_are_refused(option):
         {"past_key_values": ()},
         {"prompt_lookup_num_tokens": 3},
         {"prefill_chunk_size": 4},
+        {"encoder_repetition_penalty": 2.0},
         {"assistant_model": "model"},
     ],
     ids="-".join,

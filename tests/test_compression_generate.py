@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from compression_helpers import GREEDY, IMAGE, LANGUAGE_MODELS, ROWS, alone, batch, eager_kept, without_padding
-from test_model import GENERATION_MODES, tiny_model
+from model_helpers import GENERATION_MODES, tiny_model
 from transformers import GenerationConfig
 
 
@@ -41,6 +41,29 @@ def test_right_padding_without_compression_answers_as_the_row_alone(dtype):
         one = alone(inputs, row)
         answer = model.generate(**one, **GREEDY)[0, one["input_ids"].shape[1] :]
         assert torch.equal(output[row, length:], answer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 5.0},
+        {"repetition_penalty": 5.0, "num_beams": 2},
+        {"generation_config": GenerationConfig(repetition_penalty=5.0)},
+        {"guidance_scale": 3.0},
+        {"no_repeat_ngram_size": 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("use_scm", [False, True], ids=["whole", "compressed"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_reads_the_prompt_gives_a_row_what_it_gives_alone(side, use_scm, options):
+    model, inputs = tiny_model(), batch(*ROWS[:4], side=side)
+    length, settings = inputs["input_ids"].shape[1], {**GREEDY, **options, "use_scm": use_scm}
+    output = model.generate(**inputs, **settings)
+    assert torch.equal(output[:, :length], inputs["input_ids"])
+    for row in range(4):
+        one = alone(inputs, row)
+        assert torch.equal(output[row, length:], model.generate(**one, **settings)[0, one["input_ids"].shape[1] :])
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 from conftest import FIXTURES, root_class
-from test_model import IMAGE_TOKEN, TINY_TEXT, TINY_VISION
+from model_helpers import IMAGE_TOKEN, TINY_TEXT, TINY_VISION
 
 
 CONFIG = root_class("configuration_minimonkey.MiniMonkeyConfig")

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, random_tiles, root_class
+from conftest import ROOT, random_tiles
+from model_helpers import GENERATION_MODES, IMAGE_TOKEN, prompt, tiny_model
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from transformers import (
@@ -17,61 +18,6 @@ from transformers import (
     GenerationConfig,
     TextIteratorStreamer,
 )
-
-
-TINY_VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": 28,
-    "patch_size": 7,
-    "attention_bias": True,
-}
-TINY_TEXT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 48,
-    "vocab_size": 64,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}
-IMAGE_TOKEN = 60
-GENERATION_MODES = [
-    {"num_beams": 3},
-    {"num_beams": 4, "num_return_sequences": 4},
-    {"do_sample": True, "top_k": 1},
-    {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
-    {"cache_implementation": "static"},
-]
-
-
-def tiny_model(model_type: str = "llama", **options):
-    torch.manual_seed(0)
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig")(
-        vision_config=dict(TINY_VISION),
-        text_config={"model_type": model_type, **TINY_TEXT, **options},
-        image_token_id=IMAGE_TOKEN,
-    )
-    model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config).eval()
-    for parameter in model.parameters():  # larger than a usual initialisation, so that answers differ
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def prompt(*tiles: int, length: int = 24) -> dict[str, torch.Tensor]:
-    """Left-padded rows, the image tokens of `tiles` tiles in each (four a tile)."""
-    rows = torch.randint(3, 50, (len(tiles), length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(rows)
-    for row, count in enumerate(tiles):
-        rows[row, 4 + row : 4 + row + 4 * count] = IMAGE_TOKEN
-        rows[row, :row], mask[row, :row] = 0, 0
-    return {"input_ids": rows, "attention_mask": mask, "pixel_values": random_tiles(5, sum(tiles), 3, 28, 28)}
 
 
 @pytest.mark.parametrize(
@@ -310,3 +256,57 @@ def test_a_decoding_step_compiles_whole():
     model.forward = torch.compile(model.forward, fullgraph=True, backend=(counter := CompileCounter()))
     assert torch.equal(model.generate(**batch, **options), expected)
     assert counter.frame_count == 2  # the prompt, and a step
+
+
+# --- heads that scale their logits -----------------------------------------------------------------------------------
+
+SCALED_HEADS = {
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", SCALED_HEADS)
+def test_loss_and_logits_are_those_of_the_language_model_alone(model_type):
+    model = tiny_model(model_type, **SCALED_HEADS[model_type])
+    ids = torch.randint(3, 50, (1, 12), generator=torch.Generator().manual_seed(0))
+    alone = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    alone.model.load_state_dict(model.model.language_model.state_dict())
+    alone.lm_head.weight = model.lm_head.weight
+    expected, output = alone(input_ids=ids, labels=ids), model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(output.logits, expected.logits)
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(model.language_model(input_ids=ids).logits, expected.logits)
+
+
+def test_a_head_that_is_not_known_is_refused_when_the_config_is_made():
+    with pytest.raises(ValueError, match="'llama' with logits_scaling=3.0 is not known"):
+        tiny_model("llama", logits_scaling=3.0)
+
+
+# --- what does not fit together --------------------------------------------------------------------------------------
+
+
+def test_image_tokens_without_pixels_are_refused_by_forward_too():
+    model, inputs = tiny_model(), prompt(2)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="8 image tokens, but no pixel_values"):
+            call(input_ids=inputs["input_ids"])
+
+
+def test_masks_of_four_dimensions_are_refused_by_generate_with_images():
+    model, inputs = tiny_model(), prompt(2)
+    causal = torch.ones(24, 24, dtype=torch.bool).tril()[None, None]
+    with pytest.raises(ValueError, match=r"attention_mask must be \(rows, tokens\)"):
+        model.generate(**{**inputs, "attention_mask": causal}, max_new_tokens=2)
+    expected = model(**inputs).logits
+    torch.testing.assert_close(model(**{**inputs, "attention_mask": causal}).logits, expected)
+
+
+def test_token_types_of_a_processor_are_accepted():
+    model, inputs = tiny_model(), prompt(2, 1)
+    types = (inputs["input_ids"] == IMAGE_TOKEN).long()
+    expected = model.generate(**inputs, max_new_tokens=4)
+    assert torch.equal(model.generate(**inputs, mm_token_type_ids=types, max_new_tokens=4), expected)
+    assert torch.equal(model(**inputs, mm_token_type_ids=types).logits, model(**inputs).logits)

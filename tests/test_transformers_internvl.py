@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, random_tiles, root_class, synthetic_picture
+from model_helpers import TINY_TEXT, TINY_VISION
 from safetensors.torch import load_file, save_file
 from test_assemble import language_folder
-from test_model import TINY_TEXT, TINY_VISION
 from transformers import AutoModel, AutoProcessor, InternVLConfig, InternVLForConditionalGeneration
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import random_tiles, root_class
-from test_model import IMAGE_TOKEN, TINY_TEXT, TINY_VISION, prompt
+from model_helpers import IMAGE_TOKEN, TINY_TEXT, TINY_VISION, prompt
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, DynamicCache
 
