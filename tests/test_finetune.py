@@ -29,7 +29,6 @@ from transformers import AutoModel, AutoProcessor, LlamaConfig, Qwen2Config
 import finetune as script  # isort: skip
 from benchmarking.models import random_config, random_model  # isort: skip
 from importing.folder import save_processor  # isort: skip
-from training.data import read_sources  # isort: skip
 from training.models import deepen, load_model  # isort: skip
 from training.optimizers import MuonWithAdamW, matrices_and_rest  # isort: skip
 from training.recipe import read_recipe  # isort: skip
@@ -335,10 +334,6 @@ def test_the_recipes_of_the_2b_model_take_a_step_at_reduced_depth(tmp_path, two_
 def test_train_nano_smoke(tmp_path):
     """The whole way by its commands: generator, training, evaluation."""
     recipe = ROOT / "scripts" / "training" / "recipes" / "nano-smoke.yaml"
-    try:
-        read_sources(read_recipe(recipe).data, ROOT, [[1, 1, 1, 1]], None)
-    except ValueError as error:
-        pytest.skip(str(error))
     result = finetune(recipe, "--set", f"output={tmp_path}/out")
     assert result.returncode == 0, result.stderr
     losses = list(metrics(tmp_path / "out")["losses"].values())
