@@ -60,6 +60,12 @@ def random_tiles(seed: int, *shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
+def enable_activation_checkpointing(model) -> None:
+    """Called so since transformers 5.23, which warns of the old name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
 @pytest.fixture(scope="session")
 def processor():
     return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
