@@ -33,6 +33,7 @@ from synthetic.materials import materials
 from synthetic.text_images import TextImage, training_page, training_sample
 from training.letters import CELLS_PER_PATCH, CLASSES, cell_labels, letters_loss
 from training.nano import ONE_TILE, PATCH_SIZE, RANGE_NAMES, TILE_SIZE, write_untrained
+from training.optimizers import Muon
 
 
 logger = logging.getLogger("train_nano")
@@ -173,7 +174,7 @@ def optimizers(learner: Learner, stage: Stage) -> list[torch.optim.Optimizer]:
         is_hidden = parameter.ndim == 2 and any(part in name for part in ("encoder", "projector", "layers"))
         (matrices if is_hidden else rest).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=0.0, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 

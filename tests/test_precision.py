@@ -11,6 +11,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 import precision  # noqa: E402
 
+from training.optimizers import Muon  # noqa: E402
 from training.recipe import Recipe, with_fast_types  # noqa: E402
 
 
@@ -94,3 +95,24 @@ def test_recipes_choose_by_the_machine(processor_with, is_fast):
     assert with_fast_types(recipe()).dtype == "float32"
     given = recipe(dtype="bfloat16", bf16=False)
     assert with_fast_types(given) == given
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)], ids=str)
+def test_muon_is_that_of_torch_and_computes_in_the_fast_type(processor_with, shape, is_fast):
+    processor_with(is_fast, is_fast)
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(value) for value in torch.randn(shape).expand(2, *shape).clone())
+    optimizers = (
+        Muon([ours], lr=0.1, weight_decay=0.01),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    if is_fast:
+        assert torch.equal(ours, theirs)
+    else:
+        assert not torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
