@@ -1,12 +1,21 @@
-# `make quickstart` and `make test` do all set-up themselves, from a machine with Python, make and git.
+# `make quickstart` and `make test` do all set-up themselves, from a machine with Python, make and git. They install the versions
+# of requirements/lock.txt; `make test-newest` and `make test-floor` take the newest of everything, and the oldest that we support.
 PYTHON ?= python3
 VENV = .venv
-FLOOR = .venv-floor
 BIN = $(VENV)/bin
+NEWEST = .venv-newest
+FLOOR = .venv-floor
+LOCK = requirements/lock.txt
+LOWEST = requirements/floor.txt
+
+OVERLAYS = .overlays
+FLOOR_TRANSFORMERS = $(shell grep '^transformers==' $(LOWEST))
+CORE = -m pytest -q -m core
+VERSION = import importlib.metadata; print(importlib.metadata.version('transformers'))
 
 NANO_SMOKE = runs/nano-smoke
 
-.PHONY: quickstart setup train-nano-smoke test test-floor test-all lint clean
+.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-all lint lock clean
 
 quickstart: setup
 	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
@@ -14,10 +23,10 @@ quickstart: setup
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet ".[dev]"
+	$(BIN)/pip install --quiet -r $(LOCK)
 	touch $@
 
 # The whole training pipeline on a CPU: rendered documents, a fresh Nano, a few steps, evaluation. It learns next to nothing.
@@ -29,15 +38,35 @@ train-nano-smoke: setup
 test: setup
 	$(BIN)/python -m pytest -q
 
-# The same tests on the oldest supported transformers.
-$(FLOOR)/.ready: pyproject.toml
+$(NEWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade pip
+	$(NEWEST)/bin/pip install --quiet --upgrade ".[dev]"
+	touch $@
+
+test-newest: $(NEWEST)/.ready
+	$(NEWEST)/bin/python -m pytest -q
+
+$(FLOOR)/.ready: pyproject.toml $(LOWEST)
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install --quiet --upgrade pip
-	$(FLOOR)/bin/pip install --quiet ".[dev]" "transformers==5.16.0"
+	$(FLOOR)/bin/pip install --quiet ".[dev]" -c $(LOWEST)
 	touch $@
 
 test-floor: $(FLOOR)/.ready
 	$(FLOOR)/bin/python -m pytest -q
+
+# The core tests beside another transformers than the locked one: laid over the locked set, so that torch need not come again.
+test-core-floor: setup
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $(OVERLAYS)/floor "$(FLOOR_TRANSFORMERS)"
+	PYTHONPATH=$(OVERLAYS)/floor $(BIN)/python $(CORE)
+
+test-core-newest: setup
+	rm -rf $(OVERLAYS)/newest
+	$(BIN)/pip install --quiet --target $(OVERLAYS)/newest "transformers<6"
+	newest=$$(PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python -c "$(VERSION)"); \
+	if [ $$newest = $$($(BIN)/python -c "$(VERSION)") ]; then echo "transformers $$newest is the newest, and the locked one."; \
+	else echo "transformers $$newest:" && PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python $(CORE); fi
 
 test-all: setup
 	$(BIN)/python -m pytest -q -m "not gpu"
@@ -46,5 +75,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The versions for every Python and system that we support, from pyproject.toml. What is locked stays as far as it still fits;
+# `make lock UPGRADE=--upgrade` moves all of it to the newest, `UPGRADE="--upgrade-package transformers"` one package.
+UPGRADE =
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-annotate --custom-compile-command "make lock" pyproject.toml
+lock: setup
+	$(BIN)/pip install --quiet uv
+	$(COMPILE) --output-file $(LOCK) $(UPGRADE)
+	$(COMPILE) --output-file $(LOWEST) --resolution lowest-direct --no-deps --upgrade
+
 clean:
-	rm -rf $(VENV) $(FLOOR) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(FLOOR) $(OVERLAYS) build *.egg-info

@@ -8,13 +8,18 @@ Reads three formats: its own, the published `config.json` of InternVL2 and Mini-
 """
 
 import copy
+import re
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, InternVLConfig
+from transformers.utils import logging
 
 from .transformers_bridge import register_for_serving
 
+
+NEWEST_TRIED_TRANSFORMERS = "5.24.0"
 
 _MODEL = "modeling_minimonkey.MiniMonkeyForConditionalGeneration"
 AUTO_MAP = {
@@ -89,6 +94,19 @@ _PUBLISHED_IGNORED = [
     "transformers_version",
     "_commit_hash",
 ]
+
+
+def warn_beside_untried(installed: str) -> None:
+    """Log one line, once, if this transformers is newer than the newest that all tests were run with."""
+    numbers, tried = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (installed, NEWEST_TRIED_TRANSFORMERS))
+    if numbers > tried:
+        logging.get_logger("transformers.minimonkey").warning_once(
+            f"MiniMonkey was tried with transformers up to {NEWEST_TRIED_TRANSFORMERS}, this is {installed}; if something "
+            f"fails, try: pip install transformers=={NEWEST_TRIED_TRANSFORMERS}"
+        )
+
+
+warn_beside_untried(transformers.__version__)
 
 
 def vision_config_from_published(published: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ Prints a table for people and one JSON line for machines. Runs anywhere: weights
 import argparse
 import sys
 
+from precision import choose_dtype
+
 from benchmarking import compression, conversation, decode, load, preprocessing, stages, vision
 
 
@@ -36,6 +38,8 @@ def main() -> int:
         module.add_arguments(subject)
         subject.set_defaults(run=module.run)
     args = parser.parse_args()
+    if "dtype" in args:
+        args.dtype = str(choose_dtype(args.dtype, args.device)).removeprefix("torch.")
     try:
         args.run(args)
     except ValueError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from precision import add_dtype_argument, choose_dtype
 from repository import add_model_arguments, add_tile_arguments, tile_options
 from transformers import AutoModel, AutoProcessor
 
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("inputs", nargs="*", metavar="FILE ... QUESTION", help="pictures and videos, then the question")
     add_model_arguments(parser)
     parser.add_argument("--device", default=None, help="cuda, cpu, ... (default: a GPU where there is one)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add_dtype_argument(parser)
     parser.add_argument("--attn-implementation", default=None, help="sdpa, eager or flash_attention_2")
     add_tile_arguments(parser)
     parser.add_argument("--tile-budget", type=int, default=None, help="most tiles of all pictures together")
@@ -69,7 +70,7 @@ def load(args: argparse.Namespace):
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     model = AutoModel.from_pretrained(
-        args.model, subfolder=args.subfolder, trust_remote_code=True, dtype=args.dtype, **options
+        args.model, subfolder=args.subfolder, trust_remote_code=True, dtype=choose_dtype(args.dtype, device), **options
     )
     return processor, model.to(device).eval()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from precision import add_dtype_argument, choose_dtype
 from repository import add_model_arguments, add_tile_arguments, tile_options
 from transformers import AutoModel, AutoProcessor
 
@@ -37,6 +38,7 @@ from evaluation.suites import (
     read_benchmark,
     synthetic_suite,
 )
+from synthetic.materials import materials
 from synthetic.sheet import sheet
 
 
@@ -69,12 +71,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto")
+    add_dtype_argument(parser)
     parser.add_argument("--out", type=Path, default=None, help="JSONL file for the predictions")
     parser.add_argument("--resume", action="store_true", help="go on with the predictions in --out")
     parser.add_argument("--sheet", type=Path, default=None, help="PNG of the first items with question and answers")
     args = parser.parse_args()
     _check(parser, args)
+    args.dtype = str(choose_dtype(args.dtype, args.device)).removeprefix("torch.")
     return args
 
 
@@ -143,6 +146,8 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
     )
     settings = {name: getattr(args, name) for name in names} | {"suite": suite.name, "items": len(suite)}
     settings["weights"] = weights_digest(args.model, args.subfolder)
+    if args.benchmark is None:
+        settings["materials"] = materials()
     if args.questions != "any":
         settings["questions"] = args.questions
     if args.benchmark is not None:

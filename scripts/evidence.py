@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from precision import add_dtype_argument, choose_dtype
 from repository import add_model_arguments, root_class
 from transformers import AutoModel, AutoProcessor
 
@@ -27,6 +28,7 @@ from evaluation.runner import Answering, answer_suite
 from evaluation.suites import Suite, synthetic_suite
 from evaluation.tables import Comparison, markdown
 from evaluation.ways import KEEP_RATIOS, Way, droppings, tilings
+from synthetic.materials import materials
 
 
 # Kind of document, its questions, the metric that ways are compared by.
@@ -55,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto")
+    add_dtype_argument(parser)
     args = parser.parse_args()
     if args.compressed is None:
         args.compressed = [name for name in args.suites if name in COMPRESSED]
@@ -68,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"there is no preset {args.preset!r}; known are {', '.join(root_class('tiling.PRESETS'))}")
     if set(args.compressed) - set(args.suites):
         parser.error("--compressed names suites that are not among --suites")
+    args.dtype = str(choose_dtype(args.dtype, args.device)).removeprefix("torch.")
     return args
 
 
@@ -91,7 +94,7 @@ def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
     args.out.mkdir(parents=True, exist_ok=True)
     names = ("model", "subfolder", "difficulty", "seed", "batch_size", "device", "dtype")
     shared = {name: getattr(args, name) for name in names}
-    shared["weights"] = weights_digest(args.model, args.subfolder)
+    shared |= {"weights": weights_digest(args.model, args.subfolder), "materials": materials()}
     readings = {}
     for name in args.suites:
         kind, questions, metric = SUITES[name]

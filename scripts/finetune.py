@@ -23,11 +23,12 @@ from pathlib import Path
 
 from repository import root_class
 
+from synthetic.materials import materials
 from training.collator import Collator
-from training.data import read_sources
+from training.data import SyntheticSource, read_sources
 from training.encode import Encoder
 from training.models import load_model, load_processor, model_folder, save
-from training.recipe import Recipe, changed_keys, read_recipe
+from training.recipe import Recipe, changed_keys, read_recipe, with_fast_types
 from training.samples import Samples
 from training.trainer import FineTuner, last_checkpoint, set_steps, training_arguments
 
@@ -62,16 +63,25 @@ def begin(recipe: Recipe, world_size: int, resume: bool) -> Path | None:
     return last_checkpoint(Path(recipe.output))
 
 
+def check_materials(recorded: dict) -> None:
+    """Raise `ValueError` if the documents of the run to go on with have other words or fonts than there are here."""
+    before, here = recorded.get("materials"), materials()
+    if before is not None and before["digest"] != here["digest"]:
+        raise ValueError(f"The run began with other words and fonts: {before}, here there are {here}.")
+
+
 def prepare(args: argparse.Namespace) -> tuple[FineTuner, Recipe, str, Path | None]:
     """Everything up to the first step: trainer, recipe, the folder of the first model, the checkpoint to go on from."""
-    recipe = read_recipe(args.recipe, args.set)
+    recipe = with_fast_types(read_recipe(args.recipe, args.set))
     arguments = training_arguments(recipe)
     checkpoint = begin(recipe, arguments.world_size, args.resume)
+    record = Path(recipe.output) / "run.json"
+    recorded = json.loads(record.read_text()) if record.exists() else {}
     arguments.distributed_state.wait_for_everyone()  # nobody looks for the record after it is written
     if arguments.should_save:
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
-        run = {"recipe": dataclasses.asdict(recipe), "world_size": arguments.world_size}
-        (Path(recipe.output) / "run.json").write_text(json.dumps(run, indent=2))
+        run = recorded | {"recipe": dataclasses.asdict(recipe), "world_size": arguments.world_size}
+        record.write_text(json.dumps(run, indent=2))
 
     with arguments.main_process_first():
         folder = model_folder(recipe)
@@ -81,6 +91,10 @@ def prepare(args: argparse.Namespace) -> tuple[FineTuner, Recipe, str, Path | No
     with arguments.main_process_first():  # the others find the checked lines in the cache
         sources = read_sources(recipe.data, Path(), recipe.tile_ranges, encoder)
         evaluation = recipe.eval_data and read_sources(recipe.eval_data, Path(), recipe.tile_ranges, encoder)
+    if any(isinstance(source, SyntheticSource) for source in (*sources, *(evaluation or ()))):
+        check_materials(recorded)
+        if arguments.should_save:
+            record.write_text(json.dumps(run | {"materials": materials()}, indent=2))
     samples = Samples(sources, encoder, recipe)
     set_steps(arguments, recipe, samples.steps)
     collator = Collator(

@@ -1,6 +1,5 @@
 """Train MiniMonkey-Nano, the small model at the root of this repository, from scratch on rendered text.
 
-    apt-get install wamerican fonts-...      the fonts are FONT_PACKAGES in scripts/synthetic/text_images.py
     python scripts/train_nano.py OUT         an hour and a half on two CPU cores; --resume goes on after an interruption
 
 Two stages, the first for the vision tower alone:
@@ -15,6 +14,7 @@ Source of the optimizer: Muon for matrices, AdamW for the rest; AdamW alone stay
 
 import argparse
 import functools
+import json
 import logging
 import random
 import time
@@ -23,14 +23,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from precision import add_dtype_argument, choose_dtype
 from repository import root_class
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor
 
+from synthetic.materials import materials
 from synthetic.text_images import TextImage, training_page, training_sample
 from training.letters import CELLS_PER_PATCH, CLASSES, cell_labels, letters_loss
 from training.nano import ONE_TILE, PATCH_SIZE, RANGE_NAMES, TILE_SIZE, write_untrained
+from training.optimizers import Muon
 
 
 logger = logging.getLogger("train_nano")
@@ -171,7 +174,7 @@ def optimizers(learner: Learner, stage: Stage) -> list[torch.optim.Optimizer]:
         is_hidden = parameter.ndim == 2 and any(part in name for part in ("encoder", "projector", "layers"))
         (matrices if is_hidden else rest).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=0.0, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -201,7 +204,7 @@ def run_stage(learner: Learner, processor, stage: Stage, args: argparse.Namespac
         for optimizer, rate in zip(updates, stage.learning_rates):
             optimizer.param_groups[0]["lr"] = rate * scale
         batch = {name: value.to(args.device) for name, value in batch.items()}
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
             loss, parts = learner(**batch)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -232,12 +235,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    add_dtype_argument(parser, "of computation; ")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in OUT")
     args = parser.parse_args()
+    args.dtype = choose_dtype(args.dtype, args.device)
+    if args.dtype == torch.float16:
+        parser.error("--dtype float16 needs its losses scaled; take bfloat16 or float32")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(args.seed)
     if not (args.resume and (args.out / "model.safetensors").exists()):
         write_untrained(args.out)
+    (args.out / "materials.json").write_text(json.dumps(materials(), indent=1) + "\n")
     model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
     processor = AutoProcessor.from_pretrained(args.out, trust_remote_code=True)
     learner = Learner(model_class.from_pretrained(args.out, dtype=torch.float32)).to(args.device).train()

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image, ImageDraw
+from precision import add_dtype_argument, choose_dtype
 from repository import add_model_arguments, add_tile_arguments, root_class, tile_options
 from transformers import AutoModel, AutoProcessor
 
@@ -85,6 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("compressed.png"), help="PNG to write (compressed.png)")
     add_model_arguments(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_dtype_argument(parser)
     add_tile_arguments(parser, preset="default")
     parser.add_argument("--keep-ratio", type=float, default=None, help="default: the model's")
     parser.add_argument("--layer", type=int, default=None, help="default: the model's")
@@ -110,9 +112,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "This picture gives no detailed tiles, so there is nothing to compress; raise --max-tiles or change --preset."
         )
-    model = (
-        AutoModel.from_pretrained(args.model, subfolder=args.subfolder, trust_remote_code=True).to(args.device).eval()
-    )
+    options = {"subfolder": args.subfolder, "dtype": choose_dtype(args.dtype, args.device)}
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **options).to(args.device).eval()
     inputs = inputs.to(args.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     (kept,) = model.kept_positions(

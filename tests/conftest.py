@@ -26,6 +26,11 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module  # n
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = [FIXTURES]
+# What a release of transformers would break, in a few minutes: loading, numbers, processing, chat, generate, compression.
+CORE = (
+    *("test_hub", "test_configuration", "test_parity", "test_model", "test_processing", "test_chat"),
+    *("test_chat_stream", "test_compression", "test_compression_generate", "test_transformers_internvl"),
+)
 
 
 def pytest_addoption(parser):
@@ -35,6 +40,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--goldens"):
         RECORDED.append(config.getoption("--goldens").resolve())
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of CORE, and of nothing that is slow."""
+    for item in items:
+        if item.path.stem in CORE and not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
+            item.add_marker("core")
 
 
 def recorded(path: str) -> Path:
@@ -58,6 +70,12 @@ def synthetic_picture(width: int, height: int, seed: int) -> Image.Image:
 def random_tiles(seed: int, *shape: int) -> torch.Tensor:
     """Random pixel values that are the same on every machine."""
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def enable_activation_checkpointing(model) -> None:
+    """Called so since transformers 5.23, which warns of the old name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 @pytest.fixture(scope="session")

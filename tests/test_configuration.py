@@ -2,10 +2,12 @@
 
 import copy
 import json
+import logging
+import sys
 from itertools import product
 
 import pytest
-from conftest import FIXTURES, root_class
+from conftest import FIXTURES, ROOT, root_class
 from model_helpers import IMAGE_TOKEN, TINY_TEXT, TINY_VISION
 
 
@@ -84,7 +86,7 @@ def test_impossible_values_raise(changes, message):
         CONFIG.from_dict(with_published(**changes))
 
 
-@pytest.mark.parametrize(("whole", "text"), product([None, True, False], repeat=2))
+@pytest.mark.parametrize(("whole", "text"), list(product([None, True, False], repeat=2)))
 def test_the_tie_of_transformers_internvl_is_that_of_the_whole(whole, text, tmp_path):
     parts = {"text_config": {**TINY_TEXT, "model_type": "qwen2"}, "vision_config": TINY_VISION}
     config = {"model_type": "internvl", "image_token_id": IMAGE_TOKEN, **parts}
@@ -101,3 +103,23 @@ def test_the_tie_of_transformers_internvl_is_that_of_the_whole(whole, text, tmp_
 def test_one_layer_needs_no_scm_layer():
     text = {**TINY_TEXT, "model_type": "llama", "num_hidden_layers": 1}
     assert CONFIG(text_config=text, vision_config=TINY_VISION, image_token_id=IMAGE_TOKEN).scm_layer == 0
+
+
+@pytest.mark.parametrize(
+    ("installed", "is_newer"),
+    [("5.24.0", False), ("5.9.3", False), ("5.24.1", True), ("5.25.0.dev0", True), ("6.0", True)],
+)
+def test_a_newer_transformers_than_was_tried_is_said_once(installed, is_newer, monkeypatch):
+    module = sys.modules[CONFIG.__module__]
+    monkeypatch.setattr(module, "NEWEST_TRIED_TRANSFORMERS", "5.24.0")
+    said = []
+    monkeypatch.setattr(logging.getLogger("transformers.minimonkey"), "warning", said.append)
+    module.logging.get_logger("transformers.minimonkey").warning_once.cache_clear()
+    for _ in range(2):
+        module.warn_beside_untried(installed)
+    assert [f"up to 5.24.0, this is {installed};" in line for line in said] == [True] * is_newer
+
+
+def test_the_newest_that_was_tried_is_the_locked_one():
+    lock = (ROOT / "requirements" / "lock.txt").read_text()
+    assert f"\ntransformers=={sys.modules[CONFIG.__module__].NEWEST_TRIED_TRANSFORMERS} ;" in lock

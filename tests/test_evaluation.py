@@ -325,10 +325,7 @@ def test_wrong_tiles_are_refused_before_a_model_is_loaded(benchmark, tiles, run_
 
 
 def suite_of(name: str, items: int, **options) -> Suite:
-    try:
-        return synthetic_suite(name, items, seed=1, **options)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    return synthetic_suite(name, items, seed=1, **options)
 
 
 def test_every_kind_of_document_is_a_suite():

@@ -12,7 +12,6 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / "scripts"))
 from evaluation.tables import Comparison, markdown  # noqa: E402
 from evaluation.ways import droppings, tilings  # noqa: E402
-from synthetic.documents import document  # noqa: E402
 
 
 RANGES = (4, 12, 3, 7)
@@ -76,10 +75,6 @@ def test_scm_is_compared_with_all_tokens_and_its_baselines_with_scm():
 
 
 def test_the_command_writes_tables_and_figure_and_goes_on(tmp_path):
-    try:
-        document("seam", 0, 0)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
     command = [sys.executable, str(ROOT / "scripts" / "evidence.py"), str(tmp_path), "--suites", "seams"]
     command += ["--items", "2", "--difficulty", "0"]
     first = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, random_tiles
+from conftest import ROOT, enable_activation_checkpointing, random_tiles
 from model_helpers import GENERATION_MODES, IMAGE_TOKEN, prompt, tiny_model
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for checkpointing in (False, True):
         model, batch = tiny_model().train(), prompt(2)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_activation_checkpointing(model)
         model(**batch, labels=batch["input_ids"]).loss.backward()
         gradients.append(model.model.vision_tower.embeddings.patch_embeddings.projection.weight.grad.clone())
     assert gradients[0].abs().sum() > 0

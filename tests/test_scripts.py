@@ -137,12 +137,6 @@ def test_the_readme_has_no_placeholders():
 
 
 def test_training_and_evaluation_run(tmp_path):
-    from synthetic.text_images import font_files, words
-
-    try:
-        font_files("training"), font_files("held_out"), words("training")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
     steps = ["--letters-steps", 1, "--reading-steps", 2, "--batch-size", 2, "--workers", 0]
     result = run("scripts/train_nano.py", tmp_path / "nano", *steps)
     assert result.returncode == 0, result.stderr

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_tiles, root_class
+from conftest import enable_activation_checkpointing, random_tiles, root_class
 from model_helpers import IMAGE_TOKEN, TINY_TEXT, TINY_VISION, prompt
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, DynamicCache
@@ -189,7 +189,7 @@ def test_save_and_reload_is_bit_equal(mono, tmp_path):
 
 def test_gradients_reach_the_block_that_was_used():
     model, batch = tiny_mono().train(), prompt(2)
-    model.gradient_checkpointing_enable()
+    enable_activation_checkpointing(model)
     model(**batch, labels=batch["input_ids"]).loss.backward()
     layer = model.model.language_model.layers[0]
     assert layer.visual_mlp.up_proj.weight.grad.abs().sum() > 0

@@ -8,12 +8,13 @@ import re
 from functools import partial
 
 import torch
+from precision import DTYPES, add_dtype_argument
 from repository import root_class
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from benchmarking.measure import free_bytes, median_seconds, megabytes, peak_extra_bytes, report
-from benchmarking.models import DTYPES, SIZES, random_config, random_model, random_tiles
+from benchmarking.models import SIZES, random_config, random_model, random_tiles
 
 
 TEXT_BEFORE, TEXT_AFTER = 40, 30  # tokens of a prompt around its image
@@ -32,12 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scoring-dtype",
         default="float32",
-        choices=DTYPES,
+        choices=DTYPES[1:],
         help="float32 (default) makes the order of scores definite",
     )
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=DTYPES, help="of prefill and generate (default: bfloat16)"
-    )
+    add_dtype_argument(parser, "of prefill and generate; ")
     parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model for prefill")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import torch
+from precision import add_dtype_argument
 from repository import ROOT, root_class
 from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList
 
 from benchmarking.measure import megabytes, report, synchronize
-from benchmarking.models import DTYPES, SIZES, random_config, random_model
+from benchmarking.models import SIZES, random_config, random_model
 from benchmarking.preprocessing import photograph
 
 
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="default", help="tile ranges")
     parser.add_argument("--new-tokens", type=int, default=8, help="of every answer")
     parser.add_argument("--use-scm", action="store_true")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    add_dtype_argument(parser)
     parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 

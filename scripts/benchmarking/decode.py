@@ -8,10 +8,11 @@ import argparse
 from functools import partial
 
 import torch
+from precision import add_dtype_argument
 from torch import nn
 
 from benchmarking.measure import median_seconds, report
-from benchmarking.models import DTYPES, SIZES, random_config, random_model
+from benchmarking.models import SIZES, random_config, random_model
 
 
 COPIED_BYTES = 2**29
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=8, help="tokens before")
     parser.add_argument("--tokens", type=int, default=16, help="new tokens")
     parser.add_argument("--compile", action="store_true", help="also a static cache under torch.compile")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    add_dtype_argument(parser)
     parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,6 @@ from repository import ROOT, root_class
 from torch import nn
 
 
-DTYPES = ("float32", "bfloat16", "float16")
 _VISION = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,

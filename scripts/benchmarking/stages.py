@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from precision import add_dtype_argument
 from repository import root_class
 
 from benchmarking.compression import Prompt
 from benchmarking.measure import median_seconds, report
-from benchmarking.models import DTYPES, SIZES, random_config, random_model
+from benchmarking.models import SIZES, random_config, random_model
 from benchmarking.preprocessing import photograph
 
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=4000)
     parser.add_argument("--height", type=int, default=3000)
     parser.add_argument("--preset", default="default", help="tile ranges")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    add_dtype_argument(parser)
     parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--picture", type=Path, default=None, help="PNG to write the bars to")

@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from precision import add_dtype_argument
 from torch import nn
 
 from benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
-from benchmarking.models import DTYPES, SIZES, random_config, random_model, random_tiles
+from benchmarking.models import SIZES, random_config, random_model, random_tiles
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiles", type=int, default=34)
     parser.add_argument("--chunks", type=int, nargs="+", default=[16, 8, 4], help="tiles at a time")
     parser.add_argument("--compile", action="store_true", help="also the vision tower under torch.compile")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    add_dtype_argument(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 

@@ -87,7 +87,7 @@ def synthetic_suite(
 
     Raises:
         ValueError: An unknown suite, metric or kind of question, or one that these documents do not have.
-        FileNotFoundError: Fonts or the word list are missing.
+        FileNotFoundError: Words or fonts are missing, with the packages to install.
     """
     if name not in SYNTHETIC:
         raise ValueError(f"There is no suite {name!r}; known are {', '.join(SYNTHETIC)}.")

@@ -3,7 +3,7 @@
     python scripts/synthetic/documents.py sheet.png --kind receipt --split held_out
 
 `document(kind, i, seed)` depends on nothing but its arguments. Pictures are a few 112 px tiles wide with text of 12 to 24
-px, so that a model of small tiles needs several of them. Words and fonts come from one side of the split of text_images.py;
+px, so that a model of small tiles needs several of them. Words and fonts come from one side of the split of materials.py;
 the fixed words of receipts and forms are the same on both. All text is printable ASCII.
 """
 
@@ -55,7 +55,7 @@ def document(kind: str, index: int, seed: int, split: str = "training", difficul
 
     Raises:
         ValueError: An unknown kind or split, or a difficulty outside 0 to 1.
-        FileNotFoundError: Fonts or the word list are missing, with the packages to install.
+        FileNotFoundError: Words or fonts are missing, with the packages to install.
     """
     if kind not in KINDS:
         raise ValueError(f"There are no documents of kind {kind!r}; known are {', '.join(KINDS)}.")

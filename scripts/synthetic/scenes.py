@@ -7,7 +7,8 @@ from PIL import Image
 
 from synthetic.canvas import TILE_SIZE, Colour, Document
 from synthetic.damage import light, warp
-from synthetic.text_images import CharacterBox, any_font, colours, degrade, draw_lines, load_font, random_word
+from synthetic.materials import load_font
+from synthetic.text_images import CharacterBox, any_font, colours, degrade, draw_lines, random_word
 from synthetic.vocabulary import READ_ALL, ask, ask_line
 
 

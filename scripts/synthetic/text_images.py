@@ -1,19 +1,17 @@
 """Pictures of words with known text: the endless, deterministic training and test material of MiniMonkey-Nano.
 
-Sample `i` is a pure function of (seed, i): nothing is stored, and any worker can make any sample. Words and fonts are
-split once, by name, into a part for training and a part that only evaluation sees.
+Sample `i` is a pure function of (seed, i): nothing is stored, and any worker can make any sample. Words and fonts are those
+of materials.py.
 
-    apt-get install wamerican fonts-...            the full list is FONT_PACKAGES below
     python scripts/synthetic/text_images.py sheet.png --split held_out
 """
 
 import argparse
-import hashlib
 import io
 import math
 import random
-import re
 import string
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,56 +20,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 
 
-FONT_PACKAGES = (
-    "fonts-dejavu-extra fonts-liberation2 fonts-freefont-ttf fonts-noto-core fonts-roboto-unhinted fonts-open-sans "
-    "fonts-lato fonts-crosextra-carlito fonts-crosextra-caladea fonts-inconsolata fonts-hack fonts-firacode "
-    "fonts-comfortaa fonts-cantarell fonts-linuxlibertine fonts-gfs-didot fonts-quicksand fonts-urw-base35 "
-    "fonts-junicode fonts-ebgaramond fonts-mononoki fonts-cabin fonts-play fonts-jura fonts-courier-prime"
-)
-FONT_ROOT = Path("/usr/share/fonts")
-WORD_LIST = Path("/usr/share/dict/words")
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as for the scripts in the folder above
 
-# No family on one side has a clone or a direct ancestor on the other (Carlito, say, is drawn after Lato).
-HELD_OUT_FONTS = ("Lato", "Carlito", "Caladea", "Cabin", "EBGaramond", "FiraCode", "Quicksand")
-TRAINING_FONTS = [
-    "DejaVuSans",
-    "DejaVuSerif",
-    "LiberationSans",
-    "LiberationSerif",
-    "LiberationMono",
-    "FreeSans",
-    "FreeSerif",
-    "FreeMono",
-    "NotoSans-",
-    "NotoSansMono-",
-    "NotoSerif-",
-    "NotoSansDisplay-",
-    "NotoSerifDisplay-",
-    "Roboto",
-    "OpenSans",
-    "Inconsolata",
-    "Hack",
-    "Comfortaa",
-    "Cantarell",
-    "LinLibertine_R",
-    "LinBiolinum_R",
-    "LinBiolinum_B",
-    "GFSDidot",
-    "C059",
-    "NimbusSans",
-    "NimbusRoman",
-    "NimbusMonoPS",
-    "P052",
-    "URWBookman",
-    "URWGothic",
-    "Z003",
-    "JunicodeTwoBeta",
-    "mononoki",
-    "Play",
-    "Jura",
-    "CourierPrime",
-]
-UNREADABLE_STYLES = re.compile(r"Thin|Hairline|ExtraLight|Math|Initials|Keyboard|Beta-.*Condensed")
+from synthetic.materials import font_families, load_font, words
+
 
 CHARACTERS = string.ascii_letters + string.digits + ".,:;-!?'\"()/&%$#@+*="
 
@@ -93,56 +46,9 @@ class TextImage:
     characters: tuple[CharacterBox, ...]
 
 
-def is_held_out(word: str) -> bool:
-    """One word in ten never appears in training, in any case."""
-    return hashlib.sha1(word.lower().encode()).digest()[0] % 10 == 0
-
-
-@lru_cache
-def words(split: str) -> dict[int, list[str]]:
-    """Lower-case dictionary words of `split` ("training" or "held_out"), by length."""
-    if not WORD_LIST.exists():
-        raise FileNotFoundError(f"{WORD_LIST} is missing; it comes with: apt-get install wamerican")
-    by_length: dict[int, list[str]] = {}
-    for word in sorted({line.strip().lower() for line in WORD_LIST.read_text(encoding="utf-8").splitlines()}):
-        if re.fullmatch(r"[a-z]{2,14}", word) and is_held_out(word) == (split == "held_out"):
-            by_length.setdefault(len(word), []).append(word)
-    return by_length
-
-
-@lru_cache
-def font_files(split: str) -> tuple[Path, ...]:
-    """Font files of `split`, sorted by path."""
-    prefixes = tuple(HELD_OUT_FONTS if split == "held_out" else TRAINING_FONTS)
-    found = sorted(
-        path
-        for path in FONT_ROOT.rglob("*")
-        if path.suffix.lower() in (".ttf", ".otf")
-        and path.name.startswith(prefixes)
-        and not UNREADABLE_STYLES.search(path.name)
-    )
-    if len(found) < 10:
-        raise FileNotFoundError(f"{len(found)} {split} fonts in {FONT_ROOT}; run: apt-get install {FONT_PACKAGES}")
-    return tuple(found)
-
-
-@lru_cache
-def _font_families(split: str) -> tuple[tuple[Path, ...], ...]:
-    families: dict[str, list[Path]] = {}
-    for path in font_files(split):
-        families.setdefault(re.split(r"[-_]", path.stem)[0], []).append(path)
-    return tuple(map(tuple, families.values()))
-
-
 def any_font(rng: random.Random, split: str) -> Path:
     """A font file; every family is equally likely, however many weights it has."""
-    return rng.choice(rng.choice(_font_families(split)))
-
-
-@lru_cache(maxsize=4096)
-def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
-    """The font at `size` pixels an em."""
-    return ImageFont.truetype(str(path), size)
+    return rng.choice(rng.choice(font_families(split)))
 
 
 def random_word(rng: random.Random, split: str, max_length: int, dictionary_only: bool = False) -> str:

@@ -1,15 +1,15 @@
 """Words, names, dates and amounts for documents, and how questions about them are worded.
 
-Words come from the split of text_images.py. The fixed words of forms, receipts and months (`LABELS`) and the wordings of
+Words come from the split of materials.py. The fixed words of forms, receipts and months (`LABELS`) and the wordings of
 questions belong to both splits.
 """
 
 import random
 import string
-from pathlib import Path
 
 from synthetic.canvas import Question, Style
-from synthetic.text_images import any_font, colours, font_files, random_word
+from synthetic.materials import monospaced_fonts
+from synthetic.text_images import any_font, colours, random_word
 
 
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -203,7 +203,7 @@ def text_size(rng: random.Random, difficulty: float) -> int:
 
 def document_style(rng: random.Random, split: str, difficulty: float, is_printed: bool = False) -> Style:
     """Mostly dark ink on light paper; `is_printed` makes fonts of one width likelier."""
-    path = mono_font(rng, split) if is_printed and rng.random() < 0.5 else any_font(rng, split)
+    path = rng.choice(monospaced_fonts(split)) if is_printed and rng.random() < 0.5 else any_font(rng, split)
     if rng.random() < 0.2 * difficulty:
         background, ink = colours(rng)
     else:
@@ -211,9 +211,3 @@ def document_style(rng: random.Random, split: str, difficulty: float, is_printed
         background = tuple(shade - rng.randint(0, 12) for _ in range(3))
         ink = tuple(rng.randint(0, 70) for _ in range(3))
     return Style(path, text_size(rng, difficulty), background, ink)
-
-
-def mono_font(rng: random.Random, split: str) -> Path:
-    """A font whose characters are all equally wide."""
-    names = ("Mono", "Courier", "Inconsolata", "Hack", "FiraCode", "mononoki")
-    return rng.choice([path for path in font_files(split) if any(name in path.name for name in names)])

@@ -1,11 +1,49 @@
 """Muon for the matrices of the layers and AdamW for the rest, as one optimizer."""
 
 import torch
+from precision import fast_dtype
 from torch import nn
 
 
 # Of the names of matrices inside vision tower, projector and language model; embeddings and the output layer are not.
 LAYERS = ("encoder", "projector", "layers")
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, which orthogonalises in bfloat16 alone, in float32 where that is faster. Steps are scaled to AdamW's."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One step, from the gradients as they are."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: nn.Parameter, group: dict) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = orthogonal(gradient.lerp(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
+
+
+def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """A matrix (m, n) with all singular values drawn near 1, by Newton-Schulz iteration.
+
+    Source: https://kellerjordan.github.io/posts/muon, as torch.optim.Muon has it.
+    """
+    a, b, c = coefficients
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.to(fast_dtype(matrix.device), copy=True)
+    wide = wide.T if is_tall else wide
+    wide.div_(wide.norm().clamp(min=1e-7))
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if is_tall else wide
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -28,9 +66,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float,
         betas: tuple[float, float],
     ):
-        muon = torch.optim.Muon(
-            matrices, lr=matrix_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay)
         adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=0.0)
         self.parts = [muon, adamw]
         super().__init__([group for part in self.parts for group in part.param_groups], {})

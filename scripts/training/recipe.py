@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
+from precision import choose_dtype
 from repository import root_class
 
 
@@ -101,10 +103,11 @@ class Recipe:
     """Share of the steps in which the rate of `warmup_stable_decay` falls to zero."""
 
     # Numbers and memory
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights while they are trained. AdamW's steps are mostly lost in bfloat16 weights."""
-    bf16: bool = True
-    """Compute in bfloat16."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of the weights while they are trained. AdamW's steps are mostly lost in bfloat16 weights; `auto`, bfloat16 where the
+    machine is fast in it, suits those that are frozen under LoRA."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16; `auto`: where the machine is fast in it."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = False
     attention: str | None = None
@@ -262,6 +265,24 @@ def check_ranges(ranges, where: str) -> None:
             check_tile_range(adaptive_least, adaptive_most, "adaptive tile")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+
+
+def with_fast_types(recipe: Recipe) -> Recipe:
+    """The recipe with types in place of `auto`, by what the machine can, which is said in a line.
+
+    Raises:
+        ValueError: It wants to compute in bfloat16 on a GPU (`device: auto`), and there is none.
+    """
+    if recipe.bf16 and recipe.device == "auto" and not torch.accelerator.is_available():
+        raise ValueError("There is no GPU here; train on the CPU with device: cpu (--set device=cpu).")
+    if "auto" not in (recipe.dtype, recipe.bf16):
+        return recipe
+    device = "cpu" if recipe.device == "cpu" else torch.accelerator.current_accelerator()
+    dtype = choose_dtype("auto", device or "cpu")
+    types_ = {"dtype": str(dtype).removeprefix("torch."), "bf16": dtype == torch.bfloat16}
+    return dataclasses.replace(
+        recipe, **{name: value for name, value in types_.items() if getattr(recipe, name) == "auto"}
+    )
 
 
 def changed_keys(recipe: Recipe, recorded: dict[str, Any]) -> list[str]:

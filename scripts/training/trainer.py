@@ -101,11 +101,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     Made before the model is loaded: DeepSpeed's ZeRO-3 has to be known then.
 
     Raises:
-        ValueError: `bf16` without a GPU and without `device: cpu`, or a batch that does not divide among processes and
-            micro batches.
+        ValueError: A batch that does not divide among processes and micro batches.
     """
-    if recipe.bf16 and recipe.device == "auto" and not torch.accelerator.is_available():
-        raise ValueError("There is no GPU here; train on the CPU with device: cpu (--set device=cpu).")
     output = Path(recipe.output)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     known = TrainingArguments.__dataclass_fields__
