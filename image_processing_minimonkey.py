@@ -202,6 +202,24 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     return (array >> 8 if high > 255 else array).astype(np.uint8)
 
 
+def resizing_steps(old_width: int, old_height: int, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The two (width, height) through which a picture is resized, one direction after the other.
+
+    The samples in between are rounded to 8 bits, so that the order decides the pixels: the height goes first where it shrinks
+    by more than twice what the width does, which Pillow does by itself from version 13 on and not before.
+    """
+    shrinks_by = old_height - height
+    vertical_first = shrinks_by > 0 and shrinks_by > 2 * (old_width - width)
+    return (old_width, height) if vertical_first else (width, old_height), (width, height)
+
+
+def resize_picture(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
+    """`image.resize((width, height), resample)` of Pillow 13, with the same pixels under every Pillow."""
+    for step in resizing_steps(*image.size, width, height):
+        image = image.resize(step, resample)
+    return image
+
+
 # --- MSAC ------------------------------------------------------------------------------------------------------------
 
 
@@ -397,7 +415,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
     def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int, resample) -> np.ndarray:
         """(columns * rows, 3, S, S) uint8, row by row."""
         columns, rows = grid
-        resized = np.asarray(image.resize((tile_size * columns, tile_size * rows), resample))
+        resized = np.asarray(resize_picture(image, tile_size * columns, tile_size * rows, resample))
         tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
         return tiles.reshape(columns * rows, 3, tile_size, tile_size)
 
@@ -445,17 +463,15 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
     def _resize_as_pil(
         self, image: Image.Image, pixels: torch.Tensor, width: int, height: int, resample
     ) -> torch.Tensor:
-        """(3, height, width) uint8, at most one level away from `image.resize`; `pixels` are those of `image`.
+        """(3, height, width) uint8, at most one level away from `resize_picture`; `pixels` are those of `image`.
 
         Pillow resizes one direction after the other with 8-bit samples in between. The two kernels differ by a rounding
         in each pass. Reducing averages that out; enlarging does not, nor does reducing by a little, and there Pillow
         itself is used.
         """
         if not all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, (width, height))):
-            return _to_tensor(image.resize((width, height), resample), pixels.device)
-        vertical_first = image.height - height > 2 * (image.width - width)  # Pillow's rule
-        between = (height, image.width) if vertical_first else (image.height, width)
-        for rows, columns in (between, (height, width)):
+            return _to_tensor(resize_picture(image, width, height, resample), pixels.device)
+        for columns, rows in resizing_steps(*image.size, width, height):
             pixels = self.resize(pixels, SizeDict(height=rows, width=columns), resample)
         return pixels
 

@@ -125,6 +125,29 @@ def test_counts_and_grids_equal_the_recorded_ones(either, record):
     assert len(inputs["pixel_values"]) == sum(counts) + 1 == len(record["tiles_uint8"])
 
 
+# What `Image.resize` of Pillow 13.0.0 makes of `synthetic_picture(*old, 1)`, bicubic: (old size, new size, sha256).
+RESIZED = [
+    ((60, 50), (90, 80), "3afead2c3348cb85"),
+    ((60, 200), (40, 50), "c28c4ab90855bc3e"),
+    ((200, 60), (50, 40), "fa24c3b1d76798ac"),
+    ((40, 90), (120, 30), "92eb7506e081c6ac"),
+    ((90, 40), (30, 120), "0a43f5cd7dcf0ed9"),
+    ((60, 50), (60, 20), "9820915be3e2f6eb"),
+    ((50, 60), (20, 60), "aca6aeb0299f8b2b"),
+    ((60, 90), (45, 60), "51db92652a9df7b7"),
+    ((60, 81), (50, 60), "49f8791175ab6440"),
+    ((40, 60), (90, 59), "6aacc3cda2cf23d8"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "digest"), RESIZED)
+def test_resized_pixels_do_not_depend_on_the_pillow_version(old, new, digest):
+    resize_picture = root_class("image_processing_minimonkey.resize_picture")
+    resized = resize_picture(synthetic_picture(*old, 1), *new, Image.Resampling.BICUBIC)
+    assert resized.size == new
+    assert sha256(np.asarray(resized))[:16] == digest
+
+
 # --- the two back ends -----------------------------------------------------------------------------------------------
 
 
