@@ -21,7 +21,6 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -33,8 +32,9 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .picture_decoding import Page, array_to_rgb, load_picture, pages_of, tensor_to_rgb, to_rgb
+from .picture_decoding import array_to_rgb, load_picture, pages_of, tensor_to_rgb, to_rgb
 from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_grids, msac_grids, tile_counts
+from .transformers_bridge import PilBackend, TorchvisionBackend
 
 
 CHECKED = (*RANGE_NAMES, "size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
@@ -312,7 +312,7 @@ def _tile_side(size) -> int:
 
 
 def _is_source(picture) -> bool:
-    return isinstance(picture, (str, os.PathLike, Page))
+    return isinstance(picture, (str, os.PathLike))
 
 
 def _check_picture(picture) -> None:

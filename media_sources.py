@@ -19,6 +19,7 @@ import contextlib
 import io
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import threading
@@ -96,16 +97,24 @@ def check_file(path: str, kind: str = "picture") -> None:
     if os.path.isdir(path):
         raise ValueError(f"{name} is a folder, not a {kind} file.")
     if not os.path.exists(path):
-        raise ValueError(f"{name} cannot be read: There is no {kind} file of that name (No such file or directory).")
+        raise ValueError(f"There is no {kind} file {name}; {name} cannot be read: No such file or directory.")
     if not os.path.isfile(path):
         raise ValueError(f"{name} is no regular file but a pipe, a device or a socket, which may never end.")
 
 
-def refuse_path(path: str) -> None:
-    """Raise the `ValueError` for a path where sources are untrusted; it is the same whether there is such a file or not."""
+def refuse_path(source: str | os.PathLike) -> None:
+    """Raise `ValueError` unless a source is a URL, a data URI or base64 text, without a look at this machine's files."""
+    if isinstance(source, str) and (is_url(source) or source[:5].lower() == "data:" or _is_base64(source)):
+        return
     raise ValueError(
-        f"{short_name(path)} is refused: with untrusted_sources=True paths of this machine are not opened."
+        f"{short_name(source)} is refused: with untrusted_sources=True it must be an http(s) URL, a data URI or base64 text; "
+        "paths of this machine are not opened."
     )
+
+
+def _is_base64(text: str) -> bool:
+    text = "".join(text.split())
+    return len(text) % 4 == 0 and re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text) is not None
 
 
 def read_source(source: str | os.PathLike, untrusted: bool = False) -> bytes | str:
@@ -115,14 +124,14 @@ def read_source(source: str | os.PathLike, untrusted: bool = False) -> bytes | s
         ValueError: It cannot be found or downloaded, or is refused.
     """
     text, name = os.fsdecode(source), short_name(source)
+    if untrusted:
+        refuse_path(source)
     if isinstance(source, str) and text[:5].lower() == "data:":
         return decode_base64(text.partition(",")[2], name)
     if isinstance(source, str) and is_url(text):
         data = io.BytesIO()
         download(text, data, PICTURE_DOWNLOAD, untrusted)
         return data.getvalue()
-    if untrusted and (not isinstance(source, str) or text[:7].lower() == "file://"):
-        refuse_path(text)
     path = None if untrusted else path_of(source)
     if path is not None:
         check_file(path)
@@ -161,7 +170,7 @@ def local_file(source: str | os.PathLike, limits: DownloadLimits, untrusted: boo
             yield path
         return
     if untrusted:
-        refuse_path(text)
+        raise ValueError(f"{short_name(text)} is refused: with untrusted_sources=True a video must be an http(s) URL.")
     path = path_of(source) or text
     check_file(path, "video")
     if os.path.getsize(path) == 0:

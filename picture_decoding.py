@@ -18,7 +18,6 @@ import os
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -100,18 +99,27 @@ TURNS = {
 """What makes a picture of an EXIF orientation upright."""
 
 
-@dataclass(frozen=True)
-class Page:
-    """One page of a file of several, from 0."""
+class Page(str):
+    """The path, data URI or base64 text of a file of several pages, and which of them is meant, from 0.
 
-    source: str | os.PathLike
-    index: int
+    Text, so that it passes wherever a path does, also between two copies of this code in one program.
+    """
+
+    page: int
+
+    def __new__(cls, source: str | os.PathLike, page: int) -> "Page":
+        one = super().__new__(cls, os.fsdecode(source))
+        one.page = page
+        return one
+
+    def __getnewargs__(self) -> tuple[str, int]:
+        return str(self), self.page
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def load_picture(source: str | os.PathLike | Page, untrusted: bool = False) -> Image.Image:
+def load_picture(source: str | os.PathLike, untrusted: bool = False) -> Image.Image:
     """Read a picture from a path, a URL, a data URI or a base64 string, as upright 8-bit RGB.
 
     Of a file of several pages the first is read, with a warning, unless `source` is one of `pages_of`.
@@ -122,8 +130,7 @@ def load_picture(source: str | os.PathLike | Page, untrusted: bool = False) -> I
     Raises:
         ValueError: It cannot be found, read or decoded, or has so many pixels that it may be an attack.
     """
-    page = source.index if isinstance(source, Page) else None
-    source = source.source if isinstance(source, Page) else source
+    page = getattr(source, "page", None)
     name = short_name(source)
     with _opened(source, untrusted) as image:
         try:
@@ -154,25 +161,27 @@ def pages_of(source, untrusted: bool = False) -> list:
     Only TIFF and DCX have pages. A URL is not downloaded for that, and a PIL image is the page at which it stands.
 
     Raises:
-        ValueError: It has more than `MOST_PAGES`, or `untrusted` and a path.
+        ValueError: It has more than `MOST_PAGES`, or is a path where sources are untrusted.
     """
-    if untrusted and isinstance(source, (str, os.PathLike)) and path_of(source) is not None:
-        refuse_path(os.fsdecode(source))
-    if not isinstance(source, (str, os.PathLike)) or not _start(source).startswith(PAGED_STARTS):
+    if not isinstance(source, (str, os.PathLike)):
         return [source]
-    with _opened(source, untrusted=False) as image:
+    if untrusted:
+        refuse_path(source)
+    if not _start(source, untrusted).startswith(PAGED_STARTS):
+        return [source]
+    with _opened(source, untrusted) as image:
         try:
             pages = _count_pages(image)
         except DECODER_ERRORS:  # whoever reads the picture says what is wrong
             return [source]
     if pages > MOST_PAGES:
         raise ValueError(f"{short_name(source)} has {pages} pages, the limit is {MOST_PAGES}; pass a part of them.")
-    return [source] if pages < 2 else [Page(source, index) for index in range(pages)]
+    return [source] if pages < 2 else [Page(source, page) for page in range(pages)]
 
 
-def _start(source: str | os.PathLike) -> bytes:
+def _start(source: str | os.PathLike, untrusted: bool) -> bytes:
     """The first bytes of a file, data URI or base64 text; none of what is not there."""
-    path = path_of(source)
+    path = None if untrusted else path_of(source)
     if path is not None:
         if not os.path.isfile(path):
             return b""

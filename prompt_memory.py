@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache
 
 from .compression import CompressionSettings, ImageSpan
 from .media_sources import check_file, path_of, short_name
-from .picture_decoding import Page, to_rgb
+from .picture_decoding import to_rgb
 from .transformers_bridge import DynamicLayer
 
 
@@ -174,10 +174,8 @@ def picture_key(picture, options: object) -> bytes:
         ValueError: Anything else, or a picture whose file is broken.
     """
     digest = hashlib.sha256(repr(options).encode())
-    if isinstance(picture, Page):
-        digest.update(f"page {picture.index}".encode())
-        picture = picture.source
     if isinstance(picture, (str, os.PathLike)):
+        digest.update(repr(getattr(picture, "page", None)).encode())
         _digest_source(digest, picture)
     elif isinstance(picture, torch.Tensor):
         digest.update(repr((picture.shape, picture.dtype)).encode())
