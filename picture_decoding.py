@@ -161,7 +161,7 @@ def pages_of(source, untrusted: bool = False) -> list:
     Only TIFF and DCX have pages. A URL is not downloaded for that, and a PIL image is the page at which it stands.
 
     Raises:
-        ValueError: It has more than `MOST_PAGES`, or is a path where sources are untrusted.
+        ValueError: It has more than `MOST_PAGES`, is broken, or is a path where sources are untrusted.
     """
     if not isinstance(source, (str, os.PathLike)):
         return [source]
@@ -172,8 +172,8 @@ def pages_of(source, untrusted: bool = False) -> list:
     with _opened(source, untrusted) as image:
         try:
             pages = _count_pages(image)
-        except DECODER_ERRORS:  # whoever reads the picture says what is wrong
-            return [source]
+        except DECODER_ERRORS as error:
+            raise ValueError(f"{short_name(source)} cannot be read as a picture: {_reason(error)}") from error
     if pages > MOST_PAGES:
         raise ValueError(f"{short_name(source)} has {pages} pages, the limit is {MOST_PAGES}; pass a part of them.")
     return [source] if pages < 2 else [Page(source, page) for page in range(pages)]
