@@ -21,6 +21,7 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from transformers import TensorType
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -38,7 +39,12 @@ from .transformers_bridge import PilBackend, TorchvisionBackend
 
 
 CHECKED = (*RANGE_NAMES, "size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
-KINDS = {"device": torch.device, "input_data_format": ChannelDimension, "data_format": ChannelDimension}
+KINDS = {
+    "device": torch.device,
+    "input_data_format": ChannelDimension,
+    "data_format": ChannelDimension,
+    "return_tensors": TensorType,
+}
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 RESIZED_BY_TORCH = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)  # others mean something else there
 MOST_PIXELS = 2**29  # of all tiles of a picture: 6 GB of float32

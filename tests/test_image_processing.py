@@ -292,6 +292,32 @@ BAD_SETTINGS = [
     ({"adaptive_min_tiles": 7, "adaptive_max_tiles": 6}, "adaptive tile range 7 to 6"),
     ({"preset": "nonsense"}, "Unknown preset 'nonsense'; known are default, chartqa"),
     ({"do_resize": False}, "do_resize=False cannot work"),
+    ({"max_tiles": "4"}, "max_tiles|range must be two integers"),
+    ({"max_tiles": 10**6}, "at most 1000 tiles"),
+    ({"adaptive_max_tiles": 10**7}, "at most 1000 tiles"),
+    ({"size": square(10**6)}, "are [0-9,]* for a picture, the limit is"),
+    ({"size": square(4096), "max_tiles": 500}, "50[28] tiles of 4096 x 4096 pixels"),
+    ({"resample": 99}, r"one of Pillow's filters, .*BICUBIC.*; got 99"),
+    ({"resample": 2.0}, "resample"),
+    ({"image_std": (0.0, 1.0, 1.0)}, "image_std.* above 0"),
+    ({"image_mean": (0.5, 0.5)}, "image_mean is a number for each of 3 channels"),
+    ({"image_mean": (0.5, float("nan"), 0.5)}, "image_mean"),
+    ({"preset": ["docvqa"]}, "Unknown preset"),
+]
+BAD_OPTIONS = [
+    ({"tiles": 4}, "Unknown options of images: tiles; known are min_tiles"),
+    ({"max_tiles": True}, "max_tiles"),
+    ({"max_tiles": 4.0}, "max_tiles"),
+    ({"max_tiles": None}, "max_tiles"),
+    ({"size": "28"}, "size"),
+    ({"size": [28]}, "Tiles are square"),
+    ({"size": {"height": "28", "width": "28"}}, "size"),
+    ({"resample": "bicubic"}, "resample"),
+    ({"do_rescale": "yes"}, "do_rescale"),
+    ({"use_thumbnail": 1}, "use_thumbnail"),
+    ({"device": "nonsense"}, "device"),
+    ({"input_data_format": "hwc"}, "input_data_format"),
+    ({"return_tensors": "list"}, "list"),
 ]
 
 
@@ -301,10 +327,24 @@ def test_bad_settings_raise_at_init(processor_class, settings, message):
         processor_class(**settings)
 
 
-@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
-def test_bad_settings_raise_in_a_call(either, picture, settings, message):
-    with pytest.raises(ValueError, match=message):
-        either(picture, **settings)
+@pytest.mark.parametrize(("settings", "message"), [*BAD_SETTINGS, *BAD_OPTIONS])
+def test_bad_settings_raise_in_a_call_before_a_picture_is_opened(either, settings, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        either("missing.png", **settings)
+    assert "missing.png" not in str(raised.value)
+
+
+@pytest.mark.parametrize("options", [5, "docvqa", [("max_tiles", 4)]])
+def test_options_that_are_no_dict_raise(either, options):
+    for ask in (either.check_options, lambda options: either.count_tiles(9, 9, options)):
+        with pytest.raises(ValueError, match="a dict of options"):
+            ask(options)
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
+def test_every_filter_gives_the_same_in_both_back_ends(pil, torchvision, resample):
+    picture = noise(300, 200)
+    assert largest_difference(pil, torchvision, picture, size=square(SIDE), resample=resample, **ONE_TILE) <= 1
 
 
 # --- tile counts -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import importlib.util
 import struct
 import sys
 import threading
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -292,6 +293,62 @@ def test_bad_selection_raises_before_the_file_is_looked_for():
         load_frames("missing.mp4", num_frames=1, fps=1)
 
 
+# --- frame rates that vary -------------------------------------------------------------------------------------------
+
+
+VARYING = [0.05 * i for i in range(20)] + [1.0 + i for i in range(20)]  # twenty a second, then one a second
+
+
+def write_varying_clip(path, times=VARYING):
+    """A clip whose frame i is grey of level STEP * i and shown at `times[i]`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), STEP * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"start": 2, "end": 4, "num_frames": 100}, [21, 22, 23]),
+        ({"start": 2, "end": 4}, [21, 22, 23]),
+        ({"start": 0.5, "end": 1, "num_frames": 100}, list(range(10, 21))),
+        ({"start": 9, "end": 15, "num_frames": 2}, [29, 32]),
+        ({"start": 18, "num_frames": 100}, [37, 38, 39]),
+        ({"fps": 1, "start": 2, "end": 5}, [21, 22, 23]),
+        ({"fps": 0.2}, [21, 26, 31, 36]),
+        ({"fps": 4, "end": 1}, [2, 7, 12, 17]),
+        ({"num_frames": 4}, [4, 14, 24, 33]),  # frames are counted, whatever their seconds
+    ],
+    ids=str,
+)
+def test_seconds_are_those_at_which_frames_are_shown(tmp_path, name, options, expected):
+    assert numbers(load_frames(write_varying_clip(tmp_path / name), **options)) == expected
+
+
+def test_seconds_behind_the_last_frame_of_a_varying_rate_raise(tmp_path):
+    with pytest.raises(ValueError, match="its last frame is shown at 20 s, start is 30 s"):
+        load_frames(write_varying_clip(tmp_path / "clip.mp4"), start=30)
+
+
+@pytest.mark.parametrize("video_fps", [10.0, 30000 / 1001])
+@pytest.mark.parametrize(
+    "options", [{"fps": 2}, {"start": 0.35, "end": 3.2, "num_frames": 5}, {"start": 1}, {"end": 2}]
+)
+def test_times_of_one_frame_rate_change_nothing(video_fps, options):
+    rng = np.random.RandomState(0)
+    times = [max(0, i + rng.uniform(-0.1, 0.1)) / video_fps for i in range(100)]
+    expected = frame_indices(100, video_fps, **options)
+    assert frame_indices(100, video_fps, **options, times=times) == expected
+
+
 # --- back ends -------------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +455,26 @@ def test_frames_are_taken_all_or_by_number(video):
     some = load_frames(video, num_frames=3)
     assert numbers(some) == frame_indices(10, None, 3)
     assert all(isinstance(frame, np.ndarray) and frame.shape == (4, 6, 3) for frame in some)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 10])
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
+def test_grey_videos_are_read(frames, make):
+    grey = grey_video(frames, 6, 8)[..., 0]
+    for video in (make(grey), [make(grey)], make(grey[..., None]), make(grey[:, None]), list(make(grey))):
+        seen = load_frames(video)
+        assert numbers(seen) == list(range(frames))
+        assert all(frame.shape == (6, 8, 3) for frame in seen)
+
+
+@pytest.mark.parametrize("frames", [3, 4])
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
+def test_grey_videos_that_could_be_one_picture_are_refused(frames, make):
+    grey = grey_video(frames, 6, 8)[..., 0]
+    for video in (make(grey), [make(grey)]):
+        with pytest.raises(ValueError, match=r"could be one picture too: a grey video is video\[..., None\]"):
+            load_frames(video)
+    assert numbers(load_frames(make(grey[..., None]))) == list(range(frames))
 
 
 def test_pictures_come_back_as_they_are():
