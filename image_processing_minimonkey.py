@@ -33,7 +33,15 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .picture_decoding import array_to_rgb, load_picture, pages_of, tensor_to_rgb, to_rgb
+from .picture_decoding import (
+    array_to_rgb,
+    load_picture,
+    pages_of,
+    resize_picture,
+    resizing_steps,
+    tensor_to_rgb,
+    to_rgb,
+)
 from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_grids, msac_grids, tile_counts
 from .transformers_bridge import PilBackend, TorchvisionBackend
 
@@ -48,7 +56,7 @@ KINDS = {
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 RESIZED_BY_TORCH = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)  # others mean something else there
 MOST_PIXELS = 2**29  # of all tiles of a picture: 6 GB of float32
-DECODED_AHEAD = 4  # pictures in memory at a time
+DECODED_AHEAD = 3  # pictures in memory at a time, beside the one that is cut
 
 
 class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
@@ -77,27 +85,6 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     preset: str | None
     use_thumbnail: bool
     untrusted_sources: bool
-
-
-# --- resizing --------------------------------------------------------------------------------------------------------
-
-
-def resizing_steps(old_width: int, old_height: int, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two (width, height) through which a picture is resized, one direction after the other.
-
-    The samples in between are rounded to 8 bits, so that the order decides the pixels: the height goes first where it shrinks
-    by more than twice what the width does, which Pillow does by itself from version 13 on and not before.
-    """
-    shrinks_by = old_height - height
-    vertical_first = shrinks_by > 0 and shrinks_by > 2 * (old_width - width)
-    return (old_width, height) if vertical_first else (width, old_height), (width, height)
-
-
-def resize_picture(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
-    """`image.resize((width, height), resample)` of Pillow 13, with the same pixels under every Pillow."""
-    for step in resizing_steps(*image.size, width, height):
-        image = image.resize(step, resample)
-    return image
 
 
 # --- MSAC ------------------------------------------------------------------------------------------------------------

@@ -378,4 +378,25 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     return (array >> 8 if high > 255 else array).astype(np.uint8)
 
 
-__all__ = ["Page", "load_picture", "pages_of", "to_rgb"]
+# --- resizing --------------------------------------------------------------------------------------------------------
+
+
+def resizing_steps(old_width: int, old_height: int, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The two (width, height) through which a picture is resized, one direction after the other.
+
+    The samples in between are rounded to 8 bits, so that the order decides the pixels: the height goes first where it shrinks
+    by more than twice what the width does, which Pillow does by itself from version 13 on and not before.
+    """
+    shrinks_by = old_height - height
+    vertical_first = shrinks_by > 0 and shrinks_by > 2 * (old_width - width)
+    return (old_width, height) if vertical_first else (width, old_height), (width, height)
+
+
+def resize_picture(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
+    """`image.resize((width, height), resample)` of Pillow 13, with the same pixels under every Pillow."""
+    for step in resizing_steps(*image.size, width, height):
+        image = image.resize(step, resample)
+    return image
+
+
+__all__ = ["Page", "load_picture", "pages_of", "resize_picture", "to_rgb"]
