@@ -321,7 +321,7 @@ def _refuse_playlist(path: str) -> None:
 def _decode(path: str, backend: str, selection: tuple) -> list[np.ndarray]:
     """The selected frames of a file; `selection` is (num_frames, fps, start, end)."""
     asks_for_seconds = any(value is not None for value in selection[1:])
-    times = _frame_times(path, decode=False) if asks_for_seconds and is_av_available() else None
+    times = _times_of(path, backend) if asks_for_seconds else None
     frames, missing = _read(path, backend, selection, times)
     if missing and backend == "pyav":
         frames, missing = _read(path, backend, selection, _frame_times(path, decode=True))
@@ -351,6 +351,23 @@ def _read(path: str, backend: str, selection: tuple, times: list[float | None] |
 
     frames, _ = load_video(path, backend=backend, sample_indices_fn=choose)
     return [_channels_last(frame) for frame in frames], len(chosen) - len(frames)
+
+
+def _times_of(path: str, backend: str) -> list[float | None] | None:
+    """When each frame of a file is shown, from whichever package tells; None where none does (torchcodec alone)."""
+    if is_av_available():
+        return _frame_times(path, decode=False)
+    if backend == "decord":
+        reader = importlib.import_module("decord").VideoReader(path)
+        return reader.get_frame_timestamp(list(range(len(reader))))[:, 0].tolist()
+    if backend == "opencv":
+        cv2 = importlib.import_module("cv2")
+        capture, times = cv2.VideoCapture(path), []
+        while capture.grab():
+            times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+        capture.release()
+        return times or None
+    return None
 
 
 def _frame_times(path: str, decode: bool) -> list[float | None]:

@@ -313,6 +313,7 @@ def write_varying_clip(path, times=VARYING):
     return path
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
 @pytest.mark.parametrize(
     ("options", "expected"),
@@ -325,12 +326,22 @@ def write_varying_clip(path, times=VARYING):
         ({"fps": 1, "start": 2, "end": 5}, [21, 22, 23]),
         ({"fps": 0.2}, [21, 26, 31, 36]),
         ({"fps": 4, "end": 1}, [2, 7, 12, 17]),
-        ({"num_frames": 4}, [4, 14, 24, 33]),  # frames are counted, whatever their seconds
     ],
     ids=str,
 )
-def test_seconds_are_those_at_which_frames_are_shown(tmp_path, name, options, expected):
-    assert numbers(load_frames(write_varying_clip(tmp_path / name), **options)) == expected
+def test_seconds_are_those_at_which_frames_are_shown(tmp_path, backend, name, options, expected):
+    assert numbers(load_frames(write_varying_clip(tmp_path / name), **options, backend=backend)) == expected
+
+
+def test_number_of_frames_counts_them_whatever_their_seconds(tmp_path):
+    assert numbers(load_frames(write_varying_clip(tmp_path / "clip.mp4"), num_frames=4)) == [4, 14, 24, 33]
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_other_back_ends_tell_the_seconds_too(monkeypatch, tmp_path, backend):
+    monkeypatch.setitem(load_frames.__globals__, "is_av_available", lambda: False)
+    frames = load_frames(write_varying_clip(tmp_path / "clip.mp4"), start=2, end=4, num_frames=100, backend=backend)
+    assert numbers(frames) == [21, 22, 23]
 
 
 def test_seconds_behind_the_last_frame_of_a_varying_rate_raise(tmp_path):
