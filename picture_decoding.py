@@ -242,7 +242,7 @@ def _hint(start: bytes) -> str:
             "is a PDF, not a picture. pypdfium2 makes pictures of its pages: "
             "[page.render(scale=2).to_pil() for page in pypdfium2.PdfDocument(path)]."
         )
-    if _is_heif(start):
+    if _is_heif(start) and "HEIF" not in Image.OPEN:
         return "is a HEIC picture, which is read once pillow-heif is installed: pip install pillow-heif"
     if start.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
         return "is PostScript (EPS), which is not opened since another program would run it; save it as PNG."
@@ -355,8 +355,12 @@ def tensor_to_rgb(tensor: torch.Tensor, input_data_format: str | ChannelDimensio
     """A tensor as `array_to_rgb` takes an array; where both ends could be channels, its first is by custom."""
     if input_data_format is None and tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4):
         input_data_format = ChannelDimension.FIRST
-    tensor = tensor.detach().cpu()
-    return array_to_rgb((tensor.float() if tensor.is_floating_point() else tensor).numpy(), input_data_format)
+    try:
+        tensor = tensor.detach().cpu()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, on the meta device, ...
+        raise ValueError(f"A tensor of {tensor.layout} on {tensor.device} is no picture: {error}") from error
+    return array_to_rgb(array, input_data_format)
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:

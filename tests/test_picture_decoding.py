@@ -214,6 +214,23 @@ def test_only_a_few_pictures_are_in_memory_at_a_time(monkeypatch, tmp_path, imag
     assert max(alive) <= module["DECODED_AHEAD"] + 2
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.zeros(3, 4, 4, device="meta"),
+        torch.zeros(3, 4, 4).to_sparse(),
+        torch.zeros(3, 4, 4, dtype=torch.complex64),
+        np.zeros((4, 4, 3), complex),
+        np.full((4, 4, 3), "a"),
+        np.full((4, 4, 3), None),
+    ],
+    ids=["meta", "sparse", "complex tensor", "complex array", "text", "objects"],
+)
+def test_values_of_other_kinds_are_no_pictures(image_processor, values):
+    with pytest.raises(ValueError, match="is no picture"):
+        image_processor(values)
+
+
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
