@@ -49,8 +49,11 @@ BACKENDS: dict[str, _Backend] = {
 """What can decode a file, in the order in which it is looked for."""
 
 # What the back ends raise for files they cannot read, beside their own: no stream (LookupError, ValueError), no frame
-# rate (TypeError), a broken container (OSError, RuntimeError, ValueError).
-READ_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError)
+# rate (TypeError), an unknown codec (AttributeError), a broken container (the others).
+READ_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError),
+)
 
 
 # --- which frames ----------------------------------------------------------------------------------------------------
@@ -302,12 +305,13 @@ def _choose_backend(backend: str | None) -> str:
 
 
 def _errors_of(backend: str) -> tuple[type[Exception], ...]:
-    """The exceptions that only `backend` has. Not imported at the top: the package is optional."""
-    error = BACKENDS[backend].error
-    if error is None:
-        return ()
-    module, _, name = error.rpartition(".")
-    return (getattr(importlib.import_module(module), name),)
+    """The exceptions that only `backend` has, and PyAV, which tells the times of frames for all of them.
+
+    Not imported at the top: the packages are optional.
+    """
+    names = [BACKENDS[backend].error, BACKENDS["pyav"].error if is_av_available() else None]
+    split = [name.rpartition(".") for name in names if name is not None]
+    return tuple(getattr(importlib.import_module(module), name) for module, _, name in split)
 
 
 def _refuse_playlist(path: str) -> None:
@@ -389,7 +393,7 @@ def _frame_times(path: str, decode: bool) -> list[float | None]:
 def _quarter_turns(path: str) -> int:
     """How many quarter turns counter-clockwise make the pictures upright; phones film sideways and say so."""
     with importlib.import_module("av").open(path) as container:
-        return round(getattr(next(container.decode(video=0)), "rotation", 0) / 90) % 4
+        return round(getattr(next(container.decode(video=0), None), "rotation", 0) / 90) % 4
 
 
 __all__ = ["DEFAULT_NUM_FRAMES", "frame_indices", "load_frames"]

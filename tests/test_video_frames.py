@@ -277,6 +277,14 @@ def test_message_says_what_is_wrong_with_a_file(tmp_path, kind, message):
         load_frames(damaged(tmp_path, kind), backend="pyav")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"start": 1}])
+def test_unknown_codec_raises(tmp_path, backend, options):
+    path = patch(write_clip(tmp_path / "clip.mp4"), b"stsd", 12, b"zzzz")
+    with pytest.raises(ValueError, match="No frames could be taken from .*clip.mp4 with"):
+        load_frames(path, **options, backend=backend)
+
+
 def test_error_keeps_its_cause(tmp_path):
     with pytest.raises(ValueError, match="text.mp4") as raised:
         load_frames(damaged(tmp_path, "text"), backend="pyav")
