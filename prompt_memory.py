@@ -179,7 +179,10 @@ def picture_key(picture, options: object) -> bytes:
         _digest_source(digest, picture)
     elif isinstance(picture, torch.Tensor):
         digest.update(repr((picture.shape, picture.dtype)).encode())
-        digest.update(picture.detach().contiguous().cpu().view(torch.uint8).numpy())
+        try:
+            digest.update(picture.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+        except (TypeError, RuntimeError) as error:  # sparse, on the meta device, ...
+            raise ValueError(f"A tensor of {picture.layout} on {picture.device} is no picture: {error}") from error
     elif isinstance(picture, Image.Image):
         shown = to_rgb(picture)
         digest.update(repr(shown.size).encode())

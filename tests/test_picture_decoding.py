@@ -427,7 +427,8 @@ def test_key_tells_pages_and_turns_apart(scan):
 
 
 def test_key_of_what_cannot_be_read_raises(tmp_path):
-    for source in (tmp_path, tmp_path / "missing.png", {"url": "x"}, None):
+    tensors = [torch.zeros(3, 4, 4, device="meta"), torch.zeros(3, 4, 4).to_sparse()]
+    for source in (tmp_path, tmp_path / "missing.png", {"url": "x"}, None, *tensors):
         with pytest.raises(ValueError):
             picture_key(source, None)
     assert picture_key(torch.zeros(3, 2, 2), None) != picture_key(torch.zeros(3, 4, 1), None)
