@@ -62,8 +62,8 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that lead to the 
 
 
 def short_name(source: str | os.PathLike) -> str:
-    """What messages call a source: base64 text is cut."""
-    text = os.fsdecode(source)
+    """What messages call a source: base64 text is cut, what cannot be printed is written out."""
+    text = os.fsdecode(source).encode(errors="backslashreplace").decode()
     return text if len(text) < 200 else text[:60] + "..."
 
 

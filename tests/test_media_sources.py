@@ -253,6 +253,14 @@ def test_file_url_of_another_machine_is_refused():
         load_picture("file://server/picture.png")
 
 
+@pytest.mark.parametrize("load", [load_picture, load_frames])
+@pytest.mark.parametrize("source", ["\ud800.png", "\0", "", "file://", "http://", "data:", "http://[x/y.png"])
+def test_messages_about_strange_names_can_be_printed(load, source):
+    with pytest.raises(ValueError) as raised:
+        load(source)
+    assert str(raised.value).encode()
+
+
 def test_other_schemes_are_named():
     with pytest.raises(ValueError, match="URLs are those of http, https and data"):
         load_picture("ftp://example.org/picture.png")
