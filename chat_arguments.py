@@ -99,7 +99,11 @@ def bind_arguments(args: tuple, kwargs: dict[str, Any], batch: bool = False) -> 
     named |= kwargs
     known = {name: named.pop(name) for name in list(named) if name in ChatArguments.__dataclass_fields__}
     bound = ChatArguments(**known, generation=named)
-    bound.images_kwargs, bound.videos_kwargs = bound.images_kwargs or {}, bound.videos_kwargs or {}
+    for name in ("images_kwargs", "videos_kwargs"):
+        options = getattr(bound, name)
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(f"{name} is a dict of options, got {options!r}.")
+        setattr(bound, name, options or {})
     bound.processor = bound.processor if bound.processor is not None else bound.tokenizer
     if bound.processor is None:
         raise ValueError("chat needs a processor (or, for tiles or text alone, a tokenizer) as its first argument.")
@@ -115,6 +119,8 @@ def bind_arguments(args: tuple, kwargs: dict[str, Any], batch: bool = False) -> 
         )
     _check(bound, batch)
     _check_answer_options(bound, batch)
+    if is_processor(bound.processor):
+        bound.processor.image_processor.check_options(bound.images_kwargs)
     return bound
 
 

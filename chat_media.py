@@ -18,6 +18,7 @@ from .processing_minimonkey import (
     flatten_pictures,
     list_videos,
     place_frames,
+    with_pages,
 )
 from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
 
@@ -93,6 +94,13 @@ def _with_media(
     bound: ChatArguments, question: str, history: list[tuple[str, str]], images: list, videos: list, subject: str
 ) -> Conversation:
     """A conversation whose placeholders are filled: each image and each frame of a video is one of its pictures."""
+    videos_kwargs = bound.videos_kwargs
+    if images:
+        texts = [*(asked for asked, _ in history), question]
+        images = with_pages(images, texts, bound.processor.image_processor, bound.images_kwargs)
+    if videos:
+        untrusted = bound.processor.image_processor.untrusted_sources
+        videos_kwargs = {"untrusted_sources": untrusted, **videos_kwargs}
     if images or not history:
         question = _place_images(question, history, len(images))
     if videos:
@@ -101,7 +109,7 @@ def _with_media(
     _check(conversation, len(images), subject)
     _check(conversation, len(videos), subject, VIDEO_PLACEHOLDER)
     expanded, pictures = place_frames(
-        conversation.questions(), images, _picture_options(bound, len(images)), videos, bound.videos_kwargs
+        conversation.questions(), images, _picture_options(bound, len(images)), videos, videos_kwargs
     )
     conversation.pictures = [Picture(*picture) for picture in pictures]
     conversation.prompt_question = expanded[-1]

@@ -1,4 +1,4 @@
-"""Pictures to tiles: decoding, multi-scale adaptive cropping (MSAC) and normalisation.
+"""Pictures to tiles: multi-scale adaptive cropping (MSAC) and normalisation.
 
     processor = AutoImageProcessor.from_pretrained("path/of/this/repository", trust_remote_code=True)
     inputs = processor("page.png", preset="docvqa", return_tensors="pt")
@@ -6,27 +6,23 @@
 `backend="pil"` gives the pixels of the published code bit by bit; `backend="torchvision"` (the default) is faster and
 differs by at most one level of 255 before normalisation.
 
-Knows pictures, not prompts. Every picture becomes upright 8-bit RGB first, whatever it was: EXIF orientation is applied,
-transparency is put on white (the published code dropped it, which shows the hidden colours), 16-bit samples keep their
-upper half, of an animation the first frame is taken.
+Knows pictures, not prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each picture is cut as soon as
+it is decoded, so that only a few are in memory at a time.
 """
 
-import base64
-import binascii
-import io
 import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from huggingface_hub import get_session
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_processing_utils import BatchFeature, get_size_dict
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from transformers import TensorType
+from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -34,17 +30,33 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .picture_decoding import (
+    array_to_rgb,
+    load_picture,
+    pages_of,
+    resize_picture,
+    resizing_steps,
+    tensor_to_rgb,
+    to_rgb,
+)
 from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_grids, msac_grids, tile_counts
+from .transformers_bridge import PilBackend, TorchvisionBackend
 
 
-BACKGROUND = (255, 255, 255)
-URL_TIMEOUT = 30.0  # seconds
-CHECKED = (*RANGE_NAMES, "size", "do_resize", "use_thumbnail")
+CHECKED = (*RANGE_NAMES, "size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
+KINDS = {
+    "device": torch.device,
+    "input_data_format": ChannelDimension,
+    "data_format": ChannelDimension,
+    "return_tensors": TensorType,
+}
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
+RESIZED_BY_TORCH = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)  # others mean something else there
+MOST_PIXELS = 2**29  # of all tiles of a picture: 6 GB of float32
+DECODED_AHEAD = 3  # pictures in memory at a time, beside the one that is cut
 
 
 class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
@@ -62,6 +74,8 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
         Whether the whole picture follows its tiles as one more. Mini-Monkey always does that; without it a picture is seen
         in parts alone, which is of use for comparisons.
+    untrusted_sources (`bool`, *optional*, defaults to `self.untrusted_sources`):
+        For servers: whether paths are refused, and URLs of addresses that are not public.
     """
 
     min_tiles: int
@@ -70,136 +84,7 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     adaptive_max_tiles: int
     preset: str | None
     use_thumbnail: bool
-
-
-# --- decoding --------------------------------------------------------------------------------------------------------
-
-
-def load_picture(source: str | Path) -> Image.Image:
-    """Read a picture from a path, a URL, a data URI or a base64 string, as upright 8-bit RGB.
-
-    Raises:
-        ValueError: It cannot be found, read or decoded, or has so many pixels that it may be an attack.
-    """
-    text = str(source)
-    name = text if len(text) < 200 else text[:60] + "..."
-    is_bare_base64 = False
-    if text.startswith(("http://", "https://")):
-        data = _download(text)
-    elif text.startswith("file://"):
-        data = url2pathname(urlparse(text).path)
-    elif isinstance(source, Path) or os.path.isfile(text):  # unlike Path.is_file, no error for over-long names
-        data = source
-    elif text.startswith("data:"):
-        data = _decode_base64(text.partition(",")[2], name)
-    else:
-        data, is_bare_base64 = _decode_base64(text, name), True
-    try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-            if limit is not None and pixels > limit:  # where Pillow only warns
-                raise Image.DecompressionBombError(f"{pixels} pixels, the limit is {limit}")
-            return to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{name} has too many pixels to be opened safely ({error}). If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
-        ) from error
-    except UnidentifiedImageError as error:
-        if is_bare_base64:
-            raise ValueError(f"{name!r} is neither an existing file nor a URL nor a picture in base64.") from error
-        raise ValueError(f"{name} is empty or not a picture that Pillow can read.") from error
-    except (OSError, SyntaxError) as error:  # Pillow reports some broken PNG files as SyntaxError
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-
-
-def _download(url: str) -> bytes:
-    try:
-        response = get_session().get(url, timeout=URL_TIMEOUT, follow_redirects=True)
-        response.raise_for_status()
-    except Exception as error:  # the HTTP client is huggingface_hub's choice, and so are its exceptions
-        raise ValueError(f"{url} cannot be downloaded: {error}") from error
-    return response.content
-
-
-def _decode_base64(text: str, name: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"{name!r} is no picture: neither an existing file nor a URL nor base64 data.") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL picture of any mode as upright 8-bit RGB, transparency on white, the first frame of an animation.
-
-    Raises:
-        ValueError: Its file is broken.
-    """
-    try:
-        image = _first_frame(image)
-        image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # transposing copies, even where nothing turns
-            image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"The picture cannot be decoded: {error}") from error
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        return array_to_rgb(np.asarray(image))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _first_frame(image: Image.Image) -> Image.Image:
-    """The first frame of an animation; the caller's picture stays at its own."""
-    position = image.tell() if getattr(image, "is_animated", False) else 0
-    if position == 0:
-        return image
-    image.seek(0)
-    first = image.copy()
-    image.seek(position)
-    return first
-
-
-def array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """An array of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels as 8-bit RGB.
-
-    Integers are taken as 0 to 255, or as 0 to 65535 if one exceeds 255; floats as 0 to 1, or as 0 to 255 if one exceeds 1.
-
-    Raises:
-        ValueError: Another shape, or values that are no colours (a normalised tensor, say).
-    """
-    if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(f"A picture has shape (H, W), (H, W, C) or (C, H, W), got an array of {array.shape}.")
-    if array.ndim == 3:
-        # A picture of three rows has channels at both ends, as it were; arrays have theirs last by custom.
-        layout = input_data_format or (ChannelDimension.LAST if array.shape[-1] in (3, 4) else None)
-        layout = layout or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
-        array = np.moveaxis(array, 0, -1) if ChannelDimension(layout) == ChannelDimension.FIRST else array
-        array = array[..., 0] if array.shape[-1] == 1 else array
-    array = _to_uint8(array)
-    if array.ndim == 3 and array.shape[-1] == 4:
-        return to_rgb(Image.fromarray(array, "RGBA"))
-    return Image.fromarray(array).convert("RGB")
-
-
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    low, high = float(array.min()), float(array.max())
-    is_float = np.issubdtype(array.dtype, np.floating)
-    if not (low >= 0 and high <= (255 if is_float else 65535)):  # also for NaN
-        raise ValueError(
-            f"Values from {low} to {high} ({array.dtype}) are no colours. Floats go from 0 to 1 or 0 to 255; tiles that "
-            "are normalised already are passed to the model as `pixel_values`."
-        )
-    if is_float:
-        return np.rint(array * 255 if high <= 1 else array).astype(np.uint8)
-    return (array >> 8 if high > 255 else array).astype(np.uint8)
+    untrusted_sources: bool
 
 
 # --- MSAC ------------------------------------------------------------------------------------------------------------
@@ -220,6 +105,7 @@ class _MsacMixin:
     do_convert_rgb = True
     min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = PRESETS["default"]
     use_thumbnail = True
+    untrusted_sources = False
     preset = None
 
     def __init__(self, **kwargs):
@@ -241,67 +127,119 @@ class _MsacMixin:
         Raises:
             ValueError: A picture that cannot be read, or settings that cannot work.
         """
+        self.check_options(kwargs)
         return super().preprocess(images, *args, **expand_preset(kwargs))
 
     __call__ = preprocess
 
-    def _validate_preprocess_kwargs(self, **kwargs) -> None:
-        self._check_settings(**{name: kwargs[name] for name in CHECKED})
-        super()._validate_preprocess_kwargs(**kwargs)
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for options of a call that cannot work; no picture is needed for that."""
+        options = expand_preset(options)
+        unknown = options.keys() - self.valid_kwargs.__annotations__.keys()
+        if unknown:
+            known = ", ".join(
+                (*RANGE_NAMES, "preset", "use_thumbnail", "size", "resample", "do_normalize", "untrusted_sources")
+            )
+            raise ValueError(
+                f"Unknown options of images: {', '.join(sorted(map(str, unknown)))}; known are {known}, ..."
+            )
+        try:
+            validate_typed_dict(self.valid_kwargs, options)
+        except StrictDataclassError as error:
+            raise ValueError(f"An option of images cannot work. {error}") from error
+        for name, kind in KINDS.items():
+            try:
+                _ = None if options.get(name) is None else kind(options[name])
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{name}={options[name]!r} is none: {error}") from error
+        self._check_settings(**{name: options.get(name, getattr(self, name)) for name in CHECKED})
 
     @staticmethod
     def _check_settings(
-        min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles, size, do_resize, use_thumbnail
+        min_tiles,
+        max_tiles,
+        adaptive_min_tiles,
+        adaptive_max_tiles,
+        size,
+        do_resize,
+        use_thumbnail,
+        resample,
+        image_mean,
+        image_std,
     ) -> None:
         check_tile_range(min_tiles, max_tiles, "detailed tile")
         check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
-        if size is None or size["height"] is None or size["height"] != size["width"] or size["height"] < 1:
-            raise ValueError(f"Tiles are square: size must be {{'height': S, 'width': S}}, got {size}.")
+        side = _tile_side(size)
+        most = (max_tiles + adaptive_max_tiles + 1) * side**2
+        if most > MOST_PIXELS:
+            raise ValueError(
+                f"Up to {max_tiles + adaptive_max_tiles + 1} tiles of {side} x {side} pixels are {most:,} for a picture, the "
+                f"limit is {MOST_PIXELS:,}; use a smaller size or fewer tiles."
+            )
         if not isinstance(use_thumbnail, bool):
             raise ValueError(f"use_thumbnail is True or False, got {use_thumbnail!r}.")
         if not do_resize:
             raise ValueError(
                 "do_resize=False cannot work: a picture is cut in tiles after it is resized to their grid."
             )
+        if isinstance(resample, (bool, float)) or resample not in list(PILImageResampling):
+            known = ", ".join(f"{filter.value} ({filter.name})" for filter in PILImageResampling)
+            raise ValueError(f"resample is one of Pillow's filters, {known}; got {resample!r}.")
+        for name, values, least in (("image_mean", image_mean, -np.inf), ("image_std", image_std, 0)):
+            numbers = np.atleast_1d(np.asarray(values, dtype=np.float64)) if values is not None else np.ones(1)
+            if numbers.shape not in ((1,), (3,)) or not (np.isfinite(numbers).all() and (numbers > least).all()):
+                raise ValueError(
+                    f"{name} is a number for each of 3 channels, that of image_std above 0; got {values!r}."
+                )
 
     def fetch_images(self, image_url_or_urls):
         """Read every path, URL and data URI in a picture or a (nested) list of pictures; leave the rest as it is."""
         if isinstance(image_url_or_urls, (list, tuple)):
-            if len(image_url_or_urls) < 2:
-                return [self.fetch_images(image) for image in image_url_or_urls]
-            with ThreadPoolExecutor() as decoders:  # Pillow and the network let go of the interpreter meanwhile
-                return list(decoders.map(self.fetch_images, image_url_or_urls))
-        if isinstance(image_url_or_urls, (str, Path)):
-            return load_picture(image_url_or_urls)
-        if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)) and image_url_or_urls.ndim == 2:
-            return self.process_image(image_url_or_urls)
-        if isinstance(image_url_or_urls, (Image.Image, np.ndarray, torch.Tensor)):
-            return image_url_or_urls
-        raise ValueError(
-            "A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got "
-            f"{type(image_url_or_urls).__name__}."
-        )
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        _check_picture(image_url_or_urls)
+        if _is_source(image_url_or_urls):
+            return load_picture(image_url_or_urls, self.untrusted_sources)
+        return image_url_or_urls
 
-    def process_image(self, image, input_data_format=None, **kwargs) -> Image.Image:
+    def process_image(self, image, input_data_format=None, untrusted_sources=False, **kwargs) -> Image.Image:
         """One picture of any accepted type as upright 8-bit RGB."""
+        if _is_source(image):
+            return load_picture(image, untrusted_sources)
         if isinstance(image, Image.Image):
             return to_rgb(image)
-        if isinstance(image, torch.Tensor):
-            if input_data_format is None and image.ndim == 3 and image.shape[0] in (1, 3, 4):
-                input_data_format = ChannelDimension.FIRST  # the custom of tensors
-            image = image.detach().cpu()
-            image = image.float().numpy() if image.is_floating_point() else image.numpy()
-        return array_to_rgb(image, input_data_format)
+        convert = tensor_to_rgb if isinstance(image, torch.Tensor) else array_to_rgb
+        return convert(image, input_data_format)
 
-    def _prepare_images_structure(self, images, *args, **kwargs):
-        if isinstance(images, (list, tuple)) and len(images) == 0:
+    def split_pages(self, pictures: list, options: Mapping[str, Any]) -> list:
+        """Pictures with the pages of TIFF files as pictures of their own.
+
+        Raises:
+            ValueError: A path, where sources are untrusted.
+        """
+        untrusted = options.get("untrusted_sources", self.untrusted_sources)
+        return [page for picture in pictures for page in pages_of(picture, untrusted)]
+
+    def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list:
+        """The pictures in one list, as they were given; `_decoded` opens each when its turn comes."""
+        pictures = list(_flat(images))
+        if not pictures:
             raise ValueError("The list of pictures is empty.")
-        return super()._prepare_images_structure(images, *args, **kwargs)
+        return pictures
+
+    def _decoded(self, pictures: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
+        """The pictures one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
+        options = {name: settings.get(name) for name in ("input_data_format", "untrusted_sources")}
+        read = _ahead(lambda source: self.process_image(source, **options), filter(_is_source, pictures))
+        for picture in pictures:  # a PIL image may be there twice, and must not be decoded by two threads
+            yield next(read) if _is_source(picture) else self.process_image(picture, **options)
 
     def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
         """The four tile ranges that a call with these options uses."""
         settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs)}
-        return tuple(settings[name] for name in RANGE_NAMES)
+        ranges = tuple(settings[name] for name in RANGE_NAMES)
+        check_tile_range(*ranges[:2], "detailed tile")
+        check_tile_range(*ranges[2:], "adaptive tile")
+        return ranges
 
     @staticmethod
     def _grids(size: tuple[int, int], settings: dict[str, Any], tile_size: int) -> tuple:
@@ -311,7 +249,7 @@ class _MsacMixin:
         """How many detailed, adaptive and thumbnail tiles a picture of this size gives, without its pixels."""
         own = {name: getattr(self, name) for name in (*RANGE_NAMES, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
-        tile_size = get_size_dict(settings.get("size") or dict(self.size))["height"]
+        tile_size = _tile_side(settings.get("size") or self.size)
         return tile_counts(*self._grids((width, height), settings, tile_size), settings["use_thumbnail"])
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
@@ -340,13 +278,66 @@ def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: There is no preset of that name.
     """
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"images_kwargs are a dict of options, {{'max_tiles': 12}} for example, got {kwargs!r}.")
     preset = kwargs.get("preset")
     if preset is None:
         return {name: value for name, value in kwargs.items() if name != "preset"}
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
     given = {name: value for name, value in kwargs.items() if name != "preset" and value is not None}
     return {**dict(zip(RANGE_NAMES, PRESETS[preset])), **given}
+
+
+def _tile_side(size) -> int:
+    """The side of a tile in pixels, from any of transformers' ways to write a size.
+
+    Raises:
+        ValueError: It is no square.
+    """
+    sides = [size, size] if isinstance(size, int) else size
+    if isinstance(size, (Mapping, SizeDict)):
+        sides = [size["height"], size["width"]] if {"height", "width"} <= {*dict(size)} else [None]
+    is_pair = isinstance(sides, (list, tuple)) and len(sides) == 2
+    if not is_pair or sides[0] != sides[1] or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"Tiles are square: size must be {{'height': S, 'width': S}}, got {size}.")
+    return sides[0]
+
+
+def _is_source(picture) -> bool:
+    return isinstance(picture, (str, os.PathLike))
+
+
+def _check_picture(picture) -> None:
+    if not (_is_source(picture) or isinstance(picture, (Image.Image, np.ndarray, torch.Tensor))):
+        raise ValueError(
+            f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(picture).__name__}."
+        )
+
+
+def _flat(images) -> Iterator:
+    """The pictures of lists within lists, in order; an array of four dimensions is a batch."""
+    if isinstance(images, (list, tuple)):
+        for image in images:
+            yield from _flat(image)
+        return
+    _check_picture(images)
+    if getattr(images, "ndim", 3) == 4:
+        yield from images
+    else:
+        yield images
+
+
+def _ahead(function: Callable, items: Iterable) -> Iterator:
+    """`map` by threads that are a few items ahead, so that no more results than those wait."""
+    with ThreadPoolExecutor(DECODED_AHEAD) as threads:  # Pillow and the network let go of the interpreter meanwhile
+        waiting = deque()
+        for item in items:
+            waiting.append(threads.submit(function, item))
+            if len(waiting) == DECODED_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _batch(tiles, grids: list[tuple], use_thumbnail: bool, return_tensors) -> BatchFeature:
@@ -363,7 +354,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
 
     def _preprocess(
         self,
-        images: list[Image.Image],
+        images: list,
         size: SizeDict,
         resample,
         do_rescale: bool,
@@ -375,15 +366,11 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         return_tensors=None,
         **settings,
     ) -> BatchFeature:
-        tile_size = size.height
-        grids = [self._grids(image.size, settings, tile_size) for image in images]
-        tiles = np.concatenate(
-            [
-                self._cut(image, grid, tile_size, resample)
-                for image, pair in zip(images, grids)
-                for grid in layer_grids(*pair, use_thumbnail)
-            ]
-        )  # (T, 3, S, S) uint8
+        tile_size, grids, layers = size.height, [], []
+        for image in self._decoded(images, settings):
+            grids.append(self._grids(image.size, settings, tile_size))
+            layers += [self._cut(image, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)]
+        tiles = np.concatenate(layers)  # (T, 3, S, S) uint8
         if do_rescale and rescale_factor == 1 / 255:
             tiles = tiles.astype(np.float32) / np.float32(255)  # as ToTensor does; a factor would round differently
         elif do_rescale:
@@ -397,7 +384,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
     def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int, resample) -> np.ndarray:
         """(columns * rows, 3, S, S) uint8, row by row."""
         columns, rows = grid
-        resized = np.asarray(image.resize((tile_size * columns, tile_size * rows), resample))
+        resized = np.asarray(resize_picture(image, tile_size * columns, tile_size * rows, resample))
         tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
         return tiles.reshape(columns * rows, 3, tile_size, tile_size)
 
@@ -407,7 +394,7 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
 
     def _preprocess(
         self,
-        images: list[Image.Image],
+        images: list,
         size: SizeDict,
         resample,
         do_rescale: bool,
@@ -420,13 +407,12 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         device=None,
         **settings,
     ) -> BatchFeature:
-        tile_size = size.height
-        grids = [self._grids(image.size, settings, tile_size) for image in images]
-        layers = []
-        for image, pair in zip(images, grids):
+        tile_size, grids, layers = size.height, [], []
+        for image in self._decoded(images, settings):
+            grids.append(self._grids(image.size, settings, tile_size))
             pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
             layers += [
-                self._cut(image, pixels, grid, tile_size, resample) for grid in layer_grids(*pair, use_thumbnail)
+                self._cut(image, pixels, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)
             ]
         tiles = self.rescale_and_normalize(
             torch.cat(layers), do_rescale, rescale_factor, do_normalize, image_mean, image_std
@@ -445,17 +431,16 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
     def _resize_as_pil(
         self, image: Image.Image, pixels: torch.Tensor, width: int, height: int, resample
     ) -> torch.Tensor:
-        """(3, height, width) uint8, at most one level away from `image.resize`; `pixels` are those of `image`.
+        """(3, height, width) uint8, at most one level away from `resize_picture`; `pixels` are those of `image`.
 
         Pillow resizes one direction after the other with 8-bit samples in between. The two kernels differ by a rounding
         in each pass. Reducing averages that out; enlarging does not, nor does reducing by a little, and there Pillow
         itself is used.
         """
-        if not all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, (width, height))):
-            return _to_tensor(image.resize((width, height), resample), pixels.device)
-        vertical_first = image.height - height > 2 * (image.width - width)  # Pillow's rule
-        between = (height, image.width) if vertical_first else (image.height, width)
-        for rows, columns in (between, (height, width)):
+        reduces = all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, (width, height)))
+        if not reduces or resample not in RESIZED_BY_TORCH:
+            return _to_tensor(resize_picture(image, width, height, resample), pixels.device)
+        for columns, rows in resizing_steps(*image.size, width, height):
             pixels = self.resize(pixels, SizeDict(height=rows, width=columns), resample)
         return pixels
 

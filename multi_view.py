@@ -16,7 +16,9 @@ they are in Pillow's own font instead of DejaVu Sans Bold, which is not everywhe
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
+
+from .picture_decoding import resize_picture, to_rgb
 
 
 SCALE = 1000
@@ -112,7 +114,7 @@ def stitch_views(
     """Put the pictures of several cameras side by side, each resized to the same size (its proportions may change).
 
     Args:
-        views: Pictures by camera name, in the order in which they are put, row by row; EXIF orientation is applied.
+        views: Pictures by camera name, in the order in which they are put, row by row; they become upright RGB.
             nuScenes' order is CAM_FRONT_LEFT, CAM_FRONT, CAM_FRONT_RIGHT, CAM_BACK_LEFT, CAM_BACK, CAM_BACK_RIGHT.
         columns: Cameras side by side; no more than there are.
         view_size: (width, height) of each in pixels; whole tiles (448) keep cameras apart.
@@ -123,12 +125,12 @@ def stitch_views(
     """
     _check_views(views, columns, view_size)
     columns = min(columns, len(views))
-    pictures = [ImageOps.exif_transpose(view).convert("RGB") for view in views.values()]
+    pictures = [to_rgb(view) for view in views.values()]
     width, height = view_size
     canvas = Image.new("RGB", (columns * width, -(-len(views) // columns) * height))
     font = ImageFont.load_default(size=max(1, round(CAPTION_SIZE * height))) if captions else None
     for i, (name, picture) in enumerate(zip(views, pictures)):
-        view = picture.resize((width, height))
+        view = resize_picture(picture, width, height, Image.Resampling.BICUBIC)
         if captions:
             ImageDraw.Draw(view).text((0, 0), name, fill=CAPTION_COLOUR, font=font)
         canvas.paste(view, (i % columns * width, i // columns * height))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
@@ -39,7 +40,7 @@ from .tiling import RANGE_NAMES
 from .video_frames import load_frames
 
 
-VIDEO_OPTIONS = ("num_frames", "fps", "start", "end", "video_backend", "frame_tiles")
+VIDEO_OPTIONS = ("num_frames", "fps", "start", "end", "video_backend", "frame_tiles", "untrusted_sources")
 
 
 class MiniMonkeyVideosKwargs(VideosKwargs, total=False):
@@ -50,12 +51,15 @@ class MiniMonkeyVideosKwargs(VideosKwargs, total=False):
         What reads the file: "pyav", "decord", "torchcodec" or "opencv"; by default the first that is installed.
     frame_tiles (`int`, *optional*, defaults to 1):
         Most tiles of a frame, in one grid; of more than one, a thumbnail is added.
+    untrusted_sources (`bool`, *optional*, defaults to that of the image processor):
+        For servers: whether paths are refused, and URLs of addresses that are not public.
     """
 
     start: float | None
     end: float | None
     video_backend: str | None
     frame_tiles: int
+    untrusted_sources: bool
 
 
 class MiniMonkeyProcessorKwargs(ProcessingKwargs, total=False):
@@ -196,6 +200,18 @@ def _joined(parts: list):
     return [item for part in parts for item in part] if isinstance(parts[0], list) else np.concatenate(parts)
 
 
+def with_pages(pictures: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
+    """`pictures`, with the pages of TIFF files as pictures of their own.
+
+    Where `texts` have one `<image>` for each file, its first page alone is shown, which the image processor warns about.
+
+    Raises:
+        ValueError: A path, where sources are untrusted.
+    """
+    pages = image_processor.split_pages(pictures, options)
+    return pictures if count_placeholders(texts) == len(pictures) else pages
+
+
 def list_videos(videos) -> list:
     """The videos of a (nested) list, each a path, a URL or frames; a list of pictures is one video."""
     if videos is None:
@@ -276,20 +292,18 @@ class MiniMonkeyProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("text is missing; to cut pictures alone, call processor.image_processor(images).")
         as_lists = "return_tensors" in kwargs and kwargs["return_tensors"] is None
-        merged = self._merge_kwargs(
-            MiniMonkeyProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        merged = self._merged_options(kwargs)
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(entry, str) for entry in texts):
             raise ValueError(
                 f"text must be a string or a list of strings, got {type(text).__name__}; images come first."
             )
-        self._check_images(texts, images)
+        images = self._check_images(texts, images, merged["images_kwargs"])
         image_inputs, tiles = {}, []
         prompts = texts
         if videos is not None:
             prompts, image_inputs = self._with_frames(texts, images, videos, merged)
-        elif flatten_pictures(images):
+        elif images:
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
         if image_inputs:
             tiles = [int(sum(counts)) for counts in image_inputs["tile_counts"]]
@@ -304,6 +318,21 @@ class MiniMonkeyProcessor(ProcessorMixin):
             skip_tensor_conversion=["text_replacement_offsets"],
         )
 
+    def _merged_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call by what they are for: text, images or videos; checked."""
+        for name in ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs"):
+            if not isinstance(options.get(name, {}), dict):
+                raise ValueError(f"{name} is a dict of options, got {options[name]!r}.")
+        self.image_processor.check_options(options.get("images_kwargs", {}))
+        try:
+            merged = self._merge_kwargs(
+                MiniMonkeyProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **options
+            )
+        except (StrictDataclassError, TypeError) as error:
+            raise ValueError(f"An option cannot work. {error}") from error
+        self.image_processor.check_options(merged["images_kwargs"])
+        return merged
+
     def _with_frames(
         self, texts: list[str], images, videos, merged: dict[str, Any]
     ) -> tuple[list[str], dict[str, Any]]:
@@ -312,17 +341,25 @@ class MiniMonkeyProcessor(ProcessorMixin):
         check_placeholders(texts, len(videos), placeholder=VIDEO_PLACEHOLDER)
         given = {name: merged["videos_kwargs"].get(name) for name in VIDEO_OPTIONS}
         given = {name: value for name, value in given.items() if value is not None}
-        texts, pictures = place_frames(texts, flatten_pictures(images), merged["images_kwargs"], videos, given)
+        given.setdefault("untrusted_sources", self.image_processor.untrusted_sources)
+        texts, pictures = place_frames(texts, images, merged["images_kwargs"], videos, given)
         return texts, cut_pictures(self.image_processor, pictures)
 
-    @staticmethod
-    def _check_images(texts: list[str], images) -> None:
-        check_placeholders(texts, len(flatten_pictures(images)))
+    def _check_images(self, texts: list[str], images, options: dict[str, Any]) -> list:
+        """The pictures in one list, pages of their own among them; each has its placeholder."""
+        pictures = flatten_pictures(images)
         if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
             if len(images) != len(texts):
                 raise ValueError(f"{len(images)} lists of images were given for {len(texts)} texts.")
-            for row, (text, pictures) in enumerate(zip(texts, images)):
-                check_placeholders([text], len(flatten_pictures(pictures)), f"Row {row}")
+            pictures = []
+            for row, (text, given) in enumerate(zip(texts, images)):
+                of_row = with_pages(flatten_pictures(given), [text], self.image_processor, options)
+                check_placeholders([text], len(of_row), f"Row {row}")
+                pictures += of_row
+            return pictures
+        pictures = with_pages(flatten_pictures(images), texts, self.image_processor, options)
+        check_placeholders(texts, len(pictures))
+        return pictures
 
     def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         """Token ids, padded as `options` say; nothing is added in front or behind."""

@@ -14,16 +14,16 @@ import threading
 import weakref
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from pathlib import Path
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import Cache, DynamicCache
 
 from .compression import CompressionSettings, ImageSpan
+from .media_sources import check_file, path_of, short_name
+from .picture_decoding import to_rgb
 from .transformers_bridge import DynamicLayer
 
 
@@ -166,7 +166,8 @@ def picture_key(picture, options: object) -> bytes:
     """Tells pictures apart by what they show and by how they are to be cut.
 
     Args:
-        picture: A PIL image, an array or tensor (their values count), a path (the file's bytes), a URL or data URI (its text).
+        picture: A PIL image (what is shown of it counts), an array or tensor (their values), a path (the file's bytes), a URL
+            or data URI (its text).
         options: Whatever else decides how it is cut; its `repr` counts.
 
     Raises:
@@ -174,19 +175,18 @@ def picture_key(picture, options: object) -> bytes:
     """
     digest = hashlib.sha256(repr(options).encode())
     if isinstance(picture, (str, os.PathLike)):
-        text = str(picture)
-        path = url2pathname(urlparse(text).path) if text.startswith("file://") else text
-        digest.update(Path(path).read_bytes() if os.path.isfile(path) else text.encode())
+        digest.update(repr(getattr(picture, "page", None)).encode())
+        _digest_source(digest, picture)
     elif isinstance(picture, torch.Tensor):
         digest.update(repr((picture.shape, picture.dtype)).encode())
-        digest.update(picture.detach().contiguous().cpu().view(torch.uint8).numpy())
-    elif hasattr(picture, "getexif"):
-        orientation, transparency = picture.getexif().get(0x0112), picture.info.get("transparency")
-        digest.update(repr((picture.mode, picture.size, orientation, transparency, picture.getpalette())).encode())
         try:
-            digest.update(picture.tobytes())
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"The picture cannot be decoded: {error}") from error
+            digest.update(picture.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+        except (TypeError, RuntimeError) as error:  # sparse, on the meta device, ...
+            raise ValueError(f"A tensor of {picture.layout} on {picture.device} is no picture: {error}") from error
+    elif isinstance(picture, Image.Image):
+        shown = to_rgb(picture)
+        digest.update(repr(shown.size).encode())
+        digest.update(shown.tobytes())
     elif isinstance(picture, np.ndarray):
         digest.update(repr((picture.shape, picture.dtype)).encode())
         digest.update(picture.tobytes())
@@ -195,6 +195,21 @@ def picture_key(picture, options: object) -> bytes:
             f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(picture).__name__}."
         )
     return digest.digest()
+
+
+def _digest_source(digest, source: str | os.PathLike) -> None:
+    """Take in the bytes of a file, else the text itself."""
+    path = path_of(source)
+    if path is None:
+        digest.update(os.fsdecode(source).encode(errors="surrogatepass"))
+        return
+    check_file(path)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    except OSError as error:
+        raise ValueError(f"{short_name(path)} cannot be read as a picture: {error}") from error
 
 
 def _holds_everything(cache: Cache) -> bool:

@@ -42,6 +42,8 @@ PRESETS: dict[str, TileRanges] = {
 
 SINGLE_TILE: Grid = (1, 1)
 
+MOST_TILES = 1000  # of a grid; to list all grids of a million tiles takes minutes
+
 RANGE_NAMES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
 
 
@@ -72,13 +74,17 @@ def closest_grid(width: int, height: int, grids: tuple[Grid, ...], tile_size: in
 
 
 def check_tile_range(min_tiles: int, max_tiles: int, name: str = "tile") -> None:
-    """Raise `ValueError` unless 1 <= `min_tiles` <= `max_tiles`, both integers."""
+    """Raise `ValueError` unless 1 <= `min_tiles` <= `max_tiles` <= `MOST_TILES`, both integers."""
     for value in (min_tiles, max_tiles):
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"The {name} range must be two integers, got {min_tiles!r} to {max_tiles!r}.")
     if not 1 <= min_tiles <= max_tiles:
         raise ValueError(
             f"The {name} range {min_tiles} to {max_tiles} holds no grid; it needs 1 <= minimum <= maximum."
+        )
+    if max_tiles > MOST_TILES:
+        raise ValueError(
+            f"The {name} range {min_tiles} to {max_tiles} is too wide: a grid has at most {MOST_TILES} tiles."
         )
 
 

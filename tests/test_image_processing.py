@@ -125,6 +125,29 @@ def test_counts_and_grids_equal_the_recorded_ones(either, record):
     assert len(inputs["pixel_values"]) == sum(counts) + 1 == len(record["tiles_uint8"])
 
 
+# What `Image.resize` of Pillow 13.0.0 makes of `synthetic_picture(*old, 1)`, bicubic: (old size, new size, sha256).
+RESIZED = [
+    ((60, 50), (90, 80), "3afead2c3348cb85"),
+    ((60, 200), (40, 50), "c28c4ab90855bc3e"),
+    ((200, 60), (50, 40), "fa24c3b1d76798ac"),
+    ((40, 90), (120, 30), "92eb7506e081c6ac"),
+    ((90, 40), (30, 120), "0a43f5cd7dcf0ed9"),
+    ((60, 50), (60, 20), "9820915be3e2f6eb"),
+    ((50, 60), (20, 60), "aca6aeb0299f8b2b"),
+    ((60, 90), (45, 60), "51db92652a9df7b7"),
+    ((60, 81), (50, 60), "49f8791175ab6440"),
+    ((40, 60), (90, 59), "6aacc3cda2cf23d8"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "digest"), RESIZED)
+def test_resized_pixels_do_not_depend_on_the_pillow_version(old, new, digest):
+    resize_picture = root_class("image_processing_minimonkey.resize_picture")
+    resized = resize_picture(synthetic_picture(*old, 1), *new, Image.Resampling.BICUBIC)
+    assert resized.size == new
+    assert sha256(np.asarray(resized))[:16] == digest
+
+
 # --- the two back ends -----------------------------------------------------------------------------------------------
 
 
@@ -269,6 +292,32 @@ BAD_SETTINGS = [
     ({"adaptive_min_tiles": 7, "adaptive_max_tiles": 6}, "adaptive tile range 7 to 6"),
     ({"preset": "nonsense"}, "Unknown preset 'nonsense'; known are default, chartqa"),
     ({"do_resize": False}, "do_resize=False cannot work"),
+    ({"max_tiles": "4"}, "max_tiles|range must be two integers"),
+    ({"max_tiles": 10**6}, "at most 1000 tiles"),
+    ({"adaptive_max_tiles": 10**7}, "at most 1000 tiles"),
+    ({"size": square(10**6)}, "are [0-9,]* for a picture, the limit is"),
+    ({"size": square(4096), "max_tiles": 500}, "50[28] tiles of 4096 x 4096 pixels"),
+    ({"resample": 99}, r"one of Pillow's filters, .*BICUBIC.*; got 99"),
+    ({"resample": 2.0}, "resample"),
+    ({"image_std": (0.0, 1.0, 1.0)}, "image_std.* above 0"),
+    ({"image_mean": (0.5, 0.5)}, "image_mean is a number for each of 3 channels"),
+    ({"image_mean": (0.5, float("nan"), 0.5)}, "image_mean"),
+    ({"preset": ["docvqa"]}, "Unknown preset"),
+]
+BAD_OPTIONS = [
+    ({"tiles": 4}, "Unknown options of images: tiles; known are min_tiles"),
+    ({"max_tiles": True}, "max_tiles"),
+    ({"max_tiles": 4.0}, "max_tiles"),
+    ({"max_tiles": None}, "max_tiles"),
+    ({"size": "28"}, "size"),
+    ({"size": [28]}, "Tiles are square"),
+    ({"size": {"height": "28", "width": "28"}}, "size"),
+    ({"resample": "bicubic"}, "resample"),
+    ({"do_rescale": "yes"}, "do_rescale"),
+    ({"use_thumbnail": 1}, "use_thumbnail"),
+    ({"device": "nonsense"}, "device"),
+    ({"input_data_format": "hwc"}, "input_data_format"),
+    ({"return_tensors": "list"}, "list"),
 ]
 
 
@@ -278,10 +327,24 @@ def test_bad_settings_raise_at_init(processor_class, settings, message):
         processor_class(**settings)
 
 
-@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
-def test_bad_settings_raise_in_a_call(either, picture, settings, message):
-    with pytest.raises(ValueError, match=message):
-        either(picture, **settings)
+@pytest.mark.parametrize(("settings", "message"), [*BAD_SETTINGS, *BAD_OPTIONS])
+def test_bad_settings_raise_in_a_call_before_a_picture_is_opened(either, settings, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        either("missing.png", **settings)
+    assert "missing.png" not in str(raised.value)
+
+
+@pytest.mark.parametrize("options", [5, "docvqa", [("max_tiles", 4)]])
+def test_options_that_are_no_dict_raise(either, options):
+    for ask in (either.check_options, lambda options: either.count_tiles(9, 9, options)):
+        with pytest.raises(ValueError, match="a dict of options"):
+            ask(options)
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
+def test_every_filter_gives_the_same_in_both_back_ends(pil, torchvision, resample):
+    picture = noise(300, 200)
+    assert largest_difference(pil, torchvision, picture, size=square(SIDE), resample=resample, **ONE_TILE) <= 1
 
 
 # --- tile counts -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import importlib.util
 import struct
 import sys
 import threading
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -276,6 +277,14 @@ def test_message_says_what_is_wrong_with_a_file(tmp_path, kind, message):
         load_frames(damaged(tmp_path, kind), backend="pyav")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"start": 1}])
+def test_unknown_codec_raises(tmp_path, backend, options):
+    path = patch(write_clip(tmp_path / "clip.mp4"), b"stsd", 12, b"zzzz")
+    with pytest.raises(ValueError, match="No frames could be taken from .*clip.mp4 with"):
+        load_frames(path, **options, backend=backend)
+
+
 def test_error_keeps_its_cause(tmp_path):
     with pytest.raises(ValueError, match="text.mp4") as raised:
         load_frames(damaged(tmp_path, "text"), backend="pyav")
@@ -290,6 +299,73 @@ def test_what_a_file_cannot_give_is_said_with_its_name(clip):
 def test_bad_selection_raises_before_the_file_is_looked_for():
     with pytest.raises(ValueError, match="not both"):
         load_frames("missing.mp4", num_frames=1, fps=1)
+
+
+# --- frame rates that vary -------------------------------------------------------------------------------------------
+
+
+VARYING = [0.05 * i for i in range(20)] + [1.0 + i for i in range(20)]  # twenty a second, then one a second
+
+
+def write_varying_clip(path, times=VARYING):
+    """A clip whose frame i is grey of level STEP * i and shown at `times[i]`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), STEP * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"start": 2, "end": 4, "num_frames": 100}, [21, 22, 23]),
+        ({"start": 2, "end": 4}, [21, 22, 23]),
+        ({"start": 0.5, "end": 1, "num_frames": 100}, list(range(10, 21))),
+        ({"start": 9, "end": 15, "num_frames": 2}, [29, 32]),
+        ({"start": 18, "num_frames": 100}, [37, 38, 39]),
+        ({"fps": 1, "start": 2, "end": 5}, [21, 22, 23]),
+        ({"fps": 0.2}, [21, 26, 31, 36]),
+        ({"fps": 4, "end": 1}, [2, 7, 12, 17]),
+    ],
+    ids=str,
+)
+def test_seconds_are_those_at_which_frames_are_shown(tmp_path, backend, name, options, expected):
+    assert numbers(load_frames(write_varying_clip(tmp_path / name), **options, backend=backend)) == expected
+
+
+def test_number_of_frames_counts_them_whatever_their_seconds(tmp_path):
+    assert numbers(load_frames(write_varying_clip(tmp_path / "clip.mp4"), num_frames=4)) == [4, 14, 24, 33]
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_other_back_ends_tell_the_seconds_too(monkeypatch, tmp_path, backend):
+    monkeypatch.setitem(load_frames.__globals__, "is_av_available", lambda: False)
+    frames = load_frames(write_varying_clip(tmp_path / "clip.mp4"), start=2, end=4, num_frames=100, backend=backend)
+    assert numbers(frames) == [21, 22, 23]
+
+
+def test_seconds_behind_the_last_frame_of_a_varying_rate_raise(tmp_path):
+    with pytest.raises(ValueError, match="its last frame is shown at 20 s, start is 30 s"):
+        load_frames(write_varying_clip(tmp_path / "clip.mp4"), start=30)
+
+
+@pytest.mark.parametrize("video_fps", [10.0, 30000 / 1001])
+@pytest.mark.parametrize(
+    "options", [{"fps": 2}, {"start": 0.35, "end": 3.2, "num_frames": 5}, {"start": 1}, {"end": 2}]
+)
+def test_times_of_one_frame_rate_change_nothing(video_fps, options):
+    rng = np.random.RandomState(0)
+    times = [max(0, i + rng.uniform(-0.1, 0.1)) / video_fps for i in range(100)]
+    expected = frame_indices(100, video_fps, **options)
+    assert frame_indices(100, video_fps, **options, times=times) == expected
 
 
 # --- back ends -------------------------------------------------------------------------------------------------------
@@ -398,6 +474,26 @@ def test_frames_are_taken_all_or_by_number(video):
     some = load_frames(video, num_frames=3)
     assert numbers(some) == frame_indices(10, None, 3)
     assert all(isinstance(frame, np.ndarray) and frame.shape == (4, 6, 3) for frame in some)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 10])
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
+def test_grey_videos_are_read(frames, make):
+    grey = grey_video(frames, 6, 8)[..., 0]
+    for video in (make(grey), [make(grey)], make(grey[..., None]), make(grey[:, None]), list(make(grey))):
+        seen = load_frames(video)
+        assert numbers(seen) == list(range(frames))
+        assert all(frame.shape == (6, 8, 3) for frame in seen)
+
+
+@pytest.mark.parametrize("frames", [3, 4])
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
+def test_grey_videos_that_could_be_one_picture_are_refused(frames, make):
+    grey = grey_video(frames, 6, 8)[..., 0]
+    for video in (make(grey), [make(grey)]):
+        with pytest.raises(ValueError, match=r"could be one picture too: a grey video is video\[..., None\]"):
+            load_frames(video)
+    assert numbers(load_frames(make(grey[..., None]))) == list(range(frames))
 
 
 def test_pictures_come_back_as_they_are():
