@@ -56,9 +56,11 @@ $(FLOOR)/.ready: pyproject.toml $(LOWEST)
 test-floor: $(FLOOR)/.ready
 	$(FLOOR)/bin/python -m pytest -q
 
-# The core tests beside another transformers than the locked one: laid over the locked set, so that torch need not come again.
+# The core tests beside another transformers than the locked one: laid, with what it needs, over the locked
+# set, so that torch need not come again.
 test-core-floor: setup
-	$(BIN)/pip install --quiet --upgrade --no-deps --target $(OVERLAYS)/floor "$(FLOOR_TRANSFORMERS)"
+	rm -rf $(OVERLAYS)/floor
+	$(BIN)/pip install --quiet --target $(OVERLAYS)/floor "$(FLOOR_TRANSFORMERS)"
 	PYTHONPATH=$(OVERLAYS)/floor $(BIN)/python $(CORE)
 
 test-core-newest: setup

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from .prompt_memory import PromptMemory
 
@@ -92,7 +91,7 @@ def _overlap(text: str, end: str) -> int:
     return next((n for n in range(min(len(text), len(end)), 0, -1) if text.endswith(end[:n])), 0)
 
 
-class _TokenQueue(BaseStreamer):
+class _TokenQueue:
     """Hands the new tokens of a generation from its thread to another."""
 
     def __init__(self):
@@ -151,7 +150,7 @@ class AnswerStream:
 
     def __init__(
         self,
-        run: Callable[[BaseStreamer, StoppingCriteria], ChatAnswer],
+        run: Callable[[_TokenQueue, StoppingCriteria], ChatAnswer],
         decode: Callable[[list[int]], str],
         ends: list[str],
     ):

@@ -21,8 +21,7 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import TensorType
-from transformers.image_processing_utils import BatchFeature
+from transformers import BatchFeature, ImagesKwargs, PilBackend, TensorType, TorchvisionBackend
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -31,7 +30,6 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
 )
-from transformers.processing_utils import ImagesKwargs
 
 from .picture_decoding import (
     array_to_rgb,
@@ -43,7 +41,6 @@ from .picture_decoding import (
     to_rgb,
 )
 from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_grids, msac_grids, tile_counts
-from .transformers_bridge import PilBackend, TorchvisionBackend
 
 
 CHECKED = (*RANGE_NAMES, "size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")

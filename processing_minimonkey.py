@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, VideosKwargs
+from transformers import BatchFeature, ProcessingKwargs, ProcessorMixin, VideosKwargs
 
 from .conversation import (
     IMAGE_END,
@@ -37,6 +35,7 @@ from .grounding import draw_boxes, parse_boxes
 from .image_processing_minimonkey import MiniMonkeyImageProcessorKwargs
 from .multi_view import stitch_views
 from .tiling import RANGE_NAMES
+from .transformers_bridge import MultiModalData, custom_object_save
 from .video_frames import load_frames
 
 

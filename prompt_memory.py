@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, DynamicLayer
 
 from .compression import CompressionSettings, ImageSpan
 from .media_sources import check_file, path_of, short_name
 from .picture_decoding import to_rgb
-from .transformers_bridge import DynamicLayer
 
 
 def common_length(first: list[int], second: list[int]) -> int:

@@ -11,10 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-
-# `chat` streams through a queue of its own; the base class of streamers is not exported at the top.
-from transformers import GenerationMixin
-from transformers.cache_utils import DynamicLayer  # noqa: F401 - tells layers that keep every token from those that let go
+from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor
 
 # Published weights load under their names on the fly; there is no documented way to rename, split and merge them.
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping  # noqa: F401
@@ -22,12 +19,9 @@ from transformers.core_model_loading import Chunk, ConversionOps, WeightConverte
 
 # Saving puts the code that loads a model beside it; transformers does so only for classes registered by hand.
 from transformers.dynamic_module_utils import custom_object_save  # noqa: F401
-from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
-from transformers.generation.streamers import BaseStreamer  # noqa: F401
-
-# Two back ends of one image processor, "pil" and "torchvision", which `backend=` chooses between.
-from transformers.image_processing_backends import PilBackend, TorchvisionBackend  # noqa: F401
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+# `transformers serve` looks architectures up here, remote code or not.
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,

@@ -7,8 +7,10 @@ import pickle
 import pytest
 import torch
 from compression_helpers import IMAGE, batch
+from conftest import ROOT
 from model_helpers import prompt, tiny_model
 from torch._dynamo.testing import CompileCounter
+from transformers import AutoModel
 
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
@@ -17,7 +19,8 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 # --- pickle ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_loaded_model_can_be_pickled_and_saved_whole(nano):
+def test_a_loaded_model_can_be_pickled_and_saved_whole():
+    nano = AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32)
     ids = torch.tensor([[5, 6, 7]])
     expected = nano(input_ids=ids).logits
     assert torch.equal(pickle.loads(pickle.dumps(nano))(input_ids=ids).logits, expected)

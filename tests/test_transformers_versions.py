@@ -1,10 +1,12 @@
 """What transformers may rename without breaking us: caches under both names, overrides with their parents' signatures."""
 
 import inspect
+import re
 
 import pytest
 import torch
 from compression_helpers import IMAGE, batch
+from conftest import ROOT
 from model_helpers import prompt, tiny_model
 from transformers import DynamicCache, GenerationMixin, InternVLForConditionalGeneration, LogitsProcessorList
 
@@ -86,6 +88,13 @@ def test_the_image_features_are_in_the_output():
     assert features.shape == (3, 4, 32)
     assert torch.equal(features, model.extract_feature(inputs["pixel_values"]))
     assert isinstance(model(**inputs, return_dict=False), tuple)
+
+
+def test_what_is_not_documented_stands_in_one_file():
+    documented = {"transformers", "transformers.utils", "transformers.image_utils"}
+    for file in sorted(ROOT.glob("*.py")):
+        modules = set(re.findall(r"^\s*(?:from|import) (transformers[\w.]*)", file.read_text(), flags=re.MULTILINE))
+        assert file.name == "transformers_bridge.py" or modules <= documented, file.name
 
 
 def test_transformers_serve_finds_the_class():
