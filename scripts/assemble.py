@@ -158,7 +158,7 @@ def move_weights(model: nn.Module, vision_weights: dict[str, torch.Tensor], lang
 def check_same_logits(model: nn.Module, language_model: nn.Module) -> None:
     """Raise `ValueError` unless the language model inside `model` still computes what it computed outside.
 
-    Some families treat their logits or embeddings in ways that a MiniMonkey does not (Gemma's soft capping, Cohere's scale).
+    Some families treat their embeddings in ways that a MiniMonkey does not.
     """
     ids = torch.arange(3, 19)[None]
     kind = language_model.config.model_type

@@ -1,5 +1,6 @@
 """assemble.py: vision towers and language models of different families become one model that trains and chats."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import (
 
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from assemble import assemble  # noqa: E402
+from assemble import assemble, check_same_logits  # noqa: E402
 
 
 TINY = {
@@ -134,11 +135,25 @@ def test_the_projector_can_be_trained(parts, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_a_language_model_whose_logits_are_changed_is_refused(tmp_path):
+def test_a_language_model_that_bounds_its_logits_is_joined(tmp_path):
     language = language_folder(tmp_path / "language", "gemma2", final_logit_softcapping=0.05)
-    with pytest.raises(ValueError, match="gemma2 gives other logits"):
+    assemble(str(published_vision(tmp_path)), str(language), tmp_path / "out", "chatml", torch.float32)
+    assert AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).lm_head.softcap == 0.05
+
+
+def test_a_language_model_whose_head_cannot_be_carried_is_refused(tmp_path):
+    language = language_folder(tmp_path / "language", "phi")  # its head has a bias
+    with pytest.raises(ValueError, match="output layer of PhiForCausalLM has a bias"):
         assemble(str(published_vision(tmp_path)), str(language), tmp_path / "out", "chatml", torch.float32)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_logits_than_outside_are_refused(tmp_path):
+    language = AutoModelForCausalLM.from_pretrained(language_folder(tmp_path / "language", "qwen3"))
+    changed = copy.deepcopy(language)
+    changed.lm_head.weight.data.mul_(1.01)
+    with pytest.raises(ValueError, match="qwen3 gives other logits"):
+        check_same_logits(changed, language)
 
 
 def test_parts_that_are_something_else(tmp_path):
