@@ -450,12 +450,13 @@ def test_assistant_mask_marks_the_answers_with_their_end(processor):
         ({}, torch.Tensor),
         ({"return_tensors": "pt"}, torch.Tensor),
         ({"return_tensors": "np"}, np.ndarray),
-        ({"return_tensors": None}, list),
+        ({"processor_kwargs": {"return_tensors": None}}, list),
     ],
     ids=["default", "pt", "np", "lists"],
 )
 def test_assistant_mask_is_of_the_kind_of_the_ids(processor, messages, options, kind):
-    inputs = tokenized(processor, messages, add_generation_prompt=False, return_assistant_tokens_mask=True, **options)
+    options = {"processor_kwargs": {}, "return_assistant_tokens_mask": True, **copy.deepcopy(options)}
+    inputs = tokenized(processor, messages, add_generation_prompt=False, **options)
     ids, mask = inputs["input_ids"], inputs["assistant_masks"]
     assert isinstance(ids, kind) and isinstance(mask, kind)
     assert [len(row) for row in mask] == [len(row) for row in ids]
