@@ -10,14 +10,15 @@ Source: the published `conversation.py` of InternVL2, InternVL2.5 and Mini-Monke
 transformers' InternVL checkpoints.
 """
 
-import copy
 import json
 import re
 import secrets
 import weakref
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Normalizer
 
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -87,7 +88,7 @@ def check_history(history: list[tuple[str, str]] | None) -> list[tuple[str, str]
     """A fresh list of (question, answer) pairs.
 
     Raises:
-        ValueError: `history` is anything else.
+        ValueError: `history` is anything else, or a text of it holds a lone surrogate.
     """
     if history is not None and not isinstance(history, (list, tuple)):
         raise ValueError(f"`history` is a list of (question, answer) pairs, got {type(history).__name__}.")
@@ -96,7 +97,7 @@ def check_history(history: list[tuple[str, str]] | None) -> list[tuple[str, str]
         is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
         if not is_pair or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"`history` is a list of (question, answer) pairs of strings, but one turn is {turn!r}.")
-        pairs.append(tuple(turn))
+        pairs.append(tuple(check_text(text, "`history`") for text in turn))
     return pairs
 
 
@@ -160,10 +161,43 @@ _MARK = "\ue000" + secrets.token_hex(8) + "\ue001"
 _SECRET_NAME = "\ue002" + secrets.token_hex(8)
 
 
-def control_tokens(tokenizer, grounding_tokens: bool = False) -> list[str]:
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def check_text(text: str, subject: str = "The text") -> str:
+    """The text itself, if it can be encoded.
+
+    Raises:
+        ValueError: It holds half of a surrogate pair, which is no character.
+    """
+    if found := _LONE_SURROGATE.search(text):
+        raise ValueError(
+            f"{subject} holds the lone surrogate U+{ord(found[0]):04X} at {found.start()}, which is no character; decode it "
+            'again, or replace it: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
+        )
+    return text
+
+
+class ControlToken(str):
+    """The spelling of a control token, with the normalizer that the tokenizer applies to text before it looks for one."""
+
+    normalizer: Normalizer | None = None
+
+    def arises_in(self, text: str) -> bool:
+        """Whether the tokenizer's normalizer makes this spelling of other characters, of full-width ones for example."""
+        if self.normalizer is None:
+            return False
+        normalized = self.normalizer.normalize_str(text)
+        return str(self) in normalized or self.normalizer.normalize_str(str(self)) in normalized
+
+
+def control_tokens(tokenizer, grounding_tokens: bool = False) -> list[ControlToken]:
     """Every spelling that `tokenizer` turns into an added token; with `grounding_tokens` those of boxes are left out."""
     allowed = GROUNDING_TOKENS if grounding_tokens else ()
-    return [str(token) for token in tokenizer.get_added_vocab() if str(token) not in allowed]
+    tokens = [ControlToken(token) for token in tokenizer.get_added_vocab() if str(token) not in allowed]
+    for token in tokens:
+        token.normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    return tokens
 
 
 def _any_of(spellings) -> re.Pattern:
@@ -173,8 +207,18 @@ def _any_of(spellings) -> re.Pattern:
 
 
 def protect(text: str, spellings: list[str]) -> str:
-    """Mark the control-token `spellings` in text that is not to be trusted."""
-    return _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
+    """Mark the control-token `spellings` in text that is not to be trusted.
+
+    Raises:
+        ValueError: A lone surrogate in the text.
+    """
+    marked = _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], check_text(text))
+    # One mark, wherever it stands, has the whole prompt encoded with spellings that no text can be normalized to.
+    return marked + _MARK if marked == text and _arises_in(text, spellings) else marked
+
+
+def _arises_in(text: str, spellings: list[str]) -> bool:
+    return any(isinstance(spelling, ControlToken) and spelling.arises_in(text) for spelling in spellings)
 
 
 def unprotect(text: str) -> str:
@@ -200,8 +244,9 @@ def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a prompt, nothing added in front or behind; protected spellings are encoded as plain text.
 
     Raises:
-        ValueError: The text holds protected spellings and the tokenizer is not a fast one.
+        ValueError: The text holds protected spellings and the tokenizer is not a fast one, or a lone surrogate.
     """
+    check_text(text)
     if not has_protected_text(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     if not tokenizer.is_fast:
@@ -256,24 +301,97 @@ def has_pictures(messages: list) -> bool:
     return isinstance(content, (list, tuple)) and any(item["type"] in ("image", "image_url") for item in content)
 
 
-def protect_messages(messages: list, spellings: list[str]) -> list:
-    """A copy of chat messages (one conversation or a batch of them) in which every text is protected."""
-    if isinstance(messages, (list, tuple)):
-        return [protect_messages(message, spellings) for message in messages]
-    message = copy.copy(messages)
-    content = message.get("content")
+ROLES = ("system", "user", "assistant")
+# What the templates write for an item that is no text.
+_WRITTEN = {
+    "image": f"{IMAGE_PLACEHOLDER}\n",
+    "image_url": f"{IMAGE_PLACEHOLDER}\n",
+    "video": f"{VIDEO_PLACEHOLDER}\n",
+}
+
+
+def check_messages(messages: list) -> None:
+    """Check that chat messages (one conversation or a batch of them) are what the templates can write.
+
+    Raises:
+        ValueError: No messages, a role that is unknown, content or an item that is neither text nor an image nor a video,
+            or text that is no string or no characters.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(
+            f'messages are a list like [{{"role": "user", "content": "Hello"}}] with one or more in it, got {messages!r}.'
+        )
+    if all(isinstance(message, (list, tuple)) for message in messages):
+        for conversation in messages:
+            if any(isinstance(message, (list, tuple)) for message in conversation):
+                raise ValueError(
+                    "messages are a list of messages or a batch of such lists, but these are nested deeper."
+                )
+            check_messages(conversation)
+        return
+    for message in messages:
+        _check_message(message)
+
+
+def _check_message(message: dict) -> None:
+    if not isinstance(message, dict):
+        raise ValueError(f"A message is a dict with role and content, got {type(message).__name__} {message!r:.80}.")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"Unknown role {role!r:.80}; use system, user or assistant.")
     if isinstance(content, str):
-        message["content"] = protect(content, spellings)
+        check_text(content, f"The {role} message")
     elif isinstance(content, (list, tuple)):
-        message["content"] = _protect_items(content, spellings)
-    return message
+        for item in content:
+            _check_item(item, role)
+    else:
+        raise ValueError(
+            f"The content of a message is a string or a list of items, but that of a {role} message is "
+            f"{type(content).__name__} {content!r:.80}."
+        )
 
 
-def _protect_items(items: list[dict], spellings: list[str]) -> list[dict]:
-    texts = [item["text"] for item in items if isinstance(item.get("text"), str)]
-    # A spelling may be spread over neighbouring items, which the template joins.
-    end = _MARK if any(spelling in "".join(texts) for spelling in spellings) else ""
+def _check_item(item: dict, role: str) -> None:
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind != "text" and kind not in tuple(_WRITTEN):
+        raise ValueError(
+            f"An item of a {role} message is a dict with a type, one of text, {', '.join(_WRITTEN)}, got {item!r:.80}."
+        )
+    if kind == "text":
+        if not isinstance(item.get("text"), str):
+            raise ValueError(f"The text of an item of a {role} message must be a string, got {item.get('text')!r:.80}.")
+        check_text(item["text"], f"The {role} message")
+
+
+def protect_messages(messages: list, spellings: list[str]) -> list:
+    """A copy of chat messages (one conversation or a batch of them) in which every text is protected.
+
+    Raises:
+        ValueError: Messages that `check_messages` refuses.
+    """
+    check_messages(messages)
+    if isinstance(messages[0], (list, tuple)):
+        return [protect_messages(conversation, spellings) for conversation in messages]
+    return [{**message, "content": _protect_content(message["content"], spellings)} for message in messages]
+
+
+def _protect_content(content: str | list[dict], spellings: list[str]) -> str | list[dict]:
+    if isinstance(content, str):
+        return protect(content, spellings)
+    # A spelling may be spread over neighbours, which the template joins.
+    written = [item["text"] if item["type"] == "text" else _WRITTEN[item["type"]] for item in content]
+    border = _MARK if _crosses_a_border(written, spellings) or _arises_in("".join(written), spellings) else ""
     return [
-        {**item, "text": protect(item["text"], spellings) + end} if isinstance(item.get("text"), str) else item
-        for item in items
+        {**item, "text": border + protect(item["text"], spellings) + border} if item["type"] == "text" else item
+        for item in content
     ]
+
+
+def _crosses_a_border(parts: list[str], spellings: list[str]) -> bool:
+    """Whether one of `spellings` begins in one of the parts and ends in another."""
+    joined, ends = "".join(parts), accumulate(map(len, parts))
+    return any(
+        spelling in joined[max(0, end - len(spelling) + 1) : end + len(spelling) - 1]
+        for end in ends
+        for spelling in spellings
+    )

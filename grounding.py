@@ -32,7 +32,7 @@ Box = tuple[float, float, float, float]
 
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _FOUR_NUMBERS = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
-_LIST = re.compile(rf"\s*\[\s*{_FOUR_NUMBERS.pattern}(?:\s*,\s*{_FOUR_NUMBERS.pattern})*\s*,?\s*\]\s*")
+_LIST = re.compile(rf"\s*\[\s*{_FOUR_NUMBERS.pattern}(?:\s*,\s*{_FOUR_NUMBERS.pattern})*\s*(?:,\s*)?\]\s*")
 _TAGGED = re.compile(
     r"(?:<ref>(?P<label>(?:(?!</?ref>).)*)</ref>\s*)?<box>(?P<boxes>[^<]*)(?P<close></box>)?", re.DOTALL
 )

@@ -25,6 +25,8 @@ from .conversation import (
     IMAGE_START,
     IMAGE_TOKEN,
     VIDEO_PLACEHOLDER,
+    check_messages,
+    check_text,
     control_tokens,
     encode,
     has_pictures,
@@ -199,6 +201,13 @@ def _joined(parts: list):
     return [item for part in parts for item in part] if isinstance(parts[0], list) else np.concatenate(parts)
 
 
+def _of_the_same_kind(mask, ids):
+    """A mask (B, N) as a tensor, an array or lists, whichever the ids (B, N) are."""
+    if isinstance(ids, torch.Tensor):
+        return torch.as_tensor(mask)
+    return np.asarray(mask) if isinstance(ids, np.ndarray) else mask
+
+
 def with_pages(pictures: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
     """`pictures`, with the pages of TIFF files as pictures of their own.
 
@@ -297,6 +306,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
             raise ValueError(
                 f"text must be a string or a list of strings, got {type(text).__name__}; images come first."
             )
+        for entry in texts:
+            check_text(entry)
         images = self._check_images(texts, images, merged["images_kwargs"])
         image_inputs, tiles = {}, []
         prompts = texts
@@ -402,17 +413,25 @@ class MiniMonkeyProcessor(ProcessorMixin):
         return row[:max_length]
 
     def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
-        """As in transformers. With `tokenize=True`, text of the messages that spells a control token, or `<image>`, is
-        encoded as plain text; `sanitize_control_tokens=False` turns that off, and `grounding_tokens=True` turns it off for
-        `<ref>`, `<box>` and `<quad>`."""
+        """As in transformers, after a check of the messages. With `tokenize=True`, text of the messages that spells a control
+        token, or `<image>`, is encoded as plain text; `sanitize_control_tokens=False` turns that off, and
+        `grounding_tokens=True` turns it off for `<ref>`, `<box>` and `<quad>`.
+
+        Raises:
+            ValueError: No messages, an unknown role, or content that is neither text nor an image nor a video.
+        """
         sanitize, grounding_tokens = kwargs.pop("sanitize_control_tokens", True), kwargs.pop("grounding_tokens", False)
+        check_messages(conversation)
         allows_for_images = hasattr(ProcessorMixin, "_adjust_assistant_masks_indices")
         if kwargs.get("return_assistant_tokens_mask") and not allows_for_images and has_pictures(conversation):
             raise ValueError("With images, return_assistant_tokens_mask needs a newer transformers, 5.23 for example.")
         if tokenize and sanitize:
             spellings = [*control_tokens(self.tokenizer, grounding_tokens), IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER]
             conversation = protect_messages(conversation, spellings)
-        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+        prompt = super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+        if isinstance(prompt, BatchFeature) and "assistant_masks" in prompt:
+            prompt["assistant_masks"] = _of_the_same_kind(prompt["assistant_masks"], prompt["input_ids"])
+        return prompt
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Tokens and tiles of pictures of (height, width) `image_sizes`, for serving engines."""

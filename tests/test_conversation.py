@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import FIXTURES, root_class
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 
+check_text = root_class("conversation.check_text")
 build_prompt = root_class("conversation.build_prompt")
 chat_template_jinja = root_class("conversation.chat_template_jinja")
 check_history = root_class("conversation.check_history")
@@ -154,7 +155,7 @@ def test_quotes_and_newlines_of_a_system_message_survive_the_jinja(processor):
 
 
 def test_unknown_role_raises(processor):
-    with pytest.raises(Exception, match="Unknown role tool; use system, user or assistant"):
+    with pytest.raises(ValueError, match="Unknown role 'tool'; use system, user or assistant"):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
@@ -357,3 +358,74 @@ def test_messages_are_protected_in_a_copy():
     assert has_protected_text(protected[1]["content"][1]["text"])
     assert protected[1]["content"][0] == original[1]["content"][0]
     assert protect_messages([messages], ["<s>"]) == [protected]
+
+
+# --- tokenizers that normalize text ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["added tokens are normalized", "they are words of the vocabulary"])
+def normalizing(request):
+    tokenizer = byte_level().backend_tokenizer
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    is_normalized = request.param == "added tokens are normalized"
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=is_normalized) for token in CONTROL])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+WIDE = [
+    "＜|im_end|＞",
+    "＜｜ｉｍ＿ｅｎｄ｜＞",
+    "<|IM_END|>",
+    "the ＜s＞ cat",
+    "<ＩＭＧ>",
+    "<|im_end|> and ＜|im_end|＞",
+]
+
+
+@pytest.mark.parametrize("text", WIDE)
+def test_spelling_that_the_normalizer_makes_is_plain_text(normalizing, text):
+    ids = encode(normalizing, "<|im_start|>" + as_typed(normalizing, text) + "<|im_end|>")
+    found = [index for index in ids if index in ids_of_control(normalizing)]
+    assert found == [normalizing.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
+
+
+@pytest.mark.parametrize("halves", [("＜|im_", "end|＞"), ("＜", "s＞")])
+def test_spelling_over_two_items_that_the_normalizer_makes_is_plain_text(normalizing, halves):
+    content = [{"type": "text", "text": half} for half in halves]
+    protected = protect_messages([{"role": "user", "content": content}], control_tokens(normalizing))
+    ids = encode(normalizing, "".join(item["text"] for item in protected[0]["content"]))
+    assert not ids_of_control(normalizing) & set(ids)
+
+
+def test_text_that_normalizes_to_no_control_token_is_not_marked(normalizing):
+    assert as_typed(normalizing, "ＡＢＣ ＜ the Cat") == "ＡＢＣ ＜ the Cat"
+
+
+# --- what is no text -------------------------------------------------------------------------------------------------
+
+LONE = "cat \ud83d dog"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda tokenizer: encode(tokenizer, LONE),
+        lambda tokenizer: protect(LONE, control_tokens(tokenizer)),
+        lambda tokenizer: check_history([("Hello", LONE)]),
+        lambda tokenizer: protect_messages([{"role": "user", "content": LONE}], []),
+        lambda tokenizer: protect_messages([{"role": "user", "content": [{"type": "text", "text": LONE}]}], []),
+    ],
+    ids=["encode", "protect", "history", "message", "item"],
+)
+def test_lone_surrogates_raise(processor, use):
+    with pytest.raises(ValueError, match=r"lone surrogate U\+D83D at 4"):
+        use(processor.tokenizer)
+    assert check_text("🐒") == "🐒"
+
+
+def test_spelling_that_begins_in_a_picture_is_marked():
+    spellings = ["\n<end>"]
+    content = [{"type": "image"}, {"type": "text", "text": "<end> the cat"}]
+    item = protect_messages([{"role": "user", "content": content}], spellings)[0]["content"][1]
+    assert unprotect(item["text"]) == "<end> the cat"
+    assert not item["text"].startswith("<end>")

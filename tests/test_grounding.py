@@ -52,6 +52,13 @@ def test_tagged_boxes(text, found):
     assert parse_boxes(text) == [Grounding(label, box) for label, box in found]
 
 
+def test_many_spaces_are_read():
+    spaces = " " * 200_000
+    assert parse_boxes(f"<box>[[1, 2, 3, 4]{spaces},{spaces}]</box>") == [Grounding(None, (1, 2, 3, 4))]
+    with pytest.raises(ValueError, match="is not a list of boxes"):
+        parse_boxes(f"<box>[[1, 2, 3, 4]{spaces}x]</box>")
+
+
 @pytest.mark.parametrize(
     ("text", "boxes"),
     [

@@ -305,6 +305,64 @@ def test_placeholder_over_two_items_stays_text(processor):
     assert "<image>" in processor.tokenizer.decode(inputs["input_ids"][0])
 
 
+END = "<|im_end|><IMG_CONTEXT>"
+
+
+@pytest.mark.parametrize("tokenize", [True, False])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "text", "text": [END]}], "must be a string"),
+        ([{"type": "text", "text": (END,)}], "must be a string"),
+        ([{"type": "text", "text": {END: END}}], "must be a string"),
+        ([{"type": "text", "text": None}], "must be a string"),
+        ([{"type": "text"}], "must be a string"),
+        ([{"text": END}], "a dict with a type"),
+        ([{"type": "audio", "audio": "a.wav"}], "a dict with a type"),
+        ([{"type": ["text"], "text": END}], "a dict with a type"),
+        ([user("<|im_")["content"][0], {"type": "x", "text": "|"}, user("end|>")["content"][0]], "a dict with a type"),
+        ([END], "a dict with a type"),
+        ([[END]], "a dict with a type"),
+        ({"type": "text", "text": END}, "a string or a list of items"),
+        ({END: END}, "a string or a list of items"),
+        (5, "a string or a list of items"),
+        (None, "a string or a list of items"),
+        (iter([END]), "a string or a list of items"),
+    ],
+)
+def test_content_that_is_neither_text_nor_picture_raises(processor, content, message, tokenize):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=tokenize)
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([[user("Hi")], [{"role": "user", "content": content}]], tokenize=tokenize)
+
+
+@pytest.mark.parametrize("role", [None, "tool", "", "System", "user\n<|im_end|>", ["user"], {}])
+def test_unknown_role_raises(processor, role):
+    with pytest.raises(ValueError, match="Unknown role"):
+        tokenized(processor, [{"role": role, "content": "Hello"}])
+
+
+@pytest.mark.parametrize(
+    "messages", [[], None, "Hello", {"role": "user", "content": "Hi"}, [[]], ["Hi"], [[[user("Hi")]]]]
+)
+def test_what_is_no_list_of_messages_raises(processor, messages):
+    with pytest.raises(ValueError, match="message"):
+        tokenized(processor, messages)
+
+
+def test_content_may_be_a_tuple(processor):
+    usual = tokenized(processor, [user("<|im_", "end|>", "?")])["input_ids"]
+    message = {"role": "user", "content": tuple(user("<|im_", "end|>", "?")["content"])}
+    assert torch.equal(tokenized(processor, [message])["input_ids"], usual)
+
+
+def test_lone_surrogates_raise(processor, pictures):
+    for use in (lambda text: tokenized(processor, [user(text)]), lambda text: processor(text=["Hi", text])):
+        with pytest.raises(ValueError, match=r"lone surrogate U\+DC00 at 2"):
+            use("a \udc00")
+
+
 def test_control_tokens_count_where_protection_is_turned_off(processor):
     ids = tokenized(processor, [user("<|im_end|>")], sanitize_control_tokens=False)["input_ids"][0]
     assert control_ids(processor, ids).count("<|im_end|>") == 3
@@ -383,6 +441,25 @@ TALK = [user("One?"), assistant("Yes, 你好."), user("Two?"), assistant("No.")]
 
 def test_assistant_mask_marks_the_answers_with_their_end(processor):
     assert marked(processor, TALK) == ["Yes, 你好.<|im_end|>No.<|im_end|>"]
+
+
+@pytest.mark.parametrize("messages", [TALK, [TALK, TALK[2:]]], ids=["one", "batch"])
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, torch.Tensor),
+        ({"return_tensors": "pt"}, torch.Tensor),
+        ({"return_tensors": "np"}, np.ndarray),
+        ({"processor_kwargs": {"return_tensors": None}}, list),
+    ],
+    ids=["default", "pt", "np", "lists"],
+)
+def test_assistant_mask_is_of_the_kind_of_the_ids(processor, messages, options, kind):
+    options = {"processor_kwargs": {}, "return_assistant_tokens_mask": True, **copy.deepcopy(options)}
+    inputs = tokenized(processor, messages, add_generation_prompt=False, **options)
+    ids, mask = inputs["input_ids"], inputs["assistant_masks"]
+    assert isinstance(ids, kind) and isinstance(mask, kind)
+    assert [len(row) for row in mask] == [len(row) for row in ids]
 
 
 def test_assistant_mask_of_a_batch_allows_for_padding(processor):

@@ -63,9 +63,10 @@ def chat_prompt(nano, processor, monkeypatch, *args, **kwargs) -> list[int]:
         ((("<image>\nRead the text.", "Mini"),), 1),
         ((("Who are you?", "A model.\n"),), 0),
         ((("<image>\nRead <|im_end|> it.", " <box>[[1]]</box> <|im_start|>"), ("And é中文?", "Yes")), 1),
+        ((("<image>\nWhich tag?", "An <image> tag, not <IMG_CONTEXT>."), ("Sure?", "<image>")), 1),
         ((("Image-1: <image>\nImage-2: <image>\nCompare.", "Same."), ("Sure?", "Yes."), ("<image>\nHere?", "No")), 3),
     ],
-    ids=["picture", "text", "control tokens", "several"],
+    ids=["picture", "text", "control tokens", "word in answers", "several"],
 )
 def test_prompts_are_those_of_chat(nano, processor, encoder, monkeypatch, turns, pictures):
     images = [Image.new("RGB", (300, 130 + 40 * i)) for i in range(pictures)]
@@ -99,6 +100,16 @@ def test_grounding_tokens_can_stay(processor, nano):
 def test_a_system_message_replaces_the_default(encoder, processor):
     ids, _ = encoder.ids_and_labels(Conversation((("Hi", "Hello"),), "Be brief."), [])
     assert processor.decode(ids).startswith("<s><|im_start|>system\nBe brief.<|im_end|>")
+
+
+def test_image_is_a_word_in_answers_and_the_system_message(encoder, processor):
+    turns = (("<image>\nWhich tag?", "Write <image> here."), ("Sure?", "<image>"))
+    ids, labels = encoder.ids_and_labels(Conversation(turns, "Answer with <image> alone."), [1])
+    assert ids.count(processor.image_token_id) == processor.image_seq_length
+    assert processor.image_token_id not in labels
+    told = [label for label in labels if label != IGNORED]
+    assert processor.decode(told) == "Write <image> here.<|im_end|><image><|im_end|>"
+    assert "Answer with <image> alone." in processor.decode(ids)
 
 
 def test_pictures_share_tiles():

@@ -11,6 +11,7 @@ import torch
 from repository import root_class
 
 
+IMAGE_PLACEHOLDER = root_class("conversation.IMAGE_PLACEHOLDER")
 begins_with_bos = root_class("conversation.begins_with_bos")
 build_prompt = root_class("conversation.build_prompt")
 control_tokens = root_class("conversation.control_tokens")
@@ -29,7 +30,7 @@ AS_BYTES = {"do_rescale": False, "do_normalize": False}
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of (question, answer); `<image>` stands where a picture belongs."""
+    """Turns of (question, answer); in questions `<image>` stands where a picture belongs."""
 
     turns: tuple[tuple[str, str], ...]
     system: str | None = None
@@ -54,6 +55,8 @@ class Encoder:
         self.patches_per_side = config.tile_size // config.vision_config.patch_size[0]
         self.bos = self.tokenizer.bos_token if begins_with_bos(self.tokenizer) else ""
         self._spellings = control_tokens(self.tokenizer, grounding_tokens)
+        # Only questions hold placeholders; elsewhere `<image>` is a word, as in `chat`.
+        self._words = [*self._spellings, IMAGE_PLACEHOLDER]
 
     def ids_and_labels(self, conversation: Conversation, tiles: list[int]) -> tuple[list[int], list[int]]:
         """Token ids (N) and labels (N) of a conversation whose pictures have this many tiles each.
@@ -65,7 +68,7 @@ class Encoder:
         ids, labels = [], []
         for turn, (_, answer) in enumerate(conversation.turns):
             prompt = self._prompt(conversation, turn)
-            whole = prompt + protect(answer.strip(), self._spellings) + self.template.separator
+            whole = prompt + protect(answer.strip(), self._words) + self.template.separator
             is_last = turn == len(conversation.turns) - 1
             prompt_ids, whole_ids = self._encode(prompt, tiles), self._encode(whole, tiles, is_last)
             if whole_ids[: len(prompt_ids)] != prompt_ids or prompt_ids[: len(ids)] != ids:
@@ -78,11 +81,11 @@ class Encoder:
         """The prompt of a turn, as `chat` writes it."""
         system = self.system_message if conversation.system is None else conversation.system
         history = [
-            (protect(asked, self._spellings), protect(answered.strip(), self._spellings))
+            (protect(asked, self._spellings), protect(answered.strip(), self._words))
             for asked, answered in conversation.turns[:turn]
         ]
         question = protect(conversation.turns[turn][0], self._spellings)
-        system = None if system is None else protect(system, self._spellings)
+        system = None if system is None else protect(system, self._words)
         return self.bos + build_prompt(self.template, question, history, system)
 
     def _encode(self, text: str, tiles: list[int], is_last: bool = False) -> list[int]:
