@@ -158,9 +158,14 @@ def set_steps(arguments: TrainingArguments, recipe: Recipe, steps: int) -> None:
         }
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint of a run; one that was being written when the run died has no state yet."""
+def complete_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; one that was being written when the run died has no state yet."""
     found = [
         folder for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (folder / "trainer_state.json").is_file()
     ]
-    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    return next(reversed(complete_checkpoints(output)), None)

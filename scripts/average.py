@@ -1,0 +1,67 @@
+"""The mean of a run's last checkpoints as a model: what a falling learning rate would give, without ending the run.
+
+    python scripts/average.py runs/nano-one --last 12 --output runs/nano-one-mean
+
+Takes runs that train whole weights, not LoRA adapters. The recipe's keep_checkpoints says how many there are.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from repository import root_class
+from torch import nn
+from transformers import AutoProcessor
+
+from importing.folder import check_free, finish, work_folder
+from training.trainer import complete_checkpoints
+
+
+def mean_model(folders: list[Path]) -> nn.Module:
+    """The model whose weights are the mean of those in `folders`, in float32."""
+    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
+    mean = model_class.from_pretrained(folders[0], dtype=torch.float32)
+    with torch.no_grad():
+        for count, folder in enumerate(folders[1:], start=2):
+            other = model_class.from_pretrained(folder, dtype=torch.float32)
+            for parameter, value in zip(mean.parameters(), other.parameters(), strict=True):
+                parameter.lerp_(value, 1 / count)
+    mean.config.text_config.use_cache = True
+    return mean
+
+
+def average(run: Path, last: int, output: Path, dtype: str = "bfloat16") -> list[Path]:
+    """Write the mean of the `last` newest complete checkpoints of `run` to `output`; the checkpoints that were taken.
+
+    Raises:
+        ValueError: Too few checkpoints, checkpoints of adapters, or something is in the way of `output`.
+    """
+    check_free(output)
+    folders = complete_checkpoints(run)
+    if last < 1 or len(folders) < last:
+        raise ValueError(f"{run} has {len(folders)} complete checkpoints, --last {last} takes 1 to as many.")
+    folders = folders[-last:]
+    if any((folder / "adapter_config.json").exists() for folder in folders):
+        raise ValueError(f"{run} trained LoRA adapters; average.py takes runs that trained whole weights.")
+    mean_model(folders).to(getattr(torch, dtype)).save_pretrained(work_folder(output))
+    AutoProcessor.from_pretrained(folders[-1], trust_remote_code=True).save_pretrained(work_folder(output))
+    finish(output)
+    return folders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="output folder of a recipe")
+    parser.add_argument("--last", type=int, default=12, help="how many checkpoints")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the written weights")
+    args = parser.parse_args()
+    try:
+        taken = average(args.run, args.last, args.output, args.dtype)
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"Wrote {args.output}: the mean of {', '.join(folder.name for folder in taken)}.")
+
+
+if __name__ == "__main__":
+    main()
