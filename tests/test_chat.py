@@ -139,6 +139,33 @@ def test_generation_settings(nano, processor, tokenizer, sent):
     assert sent["num_beams"] == 2
 
 
+@pytest.mark.parametrize("given", [2, [2, 3], (2,), torch.tensor(2), []])
+@pytest.mark.parametrize("where", ["keyword", "dict", "config"])
+def test_the_separator_always_ends_an_answer(nano, processor, tokenizer, monkeypatch, given, where):
+    end, sent = tokenizer.convert_tokens_to_ids("<|im_end|>"), {}
+    ids = tokenizer("Mini<|im_end|>Monkey", add_special_tokens=False)["input_ids"]
+
+    def generate(**options):
+        sent.update(options)
+        return torch.cat([options["input_ids"], torch.tensor([ids])], dim=1)
+
+    monkeypatch.setattr(nano, "generate", generate)
+    options = {"eos_token_id": given}
+    if where != "keyword":
+        options = {"generation_config": GenerationConfig(**options) if where == "config" else options}
+    assert nano.chat(processor, None, "Hello", **options) == "Mini"
+    assert nano.chat(processor, None, "Hello", return_dict=False, skip_special_tokens=False, **options) == "Mini"
+    asked = torch.as_tensor(given).flatten().tolist()
+    assert torch.as_tensor(sent["eos_token_id"]).flatten().tolist() == [end, *map(int, asked)]
+
+
+@pytest.mark.parametrize("given", ["</s>", 2.0, True, [None]])
+def test_end_tokens_that_are_none(nano, processor, sent, given):
+    with pytest.raises(ValueError, match="eos_token_id must be a token's id"):
+        nano.chat(processor, None, "Hello", eos_token_id=given)
+    assert not sent
+
+
 def test_images_kwargs_choose_the_tiles(nano, processor, picture, sent):
     nano.chat(processor, picture, QUESTION, images_kwargs={"min_tiles": 4, "max_tiles": 4, "adaptive_max_tiles": 3})
     assert sent["pixel_values"].shape[0] > 4
