@@ -66,7 +66,7 @@ class MiniMonkeyProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: MiniMonkeyImageProcessorKwargs
     videos_kwargs: MiniMonkeyVideosKwargs
     _defaults = {
-        "text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": False},
+        "text_kwargs": {"padding": True, "return_mm_token_type_ids": False},
         "common_kwargs": {"return_tensors": "pt"},
     }
 
@@ -168,7 +168,7 @@ def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) 
     unknown = videos_kwargs.keys() - set(VIDEO_OPTIONS)
     if unknown:
         known = ", ".join(VIDEO_OPTIONS)
-        raise ValueError(f"Unknown options of videos: {', '.join(sorted(unknown))}; known are {known}.")
+        raise ValueError(f"Unknown options of videos: {', '.join(sorted(map(str, unknown)))}; known are {known}.")
     sampling = dict(videos_kwargs)
     ranges = dict(zip(RANGE_NAMES, (1, sampling.pop("frame_tiles", 1), 1, 1)))
     if "video_backend" in sampling:
@@ -268,7 +268,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
     Args:
         image_processor: A `MiniMonkeyImageProcessor` or `MiniMonkeyImageProcessorPil`.
-        tokenizer: A tokenizer that has `<img>`, `</img>` and `<IMG_CONTEXT>`.
+        tokenizer: A tokenizer that has `<img>`, `</img>` and `<IMG_CONTEXT>`. It gets `padding_side` "left" unless it was
+            loaded with one.
         image_seq_length (int): Image tokens of one tile.
         chat_template (str, *optional*): A jinja template, see `conversation.chat_template_jinja`.
 
@@ -286,6 +287,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, image_seq_length: int = 256, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = "left"  # as generation needs it; what is set there later is obeyed
         self.image_seq_length = image_seq_length
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -307,8 +310,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
             videos: A path, a URL or frames, or a (nested) list of them. `<video>` becomes numbered frames of one tile each;
                 `num_frames`, `fps`, `start` and `end` choose them, see `video_frames.load_frames`.
             **kwargs: Options of tokenizer, image processor and videos, flat or as `text_kwargs`, `images_kwargs` and
-                `videos_kwargs`. By default rows are padded on the left and tensors are returned; `return_tensors=None` leaves
-                token ids as lists.
+                `videos_kwargs`. By default rows are padded as `tokenizer.padding_side` says, "left" unless set, and tensors
+                are returned; `return_tensors=None` leaves token ids as lists.
 
         Returns:
             input_ids, attention_mask (B, N) and, with pictures, pixel_values, tile_counts, tile_grids (see
@@ -355,7 +358,9 @@ class MiniMonkeyProcessor(ProcessorMixin):
         self.image_processor.check_options(options.get("images_kwargs", {}))
         try:
             merged = self._merge_kwargs(
-                MiniMonkeyProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **options
+                MiniMonkeyProcessorKwargs,
+                tokenizer_init_kwargs={**self.tokenizer.init_kwargs, "padding_side": self.tokenizer.padding_side},
+                **options,
             )
         except (StrictDataclassError, TypeError) as error:
             raise ValueError(f"An option cannot work. {error}") from error
