@@ -117,7 +117,7 @@ class ChatMixin:
             ValueError: Arguments that do not fit together, a prompt that is too long, with what to pass instead.
         """
         bound = bind_arguments(args, kwargs)
-        inputs = self._prepare(bound, [conversation_of(bound)], self._memory(bound))
+        inputs = self._prepare(bound, self._memory(bound))
         if bound.stream:
             return self._stream(bound, inputs)
         (answer,) = self._answers(bound, inputs)
@@ -140,7 +140,7 @@ class ChatMixin:
             ValueError: See `chat`.
         """
         bound = bind_arguments(args, kwargs, batch=True)
-        answers = self._answers(bound, self._prepare(bound, conversations_of(bound), None))
+        answers = self._answers(bound, self._prepare(bound, None))
         texts = [answer.text for answer in answers]
         return (texts, [list(answer.history) for answer in answers]) if bound.return_history else texts
 
@@ -236,10 +236,12 @@ class ChatMixin:
             return self.config.image_seq_length
         return len(turn.features[turn.keys[0]]) // sum(turn.tile_counts[turn.keys[0]])
 
-    def _prepare(self, bound: ChatArguments, conversations: list[Conversation], memory: PromptMemory | None) -> _Inputs:
+    def _prepare(self, bound: ChatArguments, memory: PromptMemory | None) -> _Inputs:
         """Everything up to the model: prompts, tiles and settings, checked."""
         template = get_template(self.config.template)
         options = self._generation_options(bound, template.separator)
+        self._check_options(None, options)
+        conversations = [conversation_of(bound)] if bound.questions is None else conversations_of(bound)
         pictures = self._cut(bound, conversations, memory)
         per_tile = self._tokens_per_tile(pictures)
         prompts = [self._prompt(bound, row.prompt_question, row.prompt_history) for row in conversations]

@@ -309,6 +309,58 @@ def test_more_misuse(nano, processor, arguments, options, message):
         nano.chat(processor, *arguments, **options)
 
 
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "output_scores", "output_logits"])
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_what_an_answer_does_not_hold_is_refused(nano, processor, sent, name, return_dict):
+    for options in (
+        {name: True},
+        {"generation_config": {name: True}},
+        {"generation_config": GenerationConfig(**{name: True, "return_dict_in_generate": True})},
+    ):
+        with pytest.raises(ValueError, match=f"does not hold what {name}"):
+            nano.chat(processor, None, "Hello", return_dict=return_dict, **options)
+    assert not sent
+    nano.chat(processor, None, "Hello", **{name: False})
+
+
+WRONG_OPTIONS = [
+    ({"max_new_token": 5}, "max_new_token"),
+    ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"max_new_tokens": "5"}, "max_new_tokens"),
+    ({"num_beams": 0}, "num_beams"),
+    ({"num_beams": 1.5}, "num_beams"),
+    ({"num_return_sequences": 3}, "num_return_sequences"),
+    ({"num_return_sequences": 0}, "num_return_sequences"),
+    ({"cache_implementation": "nonsense"}, "cache_implementation"),
+    ({"early_stopping": "soon"}, "early_stopping"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS)
+def test_generation_options_are_checked_before_vision(nano, processor, picture, monkeypatch, options, message):
+    inputs = processor(images=picture, text="<image>")
+    work = []
+    monkeypatch.setattr(nano, "encode_tiles", lambda *_: work.append("vision"))
+    monkeypatch.setattr(type(nano), "_cut", lambda *_: work.append("cut"))
+    monkeypatch.setattr(type(processor.image_processor), "split_pages", lambda *_: work.append("opened"))
+    with pytest.raises(ValueError, match=message):
+        nano.generate(**inputs, **options)
+    for stream in (False, True):
+        with pytest.raises(ValueError, match=message):
+            nano.chat(processor, picture, QUESTION, stream=stream, **options)
+    with pytest.raises(ValueError, match=message):
+        nano.chat(processor, picture, QUESTION, generation_config=options)
+    assert not work
+
+
+@pytest.mark.parametrize("name", ["images_kwargs", "videos_kwargs"])
+@pytest.mark.parametrize("value", [5, 0, "docvqa", [], {"maximum": 4}, {5: 5}])
+def test_options_of_media_that_are_none(nano, processor, sent, name, value):
+    with pytest.raises(ValueError, match=f"{name} is a dict|Unknown options"):
+        nano.chat(processor, None, "Hello", **{name: value})
+    assert not sent
+
+
 def test_stop_strings_of_the_model(nano, processor, picture):
     whole = nano.chat(processor, picture, QUESTION, **GREEDY)
     nano.generation_config.stop_strings = whole[2:4]
