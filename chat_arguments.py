@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from .compression import TILE_ORDERS
 from .conversation import IMAGE_END, IMAGE_START, IMAGE_TOKEN
-from .processing_minimonkey import VIDEO_OPTIONS
+from .processing_minimonkey import VIDEO_OPTIONS, video_options
 from .tiling import RANGE_NAMES
 
 
@@ -36,6 +36,8 @@ BATCH_ORDER = (
     *_IMAGE_TOKEN_NAMES,
     "verbose",
 )
+# What `generate` returns beside tokens.
+NOT_IN_ANSWERS = ("output_hidden_states", "output_attentions", "output_scores", "output_logits")
 
 
 @dataclass
@@ -175,6 +177,14 @@ def _check(bound: ChatArguments, batch: bool) -> None:
     config = bound.generation_config
     if config is not None and not isinstance(config, (dict, GenerationConfig)):
         raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {type(config).__name__}.")
+    settings = {**(vars(config) if isinstance(config, GenerationConfig) else config or {}), **bound.generation}
+    dropped = [name for name in NOT_IN_ANSWERS if settings.get(name)]
+    if dropped:
+        raise ValueError(
+            f"An answer of chat does not hold what {', '.join(dropped)} asks for; leave it out, or call "
+            "model.generate(**inputs, return_dict_in_generate=True) with the processor's inputs. return_dict=True gives the "
+            "probabilities of the answer's tokens."
+        )
 
 
 def _check_answer_options(bound: ChatArguments, batch: bool) -> None:
@@ -187,6 +197,7 @@ def _check_answer_options(bound: ChatArguments, batch: bool) -> None:
         misplaced = [name for name in names if name in bound.generation]
         if misplaced:
             raise ValueError(f"{', '.join(misplaced)} goes into {where}: {where}={{{misplaced[0]!r}: ...}}.")
+    video_options({}, bound.videos_kwargs)
     if bound.system_message is not None and not isinstance(bound.system_message, str):
         raise ValueError(f"system_message must be text, got {type(bound.system_message).__name__}.")
     if bound.videos is not None and bound.pixel_values is not None:

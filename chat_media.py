@@ -152,6 +152,10 @@ def _split_tiles(bound: ChatArguments) -> tuple[torch.Tensor, ...]:
     """The tiles of each picture that the caller cut."""
     tiles = bound.num_patches_list
     tiles = [len(bound.pixel_values)] if tiles is None else [int(count) for count in tiles]
+    if not tiles or min(tiles) < 1:
+        raise ValueError(
+            f"Each picture needs at least one tile, but there are {tiles}; pass None for pixel_values to ask without a picture."
+        )
     if sum(tiles) != len(bound.pixel_values):
         raise ValueError(
             f"num_patches_list {tiles} adds up to {sum(tiles)}, but pixel_values hold {len(bound.pixel_values)} tiles."

@@ -110,14 +110,14 @@ class ChatMixin:
                 that answer with boxes. By default they are plain text in questions and left out of answers.
             skip_special_tokens: False leaves all special tokens in the answer.
             remember: False computes everything anew and keeps nothing for the next turn.
-            **generation: Everything `generate` takes: max_new_tokens, do_sample, num_beams, stop_strings, streamer, ... The
-                answer ends before a stop string.
+            **generation: What `generate` takes: max_new_tokens, do_sample, num_beams, stop_strings, streamer, ... The answer
+                ends before a stop string, and with the template's separator beside any `eos_token_id`.
 
         Raises:
             ValueError: Arguments that do not fit together, a prompt that is too long, with what to pass instead.
         """
         bound = bind_arguments(args, kwargs)
-        inputs = self._prepare(bound, [conversation_of(bound)], self._memory(bound))
+        inputs = self._prepare(bound, self._memory(bound))
         if bound.stream:
             return self._stream(bound, inputs)
         (answer,) = self._answers(bound, inputs)
@@ -140,7 +140,7 @@ class ChatMixin:
             ValueError: See `chat`.
         """
         bound = bind_arguments(args, kwargs, batch=True)
-        answers = self._answers(bound, self._prepare(bound, conversations_of(bound), None))
+        answers = self._answers(bound, self._prepare(bound, None))
         texts = [answer.text for answer in answers]
         return (texts, [list(answer.history) for answer in answers]) if bound.return_history else texts
 
@@ -236,10 +236,12 @@ class ChatMixin:
             return self.config.image_seq_length
         return len(turn.features[turn.keys[0]]) // sum(turn.tile_counts[turn.keys[0]])
 
-    def _prepare(self, bound: ChatArguments, conversations: list[Conversation], memory: PromptMemory | None) -> _Inputs:
+    def _prepare(self, bound: ChatArguments, memory: PromptMemory | None) -> _Inputs:
         """Everything up to the model: prompts, tiles and settings, checked."""
         template = get_template(self.config.template)
         options = self._generation_options(bound, template.separator)
+        self._check_options(None, options)
+        conversations = [conversation_of(bound)] if bound.questions is None else conversations_of(bound)
         pictures = self._cut(bound, conversations, memory)
         per_tile = self._tokens_per_tile(pictures)
         prompts = [self._prompt(bound, row.prompt_question, row.prompt_history) for row in conversations]
@@ -256,7 +258,7 @@ class ChatMixin:
         stops = options.get("stop_strings") or self.generation_config.stop_strings or []
         ends = [template.separator, *([stops] if isinstance(stops, str) else stops)]
         if not bound.skip_special_tokens:
-            end_ids = torch.as_tensor(options["eos_token_id"]).flatten().tolist()
+            end_ids = _token_ids(options["eos_token_id"], "eos_token_id")
             known = range(len(bound.tokenizer))
             ends += bound.tokenizer.convert_ids_to_tokens([index for index in end_ids if index in known])
         return _Inputs(options, conversations, memory, ends)
@@ -314,7 +316,7 @@ class ChatMixin:
         return ends
 
     def _generation_options(self, bound: ChatArguments, separator: str) -> dict[str, Any]:
-        """The caller's settings in a fresh dict; an answer ends with the template's separator or the model's own end tokens."""
+        """The caller's settings in a fresh dict; an answer ends with the template's separator, whatever other ends it has."""
         options = dict(bound.generation)
         config = bound.generation_config
         if isinstance(config, GenerationConfig):
@@ -323,10 +325,10 @@ class ChatMixin:
         elif config is not None:
             options = {**config, **options}
         end = bound.tokenizer.convert_tokens_to_ids(separator)
-        if options.get("eos_token_id") is None:
-            own = self.generation_config.eos_token_id
-            others = {*(own if isinstance(own, (list, tuple)) else [own])} - {None, end}
-            options["eos_token_id"] = [end, *sorted(others)] if others else end
+        ends = options.get("eos_token_id")
+        ends = self.generation_config.eos_token_id if ends is None else ends
+        others = {*_token_ids(ends, "eos_token_id")} - {end}
+        options["eos_token_id"] = [end, *sorted(others)] if others else end
         if options.get("pad_token_id") is None:
             options["pad_token_id"] = end if bound.tokenizer.pad_token_id is None else bound.tokenizer.pad_token_id
         limits = ("max_new_tokens", "max_length")
@@ -385,5 +387,18 @@ class ChatMixin:
 
 def _up_to_end(ids: list[int], ends: int | list[int]) -> list[int]:
     """Ids up to and with the first end token; padding may follow it."""
-    ends = torch.as_tensor(ends).flatten().tolist()
+    ends = _token_ids(ends, "eos_token_id")
     return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), None)]
+
+
+def _token_ids(value: int | list[int] | torch.Tensor | None, name: str) -> list[int]:
+    """One id, several or none as a list.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    ids = torch.atleast_1d(value).tolist() if isinstance(value, torch.Tensor) else value
+    ids = [] if ids is None else ids if isinstance(ids, (list, tuple, set)) else [ids]
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
+        raise ValueError(f"{name} must be a token's id or a list of ids, got {value!r}.")
+    return list(ids)

@@ -200,8 +200,13 @@ def draw_boxes(
             need `ImageFont.truetype(...)`.
 
     Raises:
-        ValueError: A grounding whose box is none, or no colours.
+        ValueError: No PIL image, a grounding whose box is none, or no colours.
     """
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"Boxes are drawn in a PIL image, got {type(image).__name__}; open a file with Image.open(path), turn an array "
+            "into a picture with Image.fromarray(array)."
+        )
     if not colours:
         raise ValueError("colours must name at least one colour.")
     canvas = ImageOps.exif_transpose(image).convert("RGB")

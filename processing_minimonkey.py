@@ -8,6 +8,7 @@ Knows no model. A picture's place in the text is `<image>`; it becomes `<img>`, 
 its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the tile counts of the image processor.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from itertools import groupby
@@ -67,7 +68,7 @@ class MiniMonkeyProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: MiniMonkeyImageProcessorKwargs
     videos_kwargs: MiniMonkeyVideosKwargs
     _defaults = {
-        "text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": False},
+        "text_kwargs": {"padding": True, "return_mm_token_type_ids": False},
         "common_kwargs": {"return_tensors": "pt"},
     }
 
@@ -169,7 +170,7 @@ def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) 
     unknown = videos_kwargs.keys() - set(VIDEO_OPTIONS)
     if unknown:
         known = ", ".join(VIDEO_OPTIONS)
-        raise ValueError(f"Unknown options of videos: {', '.join(sorted(unknown))}; known are {known}.")
+        raise ValueError(f"Unknown options of videos: {', '.join(sorted(map(str, unknown)))}; known are {known}.")
     sampling = dict(videos_kwargs)
     ranges = dict(zip(RANGE_NAMES, (1, sampling.pop("frame_tiles", 1), 1, 1)))
     if "video_backend" in sampling:
@@ -221,24 +222,53 @@ def with_pages(pictures: list, texts: list[str], image_processor, options: dict[
 
 
 def list_videos(videos) -> list:
-    """The videos of a (nested) list, each a path, a URL or frames; a list of pictures is one video."""
-    if videos is None:
-        return []
+    """The videos of a (nested) list, each a path, a URL or frames; a list of pictures is one video.
+
+    Raises:
+        ValueError: A list of nothing: None or an empty list in it, or an array of no videos.
+    """
+    return [] if _is_none(videos) else _listed_videos(videos)
+
+
+def _listed_videos(videos) -> list:
     if getattr(videos, "ndim", 4) == 5:
-        return list(videos)
+        return [*_not_empty(videos, "videos")]
     if not isinstance(videos, (list, tuple)):
-        return [videos]
+        return [_not_empty(videos, "videos")]
     is_one = bool(videos) and all(isinstance(item, Image.Image) or getattr(item, "ndim", 4) < 4 for item in videos)
-    return [videos] if is_one else [video for item in videos for video in list_videos(item)]
+    if is_one:
+        return [videos]
+    return [video for item in _not_empty(videos, "videos") for video in _listed_videos(item)]
 
 
 def flatten_pictures(images) -> list:
-    """The pictures of a (nested) list, without opening one; an array of four dimensions is a batch."""
-    if images is None:
-        return []
+    """The pictures of a (nested) list, without opening one; an array of four dimensions is a batch.
+
+    Raises:
+        ValueError: A list of nothing: None or an empty list in it, or an array of no pictures.
+    """
+    return [] if _is_none(images) else _flattened_pictures(images)
+
+
+def _flattened_pictures(images) -> list:
+    images = _not_empty(images, "images")
     if isinstance(images, (list, tuple)):
-        return [picture for row in images for picture in flatten_pictures(row)]
+        return [picture for row in images for picture in _flattened_pictures(row)]
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+
+
+def _is_none(media) -> bool:
+    """Whether no pictures or videos are meant: None, or the empty list that chat windows send."""
+    return media is None or (isinstance(media, (list, tuple)) and not media)
+
+
+def _not_empty(media, name: str):
+    """`media`, if there is something in it: what was to be shown and got lost must not become an answer without it."""
+    is_empty = _is_none(media) or (hasattr(media, "shape") and not math.prod(media.shape))
+    if is_empty:
+        what = f"an array of shape {tuple(media.shape)}" if hasattr(media, "shape") else repr(media)
+        raise ValueError(f"{name} hold {what}, which shows nothing; pass {name}=None to ask without any.")
+    return media
 
 
 class MiniMonkeyProcessor(ProcessorMixin):
@@ -247,7 +277,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
     Args:
         image_processor: A `MiniMonkeyImageProcessor` or `MiniMonkeyImageProcessorPil`.
-        tokenizer: A tokenizer that has `<img>`, `</img>` and `<IMG_CONTEXT>`.
+        tokenizer: A tokenizer that has `<img>`, `</img>` and `<IMG_CONTEXT>`. It gets `padding_side` "left" unless it was
+            loaded with one.
         image_seq_length (int): Image tokens of one tile.
         chat_template (str, *optional*): A jinja template, see `conversation.chat_template_jinja`.
 
@@ -265,6 +296,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, image_seq_length: int = 256, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = "left"  # as generation needs it; what is set there later is obeyed
         self.image_seq_length = image_seq_length
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -286,8 +319,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
             videos: A path, a URL or frames, or a (nested) list of them. `<video>` becomes numbered frames of one tile each;
                 `num_frames`, `fps`, `start` and `end` choose them, see `video_frames.load_frames`.
             **kwargs: Options of tokenizer, image processor and videos, flat or as `text_kwargs`, `images_kwargs` and
-                `videos_kwargs`. By default rows are padded on the left and tensors are returned; `return_tensors=None` leaves
-                token ids as lists.
+                `videos_kwargs`. By default rows are padded as `tokenizer.padding_side` says, "left" unless set, and tensors
+                are returned; `return_tensors=None` leaves token ids as lists.
 
         Returns:
             input_ids, attention_mask (B, N) and, with pictures, pixel_values, tile_counts, tile_grids (see
@@ -311,7 +344,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         images = self._check_images(texts, images, merged["images_kwargs"])
         image_inputs, tiles = {}, []
         prompts = texts
-        if videos is not None:
+        if not _is_none(videos):
             prompts, image_inputs = self._with_frames(texts, images, videos, merged)
         elif images:
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
@@ -336,7 +369,9 @@ class MiniMonkeyProcessor(ProcessorMixin):
         self.image_processor.check_options(options.get("images_kwargs", {}))
         try:
             merged = self._merge_kwargs(
-                MiniMonkeyProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **options
+                MiniMonkeyProcessorKwargs,
+                tokenizer_init_kwargs={**self.tokenizer.init_kwargs, "padding_side": self.tokenizer.padding_side},
+                **options,
             )
         except (StrictDataclassError, TypeError) as error:
             raise ValueError(f"An option cannot work. {error}") from error
@@ -347,7 +382,11 @@ class MiniMonkeyProcessor(ProcessorMixin):
         self, texts: list[str], images, videos, merged: dict[str, Any]
     ) -> tuple[list[str], dict[str, Any]]:
         """The texts with the frames of their videos, and the tiles of images and frames in the order of the texts."""
-        videos = list_videos(videos)
+        is_by_text = isinstance(videos, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in videos)
+        if is_by_text and len(videos) == len(texts) > 1:
+            videos = [video for row in videos for video in list_videos(row)]
+        else:
+            videos = list_videos(videos)
         check_placeholders(texts, len(videos), placeholder=VIDEO_PLACEHOLDER)
         given = {name: merged["videos_kwargs"].get(name) for name in VIDEO_OPTIONS}
         given = {name: value for name, value in given.items() if value is not None}
@@ -357,12 +396,15 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
     def _check_images(self, texts: list[str], images, options: dict[str, Any]) -> list:
         """The pictures in one list, pages of their own among them; each has its placeholder."""
-        pictures = flatten_pictures(images)
-        if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
+        is_by_text = isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images)
+        if is_by_text:
             if len(images) != len(texts):
                 raise ValueError(f"{len(images)} lists of images were given for {len(texts)} texts.")
+            rows = (
+                images if len(texts) > 1 else [flatten_pictures(images)]
+            )  # of several texts some may have no pictures
             pictures = []
-            for row, (text, given) in enumerate(zip(texts, images)):
+            for row, (text, given) in enumerate(zip(texts, rows)):
                 of_row = with_pages(flatten_pictures(given), [text], self.image_processor, options)
                 check_placeholders([text], len(of_row), f"Row {row}")
                 pictures += of_row

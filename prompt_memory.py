@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 
 import numpy as np
 import torch
@@ -78,8 +78,8 @@ class Recalled:
 class PromptMemory:
     """The memory of one conversation with `model`; a plain object to everyone but `generate`.
 
-    Weights that are trained, replaced or moved make it void; a change through `parameter.data` in place is not noticed, so
-    call `forget` after one.
+    Weights and buffers that are trained, replaced or moved, and another value in the model's configuration, make it void; a
+    change through `parameter.data` in place is not noticed, so call `forget` after one.
 
     `tile_counts` and `features` are those of its pictures, by their key (see `picture_key`).
     """
@@ -220,10 +220,16 @@ def _holds_everything(cache: Cache) -> bool:
 
 
 def _weights_version(model: nn.Module) -> int:
-    """Changes when a weight is replaced, moved or trained, or an adapter switched."""
+    """Changes when a weight or buffer is replaced, moved or trained, an adapter switched or the configuration changed."""
+    buffers = (
+        buffer
+        for module in model.modules()
+        if not _rewrites_its_buffers(module)
+        for buffer in module.buffers(recurse=False)
+    )
     weights = tuple(
         (getattr(p, "_local_tensor", p).data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version)
-        for p in model.parameters()
+        for p in chain(model.parameters(), buffers)
     )
     adapters = tuple(  # of peft
         repr(
@@ -232,7 +238,12 @@ def _weights_version(model: nn.Module) -> int:
         for module in model.modules()
         if isinstance(getattr(module, "merged_adapters", None), list)
     )
-    return hash((weights, adapters))
+    return hash((weights, adapters, repr(model.config.to_dict())))
+
+
+def _rewrites_its_buffers(module: nn.Module) -> bool:
+    """Whether these are rotary frequencies that follow the prompt's length; up to `cacheable_length` it does not matter."""
+    return any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))
 
 
 # For each model the memories that hold a cache, the most recent last.

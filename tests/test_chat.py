@@ -139,6 +139,33 @@ def test_generation_settings(nano, processor, tokenizer, sent):
     assert sent["num_beams"] == 2
 
 
+@pytest.mark.parametrize("given", [2, [2, 3], (2,), torch.tensor(2), []])
+@pytest.mark.parametrize("where", ["keyword", "dict", "config"])
+def test_the_separator_always_ends_an_answer(nano, processor, tokenizer, monkeypatch, given, where):
+    end, sent = tokenizer.convert_tokens_to_ids("<|im_end|>"), {}
+    ids = tokenizer("Mini<|im_end|>Monkey", add_special_tokens=False)["input_ids"]
+
+    def generate(**options):
+        sent.update(options)
+        return torch.cat([options["input_ids"], torch.tensor([ids])], dim=1)
+
+    monkeypatch.setattr(nano, "generate", generate)
+    options = {"eos_token_id": given}
+    if where != "keyword":
+        options = {"generation_config": GenerationConfig(**options) if where == "config" else options}
+    assert nano.chat(processor, None, "Hello", **options) == "Mini"
+    assert nano.chat(processor, None, "Hello", return_dict=False, skip_special_tokens=False, **options) == "Mini"
+    asked = torch.as_tensor(given).flatten().tolist()
+    assert torch.as_tensor(sent["eos_token_id"]).flatten().tolist() == [end, *map(int, asked)]
+
+
+@pytest.mark.parametrize("given", ["</s>", 2.0, True, [None]])
+def test_end_tokens_that_are_none(nano, processor, sent, given):
+    with pytest.raises(ValueError, match="eos_token_id must be a token's id"):
+        nano.chat(processor, None, "Hello", eos_token_id=given)
+    assert not sent
+
+
 def test_images_kwargs_choose_the_tiles(nano, processor, picture, sent):
     nano.chat(processor, picture, QUESTION, images_kwargs={"min_tiles": 4, "max_tiles": 4, "adaptive_max_tiles": 3})
     assert sent["pixel_values"].shape[0] > 4
@@ -280,6 +307,58 @@ def test_grounding_tokens(nano, processor, tokenizer, sent, monkeypatch):
 def test_more_misuse(nano, processor, arguments, options, message):
     with pytest.raises(ValueError, match=message):
         nano.chat(processor, *arguments, **options)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "output_scores", "output_logits"])
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_what_an_answer_does_not_hold_is_refused(nano, processor, sent, name, return_dict):
+    for options in (
+        {name: True},
+        {"generation_config": {name: True}},
+        {"generation_config": GenerationConfig(**{name: True, "return_dict_in_generate": True})},
+    ):
+        with pytest.raises(ValueError, match=f"does not hold what {name}"):
+            nano.chat(processor, None, "Hello", return_dict=return_dict, **options)
+    assert not sent
+    nano.chat(processor, None, "Hello", **{name: False})
+
+
+WRONG_OPTIONS = [
+    ({"max_new_token": 5}, "max_new_token"),
+    ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"max_new_tokens": "5"}, "max_new_tokens"),
+    ({"num_beams": 0}, "num_beams"),
+    ({"num_beams": 1.5}, "num_beams"),
+    ({"num_return_sequences": 3}, "num_return_sequences"),
+    ({"num_return_sequences": 0}, "num_return_sequences"),
+    ({"cache_implementation": "nonsense"}, "cache_implementation"),
+    ({"early_stopping": "soon"}, "early_stopping"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS)
+def test_generation_options_are_checked_before_vision(nano, processor, picture, monkeypatch, options, message):
+    inputs = processor(images=picture, text="<image>")
+    work = []
+    monkeypatch.setattr(nano, "encode_tiles", lambda *_: work.append("vision"))
+    monkeypatch.setattr(type(nano), "_cut", lambda *_: work.append("cut"))
+    monkeypatch.setattr(type(processor.image_processor), "split_pages", lambda *_: work.append("opened"))
+    with pytest.raises(ValueError, match=message):
+        nano.generate(**inputs, **options)
+    for stream in (False, True):
+        with pytest.raises(ValueError, match=message):
+            nano.chat(processor, picture, QUESTION, stream=stream, **options)
+    with pytest.raises(ValueError, match=message):
+        nano.chat(processor, picture, QUESTION, generation_config=options)
+    assert not work
+
+
+@pytest.mark.parametrize("name", ["images_kwargs", "videos_kwargs"])
+@pytest.mark.parametrize("value", [5, 0, "docvqa", [], {"maximum": 4}, {5: 5}])
+def test_options_of_media_that_are_none(nano, processor, sent, name, value):
+    with pytest.raises(ValueError, match=f"{name} is a dict|Unknown options"):
+        nano.chat(processor, None, "Hello", **{name: value})
+    assert not sent
 
 
 def test_stop_strings_of_the_model(nano, processor, picture):

@@ -432,7 +432,7 @@ def test_a_batch_answers_as_its_rows_do_alone(nano, processor, picture, clips):
         ((None, "Hello"), {"videos": "clip", "videos_kwargs": {"video_backend": "eyes"}}, "Unknown video backend"),
         ((None, "Hello"), {"videos": "missing.mp4"}, "no video file missing.mp4"),
         ((None, "Hello"), {"videos": "broken"}, "No frames could be taken"),
-        ((None, "Hello"), {"videos": np.zeros((0, 9, 9, 3), np.uint8)}, "no frames|zero|empty"),
+        ((None, "Hello"), {"videos": np.zeros((0, 9, 9, 3), np.uint8)}, "shows nothing"),
         ((None, "Hello"), {"videos": 7}, "A video is"),
         (("tiles", "Hello"), {"videos": "clip"}, "not with tiles"),
         ((None, "Hello"), {"videos": "clip", "tile_budget": 4}, "tile_budget"),
@@ -605,3 +605,57 @@ def test_a_model_may_speak_of_video_tags(nano, processor, clips, sent):
     text = processor.tokenizer.decode(sent["input_ids"][0])
     assert "With <video>." in text
     assert text.count("Frame2: <img>") == 1
+
+
+NOTHING = [[None], [[]], [[None]], [(), ()], np.empty((0, 28, 28, 3), np.uint8), torch.empty(0, 3, 112, 112)]
+
+
+@pytest.mark.parametrize("nothing", NOTHING, ids=repr)
+@pytest.mark.parametrize("name", ["images", "videos"])
+def test_what_holds_no_picture_is_refused(nano, processor, sent, nothing, name):
+    given = {"images": None, name: nothing}
+    with pytest.raises(ValueError, match="shows nothing|at least one tile"):
+        nano.chat(processor, question="Read.", **given)
+    if name == "videos" or not isinstance(nothing, torch.Tensor):
+        with pytest.raises(ValueError, match="shows nothing"):
+            nano.batch_chat(processor, questions=["Read."], **(given | {name: [nothing]}))
+    with pytest.raises(ValueError, match="shows nothing|2 lists of images were given for 1 texts"):
+        processor(text="Read.", **given)
+    assert not sent
+
+
+def test_a_missing_picture_among_others_is_refused(nano, processor, sent):
+    picture = synthetic_picture(40, 40, 0)
+    for images in ([picture, None], [picture, []], [[picture], [None]]):
+        with pytest.raises(ValueError, match="shows nothing"):
+            nano.chat(processor, images, "Read.")
+        with pytest.raises(ValueError, match="shows nothing|2 lists of images were given for 1 texts"):
+            processor(images=images, text="<image>")
+    assert not sent
+
+
+def test_an_empty_list_means_no_pictures(nano, processor, sent):
+    for nothing in (None, [], ()):
+        nano.chat(processor, nothing, "Read.", videos=nothing)
+        assert sent["pixel_values"] is None
+        assert "pixel_values" not in processor(images=nothing, text="Read.", videos=nothing)
+        for placeholder in ("<image>", "<video>"):
+            with pytest.raises(ValueError, match=f"1 {placeholder} placeholders, but 0"):
+                nano.chat(processor, nothing, f"{placeholder} Read.", videos=nothing)
+    nano.batch_chat(processor, [None, []], ["One?", "Two?"], videos=[[], None])
+    assert sent["pixel_values"] is None
+    with pytest.raises(ValueError, match="one entry for each of the 2 questions"):
+        nano.batch_chat(processor, [], ["One?", "Two?"])
+
+
+def test_texts_of_a_batch_may_have_no_pictures(processor):
+    picture, video = synthetic_picture(40, 40, 0), np.zeros((2, 30, 30, 3), np.uint8)
+    assert len(processor(images=[[picture], []], text=["<image>", "Read."])["tile_counts"]) == 1
+    assert len(processor(videos=[[], [video]], text=["Read.", "<video>"])["tile_counts"]) == 2
+
+
+@pytest.mark.parametrize("counts", [[], [0], [1, 0], [-1, 2]])
+def test_a_picture_of_no_tiles_is_refused(nano, processor, sent, counts):
+    with pytest.raises(ValueError, match="at least one tile"):
+        nano.chat(processor.tokenizer, torch.zeros(1, 3, 112, 112), "Read.", {}, num_patches_list=counts)
+    assert not sent

@@ -408,6 +408,36 @@ def test_a_model_of_another_type(model, small, pictures):
     ask(own, small, pictures[2], "Why?", second.history)
 
 
+@pytest.mark.parametrize(("name", "value"), [("vision_feature_layer", 0), ("pixel_shuffle_version", "v1")])
+def test_a_value_of_the_configuration_that_is_changed(model, small, pictures, name, value):
+    own = copy.deepcopy(model)
+    assert getattr(own.config, name) != value
+    first = ask(own, small, pictures[2], QUESTION)
+    setattr(own.config, name, value)
+    second = ask(own, small, pictures[2], "And?", first.history)
+    assert second.history.memory is not first.history.memory
+
+
+def test_a_nested_value_of_the_configuration_that_is_changed(model, small, pictures):
+    own = copy.deepcopy(model)
+    first = ask(own, small, pictures[2], QUESTION)
+    own.config.text_config.rms_norm_eps *= 2
+    assert not first.history.memory.belongs_to(own)
+
+
+@pytest.mark.parametrize("how", ["mul_", "replaced"])
+def test_a_buffer_that_is_changed(model, small, pictures, how):
+    own = copy.deepcopy(model)
+    first = ask(own, small, pictures[2], QUESTION)
+    rotary = own.model.language_model.rotary_emb
+    if how == "mul_":
+        rotary.inv_freq.mul_(0.5)
+    else:
+        rotary.inv_freq = rotary.inv_freq * 0.5
+    second = ask(own, small, pictures[2], "And?", first.history)
+    assert second.history.memory is not first.history.memory
+
+
 def test_an_adapter_that_is_switched(model, small, pictures):
     peft = pytest.importorskip("peft")
     own = copy.deepcopy(model)

@@ -1,6 +1,7 @@
 """Boxes in answers: reading, writing, pixels and drawing, with cases worked by hand."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,6 +253,12 @@ def test_picture_is_drawn_on_as_the_model_sees_it():
     drawn = draw_boxes(image, [Grounding(None, (0, 0, 1000, 1000))])
     assert drawn.size == (100, 200) and drawn.mode == "RGB"
     assert image.getexif()[0x0112] == 6
+
+
+@pytest.mark.parametrize("image", ["page.png", Path("page.png"), b"bytes", None, [[0]]], ids=repr)
+def test_boxes_are_drawn_in_a_pil_image_alone(image):
+    with pytest.raises(ValueError, match="Boxes are drawn in a PIL image, got .*Image.open"):
+        draw_boxes(image, [])
 
 
 def test_colours_and_font_can_be_chosen():

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import root_class, synthetic_picture
-from transformers import AutoProcessor
+from conftest import ROOT, root_class, synthetic_picture
+from transformers import AutoProcessor, AutoTokenizer
 
 
 RANGES = {"min_tiles": 2, "max_tiles": 4, "adaptive_min_tiles": 1, "adaptive_max_tiles": 2}
@@ -135,6 +135,22 @@ def test_rows_of_a_batch_are_padded_on_the_left(processor, pictures):
         assert (together["input_ids"][row, :missing] == processor.tokenizer.pad_token_id).all()
     tiles = torch.cat([alone[0]["pixel_values"], alone[2]["pixel_values"]])
     assert torch.equal(together["pixel_values"], tiles)
+
+
+def test_padding_side_of_the_tokenizer_is_obeyed(processor):
+    processor = copy.deepcopy(processor)
+    texts = ["a", "a b c d"]
+    assert processor(text=texts)["attention_mask"][0].tolist()[0] == 0
+    processor.tokenizer.padding_side = "right"
+    assert processor(text=texts)["attention_mask"][0].tolist()[0] == 1
+    for options in ({"padding_side": "left"}, {"text_kwargs": {"padding_side": "left"}}):
+        assert processor(text=texts, **options)["attention_mask"][0].tolist()[0] == 0
+
+
+def test_a_tokenizer_loaded_with_a_padding_side_keeps_it(processor):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, padding_side="right")
+    own = type(processor)(processor.image_processor, tokenizer, processor.image_seq_length)
+    assert own(text=["a", "a b c d"])["attention_mask"][0].tolist()[0] == 1
 
 
 def test_padding_side_can_be_chosen(processor):
