@@ -30,6 +30,7 @@ from .conversation import (
     get_template,
     protect,
 )
+from .generation_options import check_generation_options
 from .processing_minimonkey import count_placeholders, cut_pictures, expand_placeholders
 from .prompt_memory import PromptMemory, Turn, common_length, forget_the_oldest, picture_key
 
@@ -240,7 +241,7 @@ class ChatMixin:
         """Everything up to the model: prompts, tiles and settings, checked."""
         template = get_template(self.config.template)
         options = self._generation_options(bound, template.separator)
-        self._check_options(None, options)
+        check_generation_options(self, None, options)
         conversations = [conversation_of(bound)] if bound.questions is None else conversations_of(bound)
         pictures = self._cut(bound, conversations, memory)
         per_tile = self._tokens_per_tile(pictures)

@@ -11,8 +11,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import signature
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcess
 
 from .attention_probe import attention_inputs
 from .compression import AttentionInputs, CompressionSettings, find_images, kept_positions, pack
+from .generation_options import check_generation_options
 from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, new_cache
 from .transformers_bridge import (
     CACHE_NAME,
@@ -154,7 +153,7 @@ class GenerateMixin:
         has_images = pixel_values is not None or bool(turn is not None and turn.keys)
         self._check_what_fits(generation_config, kwargs, has_images, use_scm)
         kwargs = with_one_cache_name(kwargs)
-        self._check_options(generation_config, kwargs)
+        check_generation_options(self, generation_config, kwargs)
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
         if turn is not None and (turn.keys or can_remember):
             settings = settings or self._compression_settings(scm_keep_ratio=1.0)
@@ -392,22 +391,6 @@ class GenerateMixin:
                 raise ValueError(
                     f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."
                 )
-
-    def _check_options(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> None:
-        """Refuse names and values before vision runs that transformers refuses after it, by its own checks."""
-        for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
-            value = self._setting(name, generation_config, options)
-            if value is not None and (not isinstance(value, Integral) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if self._setting("custom_generate", generation_config, options) is not None:
-            return  # which has options of its own
-        named = {"tokenizer", "assistant_tokenizer", *signature(type(self).generate).parameters}
-        others = {name: value for name, value in options.items() if name not in named}
-        try:
-            left = (copy.deepcopy(generation_config) or GenerationConfig()).update(**others)
-        except TypeError as error:
-            raise ValueError(f"A generation setting cannot work. {error}") from error
-        self._validate_model_kwargs(left)
 
     def _setting(self, name: str, generation_config: GenerationConfig | None, options: dict[str, Any]):
         """What a generation is told by its options, its configuration or the model's own, in this order."""

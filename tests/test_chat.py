@@ -333,6 +333,10 @@ WRONG_OPTIONS = [
     ({"num_return_sequences": 0}, "num_return_sequences"),
     ({"cache_implementation": "nonsense"}, "cache_implementation"),
     ({"early_stopping": "soon"}, "early_stopping"),
+    ({"repetition_penalty": -1.0}, "penalty"),
+    ({"no_repeat_ngram_size": -1}, "ngram"),
+    ({"do_sample": True, "temperature": -1.0}, "temperature"),
+    ({"do_sample": True, "top_p": 2.0}, "top_p"),
 ]
 
 
