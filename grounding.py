@@ -17,7 +17,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
+
+from .picture_decoding import to_rgb
 
 
 SCALE = 1000
@@ -209,7 +211,7 @@ def draw_boxes(
         )
     if not colours:
         raise ValueError("colours must name at least one colour.")
-    canvas = ImageOps.exif_transpose(image).convert("RGB")
+    canvas = to_rgb(image).copy()
     draw = ImageDraw.Draw(canvas)
     short_side = min(canvas.size)
     font = font or ImageFont.load_default(size=max(LEAST_FONT_SIZE, short_side // 25))

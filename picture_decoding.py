@@ -272,10 +272,14 @@ def _reason(error: BaseException) -> str:
 def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL picture of any mode as upright 8-bit RGB, transparency on white, the first frame of an animation.
 
+    Of a file of several pages it is the page at which it stands; at the first a warning tells of the others.
+
     Raises:
         ValueError: Its file is broken, or a side is too long.
     """
     try:
+        if (pages := _count_pages(image)) > 1 and image.tell() == 0:
+            warnings.warn(several_pages("The picture", pages), stacklevel=2)
         return _decoded(image)
     except DECODER_ERRORS as error:
         raise ValueError(f"The picture cannot be decoded: {_reason(error)}") from error

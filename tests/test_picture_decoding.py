@@ -277,6 +277,11 @@ def test_opened_file_of_pages_is_the_page_at_which_it_stands(scan):
     assert pages_of(picture) == [picture]
 
 
+def test_opened_file_at_its_first_page_warns_of_the_others(scan):
+    with pytest.warns(UserWarning, match="has 3 pages"):
+        assert colour(to_rgb(Image.open(scan))) == RGB["red"]
+
+
 def test_other_pictures_have_one_page(tmp_path):
     gif = write(tmp_path, saved(plain("red"), "GIF", save_all=True, append_images=[plain("blue")]), "a.gif")
     one = write(tmp_path, saved(plain("red"), "TIFF"), "one.tiff")
