@@ -79,6 +79,10 @@ def test_edit_distance():
         ("a", ["abc"], 0.0),  # a third is below it
         ("cat", ["dog", "cast"], 0.75),  # the closest counts
         ("", ["x"], 0.0),
+        ("abc", ["abd  "], 0.8),  # one edit, divided by the length as it is written
+        ("abd\n\n", ["abc"], 0.8),
+        ("ßab", ["ßac"], 0.75),  # and in upper case
+        ("  ", [""], 1.0),
     ],
 )
 def test_anls(answer, references, expected):
