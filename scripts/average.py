@@ -9,9 +9,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from repository import root_class
+from repository import load_processor, root_class
 from torch import nn
-from transformers import AutoProcessor
 
 from importing.folder import check_free, finish, work_folder
 from training.trainer import complete_checkpoints
@@ -44,7 +43,7 @@ def average(run: Path, last: int, output: Path, dtype: str = "bfloat16") -> list
     if any((folder / "adapter_config.json").exists() for folder in folders):
         raise ValueError(f"{run} trained LoRA adapters; average.py takes runs that trained whole weights.")
     mean_model(folders).to(getattr(torch, dtype)).save_pretrained(work_folder(output))
-    AutoProcessor.from_pretrained(folders[-1], trust_remote_code=True).save_pretrained(work_folder(output))
+    load_processor(folders[-1]).save_pretrained(work_folder(output))
     finish(output)
     return folders
 

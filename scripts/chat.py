@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from precision import add_dtype_argument, choose_dtype
-from repository import add_model_arguments, add_tile_arguments, tile_options
-from transformers import AutoModel, AutoProcessor
+from repository import add_model_arguments, add_tile_arguments, load_model, load_processor, tile_options
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -67,12 +66,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def load(args: argparse.Namespace):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    processor = load_processor(args.model)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    model = AutoModel.from_pretrained(
-        args.model, subfolder=args.subfolder, trust_remote_code=True, dtype=choose_dtype(args.dtype, device), **options
-    )
-    return processor, model.to(device).eval()
+    dtype = choose_dtype(args.dtype, device)
+    return processor, load_model(args.model, subfolder=args.subfolder, dtype=dtype, **options).to(device)
 
 
 def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:

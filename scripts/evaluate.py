@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 from precision import add_dtype_argument, choose_dtype
-from repository import add_model_arguments, add_tile_arguments, tile_options
-from transformers import AutoModel, AutoProcessor
+from repository import add_model_arguments, add_tile_arguments, load_model, load_processor, tile_options
 
 from evaluation.dropping import DROPS
 from evaluation.metrics import METRICS
@@ -120,10 +119,9 @@ def image_options(args: argparse.Namespace) -> dict:
 def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     """The model and how it is asked; raises `ValueError` for tile ranges that cannot work before the weights are read."""
     tiles = image_options(args)
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    processor = load_processor(args.model)
     processor.image_processor.get_number_of_image_patches(100, 100, tiles)
-    options = {"subfolder": args.subfolder, "dtype": args.dtype}
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **options).to(args.device).eval()
+    model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
     keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
     return Answering(model, processor, max_new_tokens, tiles, keep_ratio, args.drop or "scm", args.scm_layer)
 

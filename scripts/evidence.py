@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from precision import add_dtype_argument, choose_dtype
-from repository import add_model_arguments, root_class
-from transformers import AutoModel, AutoProcessor
+from repository import add_model_arguments, load_model, load_processor, root_class
 
 from evaluation.figure import draw
 from evaluation.predictions import Predictions, weights_digest
@@ -121,10 +120,8 @@ class Reader:
 
     def __init__(self, args: argparse.Namespace):
         self.batch_size = args.batch_size
-        self.processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-        options = {"subfolder": args.subfolder, "dtype": args.dtype}
-        model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **options)
-        self.model = model.to(args.device).eval()
+        self.processor = load_processor(args.model)
+        self.model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
 
     def __call__(self, reading: Reading) -> list[dict]:
         """The predictions of a way, those of an earlier run among them."""

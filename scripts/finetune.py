@@ -21,13 +21,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-from repository import root_class
+from repository import load_processor, root_class
 
 from synthetic.materials import materials
 from training.collator import Collator
 from training.data import SyntheticSource, read_sources
 from training.encode import Encoder
-from training.models import load_model, load_processor, model_folder, save
+from training.models import load_model, model_folder, save
 from training.recipe import Recipe, changed_keys, read_recipe, with_fast_types
 from training.samples import Samples
 from training.trainer import FineTuner, last_checkpoint, set_steps, training_arguments

@@ -1,8 +1,13 @@
-"""Where the repository is, how scripts reach its code, and the options that several of them have."""
+"""Where the repository is, how scripts reach its code, and the options that several of them have.
+
+Scripts run the code of this repository alone: of a Hub id or folder they read configuration, tokenizer and weights, and
+the Python files beside them are never executed.
+"""
 
 import argparse
 from pathlib import Path
 
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
@@ -15,6 +20,45 @@ def root_class(name: str):
     Each call looks at the files again, so it belongs outside loops.
     """
     return get_class_from_dynamic_module(name, str(ROOT))
+
+
+def load_processor(source: str | Path):
+    """The processor of a Hub id or folder, by this repository's code.
+
+    Raises:
+        ValueError: There is no MiniMonkey processor, or a tokenizer that needs code of its own.
+    """
+    processor_class = root_class("processing_minimonkey.MiniMonkeyProcessor")
+    image_processor_class = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")
+    try:
+        image_processor = image_processor_class.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        settings, options = processor_class.get_processor_dict(source)
+    except OSError as error:
+        raise ValueError(
+            f"{source} holds no MiniMonkey processor; published weights come through import_checkpoint.py."
+        ) from error
+    return processor_class.from_args_and_dict([image_processor, tokenizer], settings, **options)
+
+
+def load_model(source: str | Path, **options):
+    """The model of a Hub id or folder, by this repository's code, ready to answer.
+
+    Args:
+        options: As `from_pretrained` takes them: `subfolder`, `dtype`, `attn_implementation`.
+
+    Raises:
+        ValueError: The model is of another kind.
+    """
+    config_class = root_class("configuration_minimonkey.MiniMonkeyConfig")
+    settings, _ = config_class.get_config_dict(source, subfolder=options.get("subfolder", ""))
+    if settings.get("model_type") != config_class.model_type:
+        raise ValueError(
+            f"{source} holds a model of type {settings.get('model_type')!r}; the scripts take {config_class.model_type!r} "
+            "and the published checkpoints that import_checkpoint.py knows."
+        )
+    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
+    return model_class.from_pretrained(source, **options).eval()
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,10 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from precision import add_dtype_argument, choose_dtype
-from repository import root_class
+from repository import load_processor, root_class
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoProcessor
 
 from synthetic.materials import materials
 from synthetic.text_images import TextImage, training_page, training_sample
@@ -247,7 +246,7 @@ def main() -> None:
         write_untrained(args.out)
     (args.out / "materials.json").write_text(json.dumps(materials(), indent=1) + "\n")
     model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-    processor = AutoProcessor.from_pretrained(args.out, trust_remote_code=True)
+    processor = load_processor(args.out)
     learner = Learner(model_class.from_pretrained(args.out, dtype=torch.float32)).to(args.device).train()
     run_stage(learner, processor, Stage("letters", args.letters_steps, False, (6e-3, 2e-3), 0.9), args)
     run_stage(learner, processor, Stage("reading", args.reading_steps, True, (4e-3, 2e-3), 0.5), args)

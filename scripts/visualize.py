@@ -15,8 +15,14 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 from precision import add_dtype_argument, choose_dtype
-from repository import add_model_arguments, add_tile_arguments, root_class, tile_options
-from transformers import AutoModel, AutoProcessor
+from repository import (
+    add_model_arguments,
+    add_tile_arguments,
+    load_model,
+    load_processor,
+    root_class,
+    tile_options,
+)
 
 
 DETAILED_COLOUR, ADAPTIVE_COLOUR = (40, 110, 255), (255, 140, 0)
@@ -97,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if not args.out.parent.is_dir():
         raise ValueError(f"There is no folder {args.out.parent} to write {args.out.name} into.")
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    processor = load_processor(args.model)
     picture = root_class("image_processing_minimonkey.load_picture")(args.image)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": args.question}]
     inputs = processor.apply_chat_template(
@@ -112,8 +118,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "This picture gives no detailed tiles, so there is nothing to compress; raise --max-tiles or change --preset."
         )
-    options = {"subfolder": args.subfolder, "dtype": choose_dtype(args.dtype, args.device)}
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, **options).to(args.device).eval()
+    dtype = choose_dtype(args.dtype, args.device)
+    model = load_model(args.model, subfolder=args.subfolder, dtype=dtype).to(args.device)
     inputs = inputs.to(args.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     (kept,) = model.kept_positions(

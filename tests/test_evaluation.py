@@ -79,6 +79,10 @@ def test_edit_distance():
         ("a", ["abc"], 0.0),  # a third is below it
         ("cat", ["dog", "cast"], 0.75),  # the closest counts
         ("", ["x"], 0.0),
+        ("abc", ["abd  "], 0.8),  # one edit, divided by the length as it is written
+        ("abd\n\n", ["abc"], 0.8),
+        ("ßab", ["ßac"], 0.75),  # and in upper case
+        ("  ", [""], 1.0),
     ],
 )
 def test_anls(answer, references, expected):
@@ -316,7 +320,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, status, message, run_h
 
 @pytest.mark.parametrize("tiles", [["--preset", "docqva"], ["--min-tiles", 4, "--max-tiles", 2]], ids=str)
 def test_wrong_tiles_are_refused_before_a_model_is_loaded(benchmark, tiles, run_here, monkeypatch):
-    monkeypatch.setattr(evaluate, "AutoModel", None)
+    monkeypatch.setattr(evaluate, "load_model", None)
     status, _, errors = run_here("--benchmark", benchmark, *tiles)
     assert status == 1 and ("docvqa" in errors or "4 to 2" in errors)
 

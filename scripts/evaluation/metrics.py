@@ -42,13 +42,14 @@ def word_accuracy(answer: str, references: Sequence[str]) -> float:
 def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> float:
     """Average normalised Levenshtein similarity, of the closest right answer; below `threshold` it is 0.
 
-    Case and runs of spaces do not count. Source: Biten et al., Scene Text Visual Question Answering (arXiv 1905.13648), in
-    the form of the DocVQA evaluation, where a similarity of exactly the threshold counts.
+    Edits are counted without case and runs of spaces, the length that divides them with every space that was written.
+    Source: Biten et al., Scene Text Visual Question Answering (arXiv 1905.13648), in the form of the DocVQA evaluation
+    script, where a similarity of exactly the threshold counts.
     """
     similarities = []
     for reference in references:
         pair = [" ".join(text.lower().split()) for text in (answer, reference)]
-        length = max(map(len, pair))
+        length = max(len(text.upper()) for text in (answer, reference))  # upper case as in the script: "ß" is two
         similarities.append(1 - edit_distance(*pair) / length if length else 1.0)
     best = max(similarities)
     return best if best >= threshold else 0.0

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from repository import root_class
 from torch import nn
-from transformers import AutoProcessor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from importing.folder import finish, work_folder
@@ -34,16 +33,6 @@ def model_folder(recipe: Recipe) -> str:
         write_untrained(work_folder(folder))
         finish(folder)
     return str(folder)
-
-
-def load_processor(folder: str):
-    """The processor of a model folder or Hub id."""
-    try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    except OSError as error:
-        raise ValueError(
-            f"{folder} holds no MiniMonkey processor; published weights come through import_checkpoint.py."
-        ) from error
 
 
 def load_model(folder: str, recipe: Recipe) -> nn.Module:
