@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -48,12 +47,6 @@ print(*model.batch_chat(processor, pictures, questions, images_kwargs={"preset":
     result = run("-c", code, ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "1991-09-18|$0.73"
-
-
-@pytest.mark.parametrize("auto_class", [AutoConfig, AutoModel, AutoProcessor])
-def test_the_folder_of_those_weights_by_itself_says_what_to_pass(auto_class):
-    with pytest.raises(ImportError, match='from_pretrained.REPOSITORY, subfolder="nano-documents"'):
-        auto_class.from_pretrained(ROOT / "nano-documents", trust_remote_code=True)
 
 
 def test_chat_goes_on_with_history_until_an_empty_line():
