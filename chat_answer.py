@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
+from .conversation import write_messages
+from .processing_minimonkey import flatten_pictures, list_videos
 from .prompt_memory import PromptMemory
 
 
@@ -26,9 +28,18 @@ class ChatHistory(list):
     pickled one is a plain list, whose conversation is computed from the start.
     """
 
-    def __init__(self, turns: list[tuple[str, str]], memory: PromptMemory | None = None):
-        super().__init__(turns)
-        self.memory = memory
+    memory: PromptMemory | None = None
+
+    def to_messages(self, images=None, videos=None, system_message: str | None = None) -> list[dict[str, Any]]:
+        """Return the turns as messages in the form of transformers, which `chat(messages=...)` takes.
+
+        Args:
+            images, videos: Those of the conversation, as `chat` was given them; each is put where its placeholder stands.
+
+        Raises:
+            ValueError: Placeholders and images or videos of different number.
+        """
+        return write_messages(self, flatten_pictures(images), list_videos(videos), system_message)
 
     def forget(self) -> None:
         """Free the memory that the conversation holds (its key/value cache and the features of its pictures)."""
@@ -60,17 +71,8 @@ class ChatAnswer:
         return math.exp(sum(self.log_probabilities) / len(self.log_probabilities))
 
 
-def trim(text: str, ends: list[str]) -> str:
-    """The text before the first of `ends`, without white space around it."""
-    return _before(text, ends).strip()
-
-
-def _before(text: str, ends: list[str]) -> str:
-    return text[: min((text.index(end) for end in ends if end in text), default=None)]
-
-
 def trim_pieces(pieces: Iterator[str], ends: list[str]) -> Iterator[str]:
-    """What `trim` gives for the joined `pieces`, as early as it is certain."""
+    """Yield the text before the first of `ends`, without white space around it, as early as it is certain."""
     held, has_begun = "", False
     for piece in pieces:
         held += piece
@@ -80,7 +82,9 @@ def trim_pieces(pieces: Iterator[str], ends: list[str]) -> Iterator[str]:
         if certain:
             yield certain if has_begun else certain.lstrip()
             held, has_begun = held[len(certain) :], True
-    rest = _before(held, ends).rstrip()
+    for end in ends:
+        held = held.partition(end)[0]
+    rest = held.rstrip()
     rest = rest if has_begun else rest.lstrip()
     if rest:
         yield rest
@@ -137,7 +141,8 @@ def _growing_text(tokens: _TokenQueue, decode: Callable[[list[int]], str]) -> It
 
 
 class AnswerStream:
-    """The pieces of an answer while it is made; joined they are the whole answer. Iterate over it once.
+    """The pieces of an answer while it is made; joined they are the whole answer, and `text` is what there is so far. Iterate
+    over it once.
 
     Afterwards `answer` and `history` are there. `close()`, or leaving a `with` block, ends the generation early; the answer
     is then what was made so far.
@@ -154,6 +159,7 @@ class AnswerStream:
         decode: Callable[[list[int]], str],
         ends: list[str],
     ):
+        self.text = ""  # so far
         tokens, self._stop, self._outcome = _TokenQueue(), threading.Event(), {}
         self._pieces = trim_pieces(_growing_text(tokens, decode), ends)
         # The thread knows nothing of this object, so that an abandoned stream is deleted, which ends the generation.
@@ -166,6 +172,7 @@ class AnswerStream:
 
     def __next__(self) -> str:
         for piece in self._pieces:
+            self.text += piece
             return piece
         _ = self.result  # raises what went wrong
         raise StopIteration

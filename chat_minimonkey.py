@@ -2,46 +2,75 @@
 
     answer, history = model.chat(processor, "receipt.png", "What is the total?", return_history=True)
     answer, history = model.chat(processor, "receipt.png", "And the date?", history=history, return_history=True)
+    answer = model.chat(processor, messages=[{"role": "user", "content": [{"type": "image", "path": "receipt.png"}, ...]}])
 
-The ways to call are in chat_arguments.py, where pictures belong in chat_media.py, what comes back in chat_answer.py, what a
-history remembers in prompt_memory.py.
-Knows prompts and the model's `generate`; pictures and videos are the processor's business.
+A call is read into one `Conversation` a row, cut into tiles, rendered to token ids, generated and read again. What comes back
+is in chat_answer.py, what a history remembers in prompt_memory.py, the published argument orders in published_calls.py.
 """
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from .chat_answer import AnswerStream, ChatAnswer, ChatHistory, trim
-from .chat_arguments import ChatArguments, bind_arguments
-from .chat_media import Conversation, Picture, conversation_of, conversations_of, counts_of_tiles
+from .chat_answer import AnswerStream, ChatAnswer, ChatHistory
+from .compression import TILE_ORDERS
 from .conversation import (
     GROUNDING_TOKENS,
-    IMAGE_END,
     IMAGE_PLACEHOLDER,
-    IMAGE_START,
     IMAGE_TOKEN,
-    begins_with_bos,
-    build_prompt,
-    control_tokens,
-    encode,
+    VIDEO_PLACEHOLDER,
+    RenderedPrompt,
+    check_history,
+    check_placeholders,
     get_template,
-    protect,
+    read_messages,
+    render,
+    unprotect,
 )
-from .generation_options import check_generation_options
-from .processing_minimonkey import count_placeholders, cut_pictures, expand_placeholders
-from .prompt_memory import PromptMemory, Turn, common_length, forget_the_oldest, picture_key
+from .generation_minimonkey import check_generation_options
+from .processing_minimonkey import (
+    VIDEO_OPTIONS,
+    cut_pictures,
+    flatten_pictures,
+    list_videos,
+    place_frames,
+    video_options,
+    with_pages,
+)
+from .prompt_memory import PromptMemory, Turn, find_memory, forget_all, forget_the_oldest, picture_key
+from .published_calls import PUBLISHED_NAMES, name_arguments
+from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
+from .transformers_bridge import CACHE_NAME
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
+# What `generate` returns beside tokens.
+NOT_IN_ANSWERS = ("output_hidden_states", "output_attentions", "output_scores", "output_logits")
 
 
 @dataclass
-class CutPictures:
-    """The tiles of all pictures of a call, and how many of each picture's tiles are detailed, adaptive and thumbnail tiles
-    (pictures, 3).
+class Conversation:
+    """One row of a call: its turns as the history keeps them and as the prompt has them, and its pictures.
+
+    A picture is (source, the image processor's options for it), or (tiles (t, 3, S, S) that the caller cut, None).
+    """
+
+    history: list[tuple[str, str]]
+    question: str
+    turns: list[tuple[str, str | None]] = field(default_factory=list)
+    pictures: list[tuple[Any, dict[str, Any] | None]] = field(default_factory=list)
+
+
+@dataclass
+class _Cut:
+    """The tiles (T, 3, S, S) of all pictures of a call, and how many of each picture's are detailed, adaptive and thumbnail
+    tiles (pictures, 3).
 
     With a memory there is a `turn`, and `pixel_values` hold those pictures alone that are new to it.
     """
@@ -50,45 +79,101 @@ class CutPictures:
     tile_counts: torch.Tensor | None = None
     turn: Turn | None = None
 
-    @property
-    def tiles(self) -> list[int]:
-        """How many tiles each picture has."""
-        return [] if self.tile_counts is None else self.tile_counts.sum(dim=1).tolist()
-
 
 @dataclass
-class _Inputs:
-    """What `generate` is called with, and what the answers are made of."""
+class _Request:
+    """What `generate` is called with, and what its answers are read with."""
 
-    options: dict[str, Any]
-    conversations: list[Conversation]
-    memory: PromptMemory | None
-    ends: list[str]
+    tokenizer: Any
+    grounding_tokens: bool
+    skip_special_tokens: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    conversations: list[Conversation] = field(default_factory=list)
+    memory: PromptMemory | None = None
+    ends: list[str] = field(default_factory=list)
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of an answer, special tokens left out unless they are asked for."""
+        if not self.grounding_tokens:
+            return self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens)
+        skipped = set(self.tokenizer.all_special_ids) if self.skip_special_tokens else set()
+        skipped -= set(self.tokenizer.convert_tokens_to_ids(list(GROUNDING_TOKENS)))
+        return self.tokenizer.decode([index for index in ids if index not in skipped])
+
+
+def _also_published(method: Callable) -> Callable:
+    """Let a method be called in the published argument orders too; what is plainly ours is not looked at."""
+
+    order = list(inspect.signature(method).parameters)[1:]
+
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        processor, _, question = (*args[:3], *[None] * (3 - len(args)))
+        is_ours = hasattr(processor, "image_processor") and isinstance(question, (str, list, tuple, type(None)))
+        if is_ours and not args[3:] and not kwargs.keys() & {*PUBLISHED_NAMES, *order[: len(args)]}:
+            return method(self, *args, **kwargs)
+        return method(self, **name_arguments(args, kwargs, is_batch=method.__name__ == "batch_chat"))
+
+    return call
 
 
 class ChatMixin:
     """`chat` and `batch_chat` for a model that has `generate` and a MiniMonkeyConfig."""
 
-    # Of how many conversations the key/value caches are kept; the one that was longest without a turn goes first.
+    # Of how many conversations the key/value caches and image features are kept, and how many bytes these may hold together
+    # (None: any number); the one that was longest without a turn goes first.
     remembered_conversations = 1
+    remembered_bytes: int | None = None
 
-    def chat(self, *args, **kwargs) -> str | tuple[str, ChatHistory] | ChatAnswer | AnswerStream:
-        """Ask a question about pictures and videos, or without any.
+    @_also_published
+    def chat(
+        self,
+        processor=None,
+        images=None,
+        question: str | None = None,
+        history: list[tuple[str, str]] | None = None,
+        *,
+        messages: list[dict[str, Any]] | None = None,
+        videos=None,
+        return_history: bool = False,
+        return_dict: bool = False,
+        stream: bool = False,
+        generation_config: GenerationConfig | dict[str, Any] | None = None,
+        system_message: str | None = None,
+        images_kwargs: dict[str, Any] | None = None,
+        videos_kwargs: dict[str, Any] | None = None,
+        tile_budget: int | None = None,
+        max_prompt_tokens: int | None = None,
+        use_scm: bool = False,
+        num_patches_list: list[int] | None = None,
+        target_aspect_ratio=None,
+        tile_order: str = "detailed_first",
+        grounding_tokens: bool = False,
+        skip_special_tokens: bool = True,
+        remember: bool = True,
+        **generation: Any,
+    ) -> str | tuple[str, ChatHistory] | ChatAnswer | AnswerStream:
+        """Ask a question about images and videos, or without any.
 
-        Called as `chat(processor, images, question, history=None, ...)`, or in one of the two published orders with tiles
-        that the caller cut: `chat(tokenizer, pixel_values, [target_aspect_ratio,] question, generation_config, ...)`.
+        The two published argument orders, `chat(tokenizer, pixel_values, [target_aspect_ratio,] question, generation_config,
+        ...)`, work too.
 
         A history that `chat` returned remembers what was computed: the next turn costs only what is new, as long as it is
-        passed on as it is, with the same pictures. Memory: the key/value cache of `model.remembered_conversations`
-        conversations (1), freed with the history, by `history.forget()`, or not kept with `remember=False`.
+        passed on as it is, with the same images; so does a list of messages that grows. Memory: the key/value cache and
+        image features of `model.remembered_conversations` conversations (1), at most `model.remembered_bytes` (None: any
+        number), freed with the history, by `history.forget()` or `model.forget_conversations()`, or not kept with
+        `remember=False`.
 
         Args:
             processor: A `MiniMonkeyProcessor`; a tokenizer will do for tiles or text alone.
-            images: None, a picture (PIL image, array, path, URL, data URI) or a list: all of the conversation, in order. A
-                floating-point tensor of four dimensions is taken as tiles.
-            pixel_values: (T, 3, S, S) tiles instead, `num_patches_list` saying how many belong to each picture.
-            question: May say with `<image>` and `<video>` where each picture and video belongs; without, new ones come first.
+            images: None, an image (PIL image, array, path, URL, data URI) or a list: all of the conversation, in order. A
+                floating-point tensor of four dimensions (T, 3, S, S) is taken as tiles that the caller cut.
+            question: May say with `<image>` and `<video>` where each image and video belongs; without, new ones come first.
             history: The (question, answer) pairs of earlier turns.
+            messages: Instead of images, question, history and videos: the conversation in the form of transformers or OpenAI,
+                see `conversation.read_messages`. What its texts spell is text, `<image>` too.
+            videos: None, a video (path, URL, frames) or a list, all of the conversation, in order. A video becomes numbered
+                frames of one tile each.
             return_history: Return (answer, history) instead of the answer.
             return_dict: Return a `ChatAnswer`, with the probabilities of the answer's tokens. Meanwhile the logits of every
                 token are kept (92,553 x 4 bytes each for the 2B model).
@@ -96,17 +181,16 @@ class ChatMixin:
             generation_config: A dict or a GenerationConfig; it is not changed.
             system_message: Instead of the configured one.
             images_kwargs: Options of the image processor, `{"preset": "docvqa"}` for example.
-            tile_budget: Most tiles of all images of the prompt together; each gets the same share.
-            videos: None, a video (path, URL, frames) or a list, all of the conversation, in order. A video becomes numbered
-                frames of one tile each.
             videos_kwargs: How frames are chosen and cut: num_frames, fps, start, end (seconds), video_backend, see
                 `video_frames.load_frames`, and frame_tiles, most tiles of a frame (1).
+            tile_budget: Most tiles of all images of the prompt together; each gets the same share.
             max_prompt_tokens: Longest prompt that is not refused; by default the context length of the language model.
-            use_scm: Compress the pictures' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. A
-                picture is scored by the turn that brought it, also when a later turn computes it anew.
-            target_aspect_ratio: For SCM with tiles: (columns, rows) of the detailed grid, or a list of one for each picture.
-            tile_order: Whether the detailed or the adaptive tiles come first in `pixel_values`: "detailed_first", or
-                "adaptive_first" as in the published demo.
+            use_scm: Compress the images' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. An
+                image is scored by the turn that brought it, also when a later turn computes it anew.
+            num_patches_list: For tiles: how many belong to each image; by default all to one.
+            target_aspect_ratio: For SCM with tiles: (columns, rows) of the detailed grid, or a list of one for each image.
+            tile_order: Whether the detailed or the adaptive tiles come first in tiles that the caller cut: "detailed_first",
+                or "adaptive_first" as in the published demo.
             grounding_tokens: `<ref>`, `<box>` and `<quad>` in questions and answers are the model's own tokens, as for models
                 that answer with boxes. By default they are plain text in questions and left out of answers.
             skip_special_tokens: False leaves all special tokens in the answer.
@@ -117,22 +201,78 @@ class ChatMixin:
         Raises:
             ValueError: Arguments that do not fit together, a prompt that is too long, with what to pass instead.
         """
-        bound = bind_arguments(args, kwargs)
-        inputs = self._prepare(bound, self._memory(bound))
-        if bound.stream:
-            return self._stream(bound, inputs)
-        (answer,) = self._answers(bound, inputs)
-        if bound.return_dict:
+        if messages is not None:
+            given = {"images": images, "question": question, "history": history, "videos": videos}
+            given = [name for name, value in (given | {"system_message": system_message}).items() if value is not None]
+            if given:
+                raise ValueError(f"messages hold the whole conversation; leave out {', '.join(given)}.")
+            system_message, history, question, images, videos = read_messages(messages)
+            images, videos = images or None, videos or None
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"`question` must be text that is not empty, got {question!r}.")
+        if stream and generation.get("streamer") is not None:
+            raise ValueError("stream=True makes a streamer of its own; leave out streamer, or stream.")
+        tiles = images if _is_tiles(images) else None
+        _check_media(processor, images, videos, tiles, images_kwargs, videos_kwargs, tile_budget)
+        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
+        _check_prompt_options(system_message, max_prompt_tokens)
+        tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
+        request = _Request(tokenizer, grounding_tokens, skip_special_tokens)
+        request.options = self._generation_options(tokenizer, generation_config, generation, return_dict)
+        turns = check_history(history)
+        if tiles is None:
+            media = (images, videos, images_kwargs or {}, videos_kwargs or {}, tile_budget)
+            request.conversations = [_read(processor, question, turns, *media, is_placed=is_listed)]
+        else:
+            request.conversations = [_read_tiles(tiles, num_patches_list, question, turns)]
+        keys = None
+        if remember and self.remembered_conversations > 0:
+            keys = _picture_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
+            if is_listed or return_history or return_dict or stream or hasattr(history, "memory"):
+                request.memory = self._memory(history, request.conversations[0], system_message, keys, is_listed)
+        else:
+            forget_the_oldest(self)
+        cut = self._cut(processor, request, target_aspect_ratio if use_scm else None, keys)
+        self._prepare(
+            request, cut, system_message, max_prompt_tokens, tile_order if use_scm else None, videos is not None
+        )
+        if stream:
+            return self._stream(request)
+        (answer,) = self._answers(request)
+        if return_dict:
             return answer
-        return (answer.text, answer.history) if bound.return_history else answer.text
+        return (answer.text, answer.history) if return_history else answer.text
 
-    def batch_chat(self, *args, **kwargs) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
-        """Ask several questions at once, each about its own pictures.
+    @_also_published
+    def batch_chat(
+        self,
+        processor=None,
+        images=None,
+        questions: list[str] | None = None,
+        history: list[list[tuple[str, str]] | None] | None = None,
+        *,
+        videos=None,
+        return_history: bool = False,
+        generation_config: GenerationConfig | dict[str, Any] | None = None,
+        system_message: str | None = None,
+        images_kwargs: dict[str, Any] | None = None,
+        videos_kwargs: dict[str, Any] | None = None,
+        tile_budget: int | None = None,
+        max_prompt_tokens: int | None = None,
+        use_scm: bool = False,
+        num_patches_list: list[int] | None = None,
+        target_aspect_ratio=None,
+        tile_order: str = "detailed_first",
+        grounding_tokens: bool = False,
+        skip_special_tokens: bool = True,
+        **generation: Any,
+    ) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
+        """Ask several questions at once, each about its own images.
 
-        Called as `batch_chat(processor, images, questions, history=None, ...)` with one entry of `images` (and of `videos`)
-        for each question (None, a picture or a list), or in the published order `batch_chat(tokenizer, pixel_values,
-        questions, generation_config, num_patches_list, ...)` with one picture for each question that does not say `<image>`
-        itself. Other arguments as in `chat`. Histories are taken and returned, and computed from the start.
+        Called with one entry of `images` (and of `videos`) for each question (None, an image or a list), or in the published
+        order `batch_chat(tokenizer, pixel_values, questions, generation_config, num_patches_list, ...)` with one image for
+        each question that does not say `<image>` itself. Other arguments as in `chat`. Histories are taken and returned, and
+        computed from the start.
 
         Returns:
             The answers, and with `return_history=True` also one history for each.
@@ -140,260 +280,499 @@ class ChatMixin:
         Raises:
             ValueError: See `chat`.
         """
-        bound = bind_arguments(args, kwargs, batch=True)
-        answers = self._answers(bound, self._prepare(bound, None))
+        is_text = isinstance(questions, (list, tuple)) and all(
+            isinstance(text, str) and text.strip() for text in questions
+        )
+        if not is_text or not questions:
+            raise ValueError(f"`questions` must be a list of strings that are not empty, got {questions!r}.")
+        given = [name for name in ("stream", "return_dict", "messages", "remember") if generation.pop(name, None)]
+        if given:
+            raise ValueError(f"{' and '.join(given)} works with chat, one conversation at a time, not with batch_chat.")
+        tiles, count = images if _is_tiles(images) else None, len(questions)
+        _check_media(processor, images, videos, tiles, images_kwargs, videos_kwargs, tile_budget)
+        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
+        _check_prompt_options(system_message, max_prompt_tokens)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        request = _Request(tokenizer, grounding_tokens, skip_special_tokens)
+        request.options = self._generation_options(tokenizer, generation_config, generation, return_dict=False)
+        histories = [check_history(one) for one in _rows(history or None, count, "`history`", "history")]
+        if tiles is None:
+            shared = (images_kwargs or {}, videos_kwargs or {}, tile_budget)
+            media = zip(_rows(images, count, "images", "entry"), _rows(videos, count, "videos", "entry"))
+            request.conversations = [
+                _read(processor, question, turns, *own, *shared, subject=f"Row {row}")
+                for row, (question, turns, own) in enumerate(zip(questions, histories, media))
+            ]
+        else:
+            request.conversations = _read_rows_of_tiles(tiles, num_patches_list, questions, histories)
+        cut = self._cut(processor, request, target_aspect_ratio if use_scm else None)
+        self._prepare(
+            request, cut, system_message, max_prompt_tokens, tile_order if use_scm else None, videos is not None
+        )
+        answers = self._answers(request)
         texts = [answer.text for answer in answers]
-        return (texts, [list(answer.history) for answer in answers]) if bound.return_history else texts
+        return (texts, [list(answer.history) for answer in answers]) if return_history else texts
 
-    def _memory(self, bound: ChatArguments) -> PromptMemory | None:
-        """The memory that came with the history, a fresh one for a history to be returned, or none."""
-        if not bound.remember or self.remembered_conversations < 1:
-            forget_the_oldest(self)
-            return None
-        memory = getattr(bound.history, "memory", None)
+    def forget_conversations(self) -> None:
+        """Free the key/value caches and image features of all conversations that are remembered."""
+        forget_all(self)
+
+    def _memory(
+        self, history, conversation: Conversation, system_message: str | None, keys: list[bytes], is_listed: bool
+    ) -> PromptMemory:
+        """Return the memory that came with the history, that of the messages which these begin with, or a fresh one."""
+        memory = getattr(history, "memory", None)
         if memory is not None and memory.belongs_to(self):
             return memory
-        keeps_history = bound.return_history or bound.return_dict or bound.stream
-        return PromptMemory(self) if keeps_history else None
+        if not is_listed:
+            return PromptMemory(self)
+        remaining, beginning = iter(keys), [("system", system_message)]
+        for question, answer in [*conversation.history, (conversation.question, None)]:
+            pictures = tuple(next(remaining) for _ in range(question.count(IMAGE_PLACEHOLDER)))
+            beginning += [("user", question, pictures), ("assistant", answer)]
+        return find_memory(self, beginning[:-1])
 
-    # --- pictures ----------------------------------------------------------------------------------------------------
+    # --- images ------------------------------------------------------------------------------------------------------
 
-    def _cut(self, bound: ChatArguments, conversations: list[Conversation], memory: PromptMemory | None) -> CutPictures:
-        """The tiles of all pictures, cut here or by the caller; with a memory, of those that it does not know."""
-        pictures = [picture for conversation in conversations for picture in conversation.pictures]
+    def _cut(self, processor, request: _Request, grids, keys: list[bytes] | None = None) -> _Cut:
+        """Cut the pictures of all conversations into tiles; with a memory, those that it does not know.
+
+        Args:
+            grids: Of tiles that the caller cut, the detailed grid of each picture, if scale compression needs it.
+        """
+        pictures = [picture for conversation in request.conversations for picture in conversation.pictures]
+        memory = request.memory
+        turn = None if memory is None else memory.begin_turn(keys)
         if not pictures:
-            return CutPictures(turn=None if memory is None else memory.begin_turn([]))
-        counts, settings = None, ""
-        if bound.pixel_values is not None:
-            counts, settings = counts_of_tiles(bound, pictures), bound.tile_order
-        elif memory is not None:
-            settings = bound.processor.image_processor.to_json_string()
-        if memory is None:
-            return CutPictures(*self._tiles(bound, pictures, counts))
-        per_picture = [picture.options for picture in pictures] if counts is None else counts.tolist()
-        keys = [picture_key(picture.source, (settings, of)) for picture, of in zip(pictures, per_picture)]
-        turn = memory.begin_turn(keys)
-        known, pixel_values = dict(turn.tile_counts), None
-        new = {key: i for i, key in reversed([*enumerate(keys)]) if key not in turn.features}
+            return _Cut(turn=turn)
+        new, known = range(len(pictures)), {}
+        if turn is not None:
+            known = dict(turn.tile_counts)
+            new = sorted({key: i for i, key in reversed([*enumerate(keys)]) if key not in turn.features}.values())
+        pixel_values = None
         if new:
-            first = sorted(new.values())
-            counts = None if counts is None else counts[first]
-            pixel_values, counts = self._tiles(bound, [pictures[i] for i in first], counts)
-            known |= {keys[i]: count for i, count in zip(first, counts.tolist())}
-        return CutPictures(pixel_values, torch.tensor([known[key] for key in keys]), turn)
-
-    def _tiles(
-        self, bound: ChatArguments, pictures: list[Picture], counts: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """pixel_values (T, 3, S, S) on the model's device and tile_counts (pictures, 3)."""
-        if counts is not None:
-            return torch.cat([picture.source for picture in pictures]).to(self.device, self.dtype), counts
-        sources = [(picture.source, picture.options) for picture in pictures]
-        cut = cut_pictures(bound.processor.image_processor, sources, return_tensors="pt")
-        # uint8 tiles are normalised by the model, see encode_images.
-        dtype = self.dtype if cut["pixel_values"].is_floating_point() else cut["pixel_values"].dtype
-        return cut["pixel_values"].to(self.device, dtype), cut["tile_counts"]
+            wanted = [pictures[i] for i in new]
+            if isinstance(wanted[0][0], torch.Tensor) and wanted[0][1] is None:
+                counts = _tile_counts(grids, [len(tiles) for tiles, _ in pictures])[list(new)]
+                pixel_values = torch.cat([tiles for tiles, _ in wanted]).to(self.device, self.dtype)
+            else:
+                cut = cut_pictures(processor.image_processor, wanted, return_tensors="pt")
+                pixel_values, counts = cut["pixel_values"], cut["tile_counts"]
+                # uint8 tiles are normalised by the model, see encode_images.
+                dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
+                pixel_values = pixel_values.to(self.device, dtype)
+            if turn is None:
+                return _Cut(pixel_values, counts)
+            known |= {keys[i]: count for i, count in zip(new, counts.tolist())}
+        return _Cut(pixel_values, torch.tensor([known[key] for key in keys]), turn)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
-    def _prompt(self, bound: ChatArguments, question: str, history: list[tuple[str, str]]) -> str:
-        """The prompt with placeholders; what people wrote is protected from acting as control tokens."""
-        # Only questions hold placeholders; with pictures, `<image>` in an answer would be taken for one.
-        spellings = control_tokens(bound.tokenizer, bound.grounding_tokens)
-        words = [*spellings, IMAGE_PLACEHOLDER]
-        system = self.config.system_message if bound.system_message is None else bound.system_message
-        return build_prompt(
-            get_template(self.config.template),
-            protect(question, spellings),
-            [(protect(asked, spellings), protect(answered, words)) for asked, answered in history],
-            None if system is None else protect(system, words),
-        )
-
-    def _encode(
-        self, bound: ChatArguments, prompts: list[str], tiles: list[int], tokens_per_tile: int
-    ) -> list[list[int]]:
-        """The token ids of prompts, image tokens in the places of the pictures."""
-        image_token_id = bound.tokenizer.convert_tokens_to_ids(bound.IMG_CONTEXT_TOKEN)
-        if tiles and image_token_id != self.config.image_token_id:
-            raise ValueError(
-                f"{bound.IMG_CONTEXT_TOKEN} has id {image_token_id} in the tokenizer, but the model's image_token_id is "
-                f"{self.config.image_token_id}; they belong to different checkpoints."
-            )
-        if (bound.IMG_START_TOKEN, bound.IMG_END_TOKEN, bound.IMG_CONTEXT_TOKEN) != (
-            IMAGE_START,
-            IMAGE_END,
-            IMAGE_TOKEN,
-        ):
-            raise ValueError(f"The image tokens of this model are {IMAGE_START}, {IMAGE_END} and {IMAGE_TOKEN}.")
-        bos = bound.tokenizer.bos_token if begins_with_bos(bound.tokenizer) else ""
-        texts = expand_placeholders(prompts, tiles, tokens_per_tile)
-        return [encode(bound.tokenizer, bos + text) for text in texts]
-
-    def _tokens_per_tile(self, pictures: CutPictures) -> int:
-        if pictures.pixel_values is not None:
-            return self.tokens_per_tile(pictures.pixel_values)
-        turn = pictures.turn
-        if turn is None or not turn.keys:
-            return self.config.image_seq_length
-        return len(turn.features[turn.keys[0]]) // sum(turn.tile_counts[turn.keys[0]])
-
-    def _prepare(self, bound: ChatArguments, memory: PromptMemory | None) -> _Inputs:
-        """Everything up to the model: prompts, tiles and settings, checked."""
-        template = get_template(self.config.template)
-        options = self._generation_options(bound, template.separator)
-        check_generation_options(self, None, options)
-        conversations = [conversation_of(bound)] if bound.questions is None else conversations_of(bound)
-        pictures = self._cut(bound, conversations, memory)
-        per_tile = self._tokens_per_tile(pictures)
-        prompts = [self._prompt(bound, row.prompt_question, row.prompt_history) for row in conversations]
-        rows = self._encode(bound, prompts, pictures.tiles, per_tile)
-        self._check_lengths(bound, conversations, rows, pictures.tiles, per_tile)
-        inputs = bound.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.device)
-        options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        options |= {"pixel_values": pictures.pixel_values, "use_scm": bound.use_scm}
-        if bound.use_scm and pictures.tiles:
-            ends = self._query_ends(bound, conversations, rows, pictures.tiles, per_tile)
-            options |= {"tile_order": bound.tile_order, "scm_query_ends": ends, "tile_counts": pictures.tile_counts}
-        if memory is not None:
-            options |= {"turn": pictures.turn, "tile_counts": pictures.tile_counts}
-        stops = options.get("stop_strings") or self.generation_config.stop_strings or []
-        ends = [template.separator, *([stops] if isinstance(stops, str) else stops)]
-        if not bound.skip_special_tokens:
-            end_ids = _token_ids(options["eos_token_id"], "eos_token_id")
-            known = range(len(bound.tokenizer))
-            ends += bound.tokenizer.convert_ids_to_tokens([index for index in end_ids if index in known])
-        return _Inputs(options, conversations, memory, ends)
-
-    def _check_lengths(
-        self,
-        bound: ChatArguments,
-        conversations: list[Conversation],
-        rows: list[list[int]],
-        tiles: list[int],
-        per_tile: int,
-    ) -> None:
-        """Raise `ValueError` for a prompt that is too long, with a tile budget that would fit."""
-        limit = self.config.context_length if bound.max_prompt_tokens is None else bound.max_prompt_tokens
-        what = "the context length of the model" if bound.max_prompt_tokens is None else "max_prompt_tokens"
-        remaining = iter(tiles)
-        for conversation, row in zip(conversations, rows):
-            own = [next(remaining) for _ in conversation.pictures]
-            if limit is None or len(row) <= limit:
-                continue
-            budget = (limit - len(row)) // per_tile + sum(own)
-            can_cut_less = bound.images is not None and bound.videos is None and len(own) <= budget < sum(own)
-            fewer = f"fewer tiles (tile_budget={budget}, or another preset in images_kwargs), " if can_cut_less else ""
-            raise ValueError(
-                f"The prompt has {len(row)} tokens, of which {sum(own)} tiles of pictures take {sum(own) * per_tile}, but "
-                f"the limit is {limit} ({what}). Use {fewer}fewer pictures, a shorter history or question."
-            )
-
-    def _query_ends(
-        self,
-        bound: ChatArguments,
-        conversations: list[Conversation],
-        rows: list[list[int]],
-        tiles: list[int],
-        tokens_per_tile: int,
-    ) -> list[int]:
-        """For each picture the index into its padded row where the prompt of the turn that brought it ended."""
-        length, ends = max(map(len, rows)), []
-        for conversation, row in zip(conversations, rows):
-            history = conversation.prompt_history
-            turns = [*history, (conversation.prompt_question, "")]
-            pictures_seen = 0
-            for turn, (asked, _) in enumerate(turns):
-                new = count_placeholders([asked])
-                pictures_seen += new
-                if new:
-                    end = len(row)
-                    if turn < len(history):
-                        prompt = self._prompt(bound, asked, history[:turn])
-                        end = common_length(
-                            self._encode(bound, [prompt], tiles[:pictures_seen], tokens_per_tile)[0], row
-                        )
-                    ends += [length - len(row) + end] * new
-            tiles = tiles[pictures_seen:]
-        return ends
-
-    def _generation_options(self, bound: ChatArguments, separator: str) -> dict[str, Any]:
-        """The caller's settings in a fresh dict; an answer ends with the template's separator, whatever other ends it has."""
-        options = dict(bound.generation)
-        config = bound.generation_config
+    def _generation_options(
+        self, tokenizer, config: GenerationConfig | dict | None, generation: dict[str, Any], return_dict: bool
+    ) -> dict[str, Any]:
+        """Return the caller's settings in a fresh dict, checked; an answer ends with the template's separator, whatever other
+        ends it has."""
+        if config is not None and not isinstance(config, (dict, GenerationConfig)):
+            raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {type(config).__name__}.")
         if isinstance(config, GenerationConfig):
-            options = {**config.to_diff_dict(), **options}
-            options.pop("transformers_version", None)
-        elif config is not None:
-            options = {**config, **options}
-        end = bound.tokenizer.convert_tokens_to_ids(separator)
+            config = {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
+        options = {**(config or {}), **generation}
+        if "scm_query_ends" in options:
+            raise ValueError("chat knows where each turn ended and sets scm_query_ends itself; leave it out.")
+        dropped = [name for name in NOT_IN_ANSWERS if options.get(name)]
+        if dropped:
+            raise ValueError(
+                f"An answer of chat does not hold what {', '.join(dropped)} asks for; leave it out, or call "
+                "model.generate(**inputs, return_dict_in_generate=True) with the processor's inputs. return_dict=True gives "
+                "the probabilities of the answer's tokens."
+            )
+        for names, where in (((*RANGE_NAMES, "preset"), "images_kwargs"), (VIDEO_OPTIONS, "videos_kwargs")):
+            misplaced = [name for name in names if name in options]
+            if misplaced:
+                raise ValueError(f"{', '.join(misplaced)} goes into {where}: {where}={{{misplaced[0]!r}: ...}}.")
+        end = tokenizer.convert_tokens_to_ids(get_template(self.config.template).separator)
         ends = options.get("eos_token_id")
-        ends = self.generation_config.eos_token_id if ends is None else ends
-        others = {*_token_ids(ends, "eos_token_id")} - {end}
+        others = {*_token_ids(self.generation_config.eos_token_id if ends is None else ends, "eos_token_id")} - {end}
         options["eos_token_id"] = [end, *sorted(others)] if others else end
         if options.get("pad_token_id") is None:
-            options["pad_token_id"] = end if bound.tokenizer.pad_token_id is None else bound.tokenizer.pad_token_id
-        limits = ("max_new_tokens", "max_length")
-        if not any(options.get(name) for name in limits) and not self.generation_config.max_new_tokens:
+            options["pad_token_id"] = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        has_limit = any(options.get(name) for name in ("max_new_tokens", "max_length"))
+        if not has_limit and not self.generation_config.max_new_tokens:
             options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
         if options.get("stop_strings") or self.generation_config.stop_strings:
-            options.setdefault("tokenizer", bound.tokenizer)
-        if bound.return_dict:
+            options.setdefault("tokenizer", tokenizer)
+        if return_dict:
             options |= {"return_dict_in_generate": True, "output_logits": True}
+        check_generation_options(self, None, options)
         return options
+
+    def _prepare(
+        self,
+        request: _Request,
+        cut: _Cut,
+        system_message: str | None,
+        max_prompt_tokens: int | None,
+        scm_tile_order: str | None,
+        has_videos: bool,
+    ) -> None:
+        """Render the prompts into the request's options for `generate`, and what its answers end with."""
+        tokenizer, options = request.tokenizer, request.options
+        template = get_template(self.config.template)
+        per_tile, tiles = (
+            self._tokens_per_tile(cut),
+            iter([] if cut.tile_counts is None else cut.tile_counts.sum(dim=1).tolist()),
+        )
+        if (
+            cut.tile_counts is not None
+            and (known := tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != self.config.image_token_id
+        ):
+            raise ValueError(
+                f"{IMAGE_TOKEN} has id {known} in the tokenizer, but the model's image_token_id is "
+                f"{self.config.image_token_id}; they belong to different checkpoints."
+            )
+        system = self.config.system_message if system_message is None else system_message
+        prompts = []
+        for conversation in request.conversations:
+            own = [next(tiles) for _ in conversation.pictures]
+            prompt = render(tokenizer, template, conversation.turns, system, own, per_tile, request.grounding_tokens)
+            can_cut_less = not has_videos and all(options is not None for _, options in conversation.pictures)
+            self._check_length(len(prompt.token_ids), own, per_tile, max_prompt_tokens, can_cut_less)
+            prompts.append(prompt)
+        rows = {"input_ids": [prompt.token_ids for prompt in prompts]}
+        inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.device)
+        options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        options |= {"pixel_values": cut.pixel_values, "use_scm": scm_tile_order is not None}
+        if cut.turn is not None:
+            options |= {CACHE_NAME: cut.turn, "tile_counts": cut.tile_counts}
+        if scm_tile_order is not None and cut.tile_counts is not None:
+            ends = _query_ends(request.conversations, prompts)
+            options |= {"tile_order": scm_tile_order, "scm_query_ends": ends, "tile_counts": cut.tile_counts}
+        stops = options.get("stop_strings") or self.generation_config.stop_strings or []
+        request.ends = [template.separator, *([stops] if isinstance(stops, str) else stops)]
+        if not request.skip_special_tokens:
+            ids = [index for index in _token_ids(options["eos_token_id"], "eos_token_id") if index < len(tokenizer)]
+            request.ends += tokenizer.convert_ids_to_tokens(ids)
+
+    def _tokens_per_tile(self, cut: _Cut) -> int:
+        if cut.pixel_values is not None:
+            return self.tokens_per_tile(cut.pixel_values)
+        if cut.turn is None or not cut.turn.keys:
+            return self.config.image_seq_length
+        first = cut.turn.keys[0]
+        return len(cut.turn.features[first]) // sum(cut.turn.tile_counts[first])
+
+    def _check_length(
+        self, length: int, tiles: list[int], per_tile: int, max_prompt_tokens: int | None, can_cut_less: bool
+    ) -> None:
+        """Raise `ValueError` for a prompt that is too long, with a tile budget that would fit."""
+        if max_prompt_tokens is None and length <= getattr(self.config.text_config, "max_position_embeddings", 0):
+            return
+        limit = self.config.context_length if max_prompt_tokens is None else max_prompt_tokens
+        if limit is None or length <= limit:
+            return
+        what = "the context length of the model" if max_prompt_tokens is None else "max_prompt_tokens"
+        budget = (limit - length) // per_tile + sum(tiles)
+        can_cut_less = can_cut_less and len(tiles) <= budget < sum(tiles)
+        fewer = f"fewer tiles (tile_budget={budget}, or another preset in images_kwargs), " if can_cut_less else ""
+        raise ValueError(
+            f"The prompt has {length} tokens, of which {sum(tiles)} tiles of pictures take {sum(tiles) * per_tile}, but "
+            f"the limit is {limit} ({what}). Use {fewer}fewer pictures, a shorter history or question."
+        )
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    def _stream(self, bound: ChatArguments, inputs: _Inputs) -> AnswerStream:
+    def _stream(self, request: _Request) -> AnswerStream:
         device = self.device.type
         is_autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
         def run(streamer, stop) -> ChatAnswer:
-            criteria = StoppingCriteriaList([*(inputs.options.get("stopping_criteria") or []), stop])
-            inputs.options |= {"streamer": streamer, "stopping_criteria": criteria}
+            criteria = StoppingCriteriaList([*(request.options.get("stopping_criteria") or []), stop])
+            request.options |= {"streamer": streamer, "stopping_criteria": criteria}
             with torch.autocast(device, dtype, enabled=is_autocast):  # which is the thread's own
-                return self._answers(bound, inputs)[0]
+                return self._answers(request)[0]
 
-        return AnswerStream(run, lambda ids: self._decode(bound, ids), inputs.ends)
+        return AnswerStream(run, request.decode, request.ends)
 
-    def _answers(self, bound: ChatArguments, inputs: _Inputs) -> list[ChatAnswer]:
-        output = self.generate(**inputs.options)
+    def _answers(self, request: _Request) -> list[ChatAnswer]:
+        output = self.generate(**request.options)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        rows, length = inputs.options["input_ids"].shape
+        rows, length = request.options["input_ids"].shape
         first = range(0, len(sequences), len(sequences) // rows)  # of several returned sequences the best
-        probabilities = self._log_probabilities(output) if bound.return_dict else None
+        end_ids = _token_ids(request.options["eos_token_id"], "eos_token_id")
+        probabilities = None
+        if request.options.get("output_logits"):  # of each new token (rows, new), before sampling's settings
+            beams = getattr(output, "beam_indices", None)
+            probabilities = self.compute_transition_scores(
+                output.sequences, output.logits, beams, normalize_logits=True
+            )
         answers = []
-        for conversation, row in zip(inputs.conversations, first):
-            ids = _up_to_end(sequences[row, length:].tolist(), inputs.options["eos_token_id"])
-            text = trim(self._decode(bound, ids), inputs.ends)
-            history = ChatHistory([*conversation.history, (conversation.question, text)], inputs.memory)
-            answer = ChatAnswer(text, history, ids)
+        for conversation, row in zip(request.conversations, first):
+            ids = sequences[row, length:].tolist()
+            ids = ids[: next((i + 1 for i, token in enumerate(ids) if token in end_ids), None)]  # padding may follow
+            text = request.decode(ids)
+            for end in request.ends:
+                text = text.partition(end)[0]
+            history = ChatHistory([*conversation.history, (unprotect(conversation.question), text.strip())])
+            history.memory = request.memory
+            answer = ChatAnswer(text.strip(), history, ids)
             if probabilities is not None:
                 answer.log_probabilities = probabilities[row, : len(ids)].tolist()
             answers.append(answer)
+        if request.memory is not None:
+            request.memory.extend_beginning(answers[0].text)
         return answers
 
-    def _log_probabilities(self, output) -> torch.Tensor:
-        """Of each new token (rows, new), before sampling's settings."""
-        beams = getattr(output, "beam_indices", None)
-        return self.compute_transition_scores(output.sequences, output.logits, beams, normalize_logits=True)
 
-    @staticmethod
-    def _decode(bound: ChatArguments, ids: list[int]) -> str:
-        if not bound.grounding_tokens:
-            return bound.tokenizer.decode(ids, skip_special_tokens=bound.skip_special_tokens)
-        skipped = set(bound.tokenizer.all_special_ids) if bound.skip_special_tokens else set()
-        skipped -= set(bound.tokenizer.convert_tokens_to_ids(list(GROUNDING_TOKENS)))
-        return bound.tokenizer.decode([index for index in ids if index not in skipped])
+# --- reading a call --------------------------------------------------------------------------------------------------
 
 
-def _up_to_end(ids: list[int], ends: int | list[int]) -> list[int]:
-    """Ids up to and with the first end token; padding may follow it."""
-    ends = _token_ids(ends, "eos_token_id")
-    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), None)]
+def _is_tiles(candidate) -> bool:
+    """Whether this is a tensor of normalised tiles, cut by the caller, and not a picture."""
+    return isinstance(candidate, torch.Tensor) and candidate.ndim == 4 and candidate.is_floating_point()
+
+
+def _check_media(processor, images, videos, tiles, images_kwargs, videos_kwargs, tile_budget) -> None:
+    """Raise `ValueError` for images, videos and their options that do not go together; none is opened."""
+    if processor is None:
+        raise ValueError("chat needs a processor (or, for tiles or text alone, a tokenizer) as its first argument.")
+    for name, options in (("images_kwargs", images_kwargs), ("videos_kwargs", videos_kwargs)):
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(f"{name} is a dict of options, got {options!r}.")
+    if not hasattr(processor, "image_processor"):
+        if videos is not None:
+            raise ValueError("A bare tokenizer cannot read videos: pass the processor as the first argument.")
+        if images is not None and tiles is None:
+            is_tensor = isinstance(images, torch.Tensor)
+            what = f"a {images.dtype} tensor of {tuple(images.shape)}" if is_tensor else type(images).__name__
+            raise ValueError(
+                "A bare tokenizer cannot cut pictures: pass the processor (AutoProcessor.from_pretrained) as the first "
+                f"argument, or normalised floating-point tiles (tiles, 3, S, S) instead of {what}."
+            )
+    else:
+        processor.image_processor.check_options(images_kwargs or {})
+    if videos_kwargs:
+        video_options({}, videos_kwargs)
+    if videos is not None and tiles is not None:
+        raise ValueError("videos go with pictures (images), not with tiles; pass their frames as tiles instead.")
+    if tile_budget is not None:
+        if images is None or tiles is not None:
+            raise ValueError("tile_budget is shared by pictures; there are none here.")
+        _check_count("tile_budget", tile_budget)
+
+
+def _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order: str, use_scm: bool) -> None:
+    """Raise `ValueError` for what is said of tiles and does not fit."""
+    if num_patches_list is not None and tiles is None:
+        raise ValueError("num_patches_list belongs to tiles; pictures are counted when they are cut.")
+    if tile_order not in TILE_ORDERS:
+        raise ValueError(f"tile_order is 'detailed_first' or 'adaptive_first', got {tile_order!r}.")
+    if tiles is None and tile_order != "detailed_first":
+        raise ValueError(f"tile_order={tile_order!r} belongs to tiles that you cut yourself; leave it out here.")
+    if use_scm and tiles is not None and target_aspect_ratio is None:
+        raise ValueError(
+            "use_scm=True needs to know which tiles are detailed: pass target_aspect_ratio=(columns, rows) of the detailed "
+            "grid, a list of them for several pictures, or pass the pictures themselves and a processor."
+        )
+
+
+def _check_prompt_options(system_message: str | None, max_prompt_tokens: int | None) -> None:
+    if system_message is not None and not isinstance(system_message, str):
+        raise ValueError(f"system_message must be text, got {type(system_message).__name__}.")
+    if max_prompt_tokens is not None:
+        _check_count("max_prompt_tokens", max_prompt_tokens)
+
+
+def _check_count(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _rows(values, count: int, name: str, what: str) -> list:
+    """Return one entry for each row of a batch."""
+    if values is None:
+        return [None] * count
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        given = f"{len(values)}" if isinstance(values, (list, tuple)) else type(values).__name__
+        raise ValueError(f"{name} must be a list with one {what} for each of the {count} questions, got {given}.")
+    return list(values)
+
+
+def _read(
+    processor,
+    question: str,
+    history: list[tuple[str, str]],
+    images,
+    videos,
+    images_kwargs: dict[str, Any],
+    videos_kwargs: dict[str, Any],
+    tile_budget: int | None,
+    subject: str = "The text",
+    is_placed: bool = False,
+) -> Conversation:
+    """Read one row: placeholders where there are none, pages of files, frames of videos in their places.
+
+    Args:
+        is_placed: The question says where everything belongs.
+
+    Raises:
+        ValueError: Placeholders and images or videos of different number, a video that cannot be read.
+    """
+    images, videos = flatten_pictures(images), list_videos(videos)
+    asked = [text for text, _ in history]
+    if images:
+        images = with_pages(images, [*asked, question], processor.image_processor, images_kwargs)
+    if not is_placed:
+        question = _placed(question, asked, images, videos)
+    for given, placeholder in ((images, IMAGE_PLACEHOLDER), (videos, VIDEO_PLACEHOLDER)):
+        if given or any(placeholder in text for text in (question, *asked)):
+            _check(asked, question, len(given), subject, placeholder)
+    options = images_kwargs
+    if tile_budget is not None and images:
+        options = _share_budget(processor.image_processor, images_kwargs, tile_budget, len(images))
+    texts, pictures = [*asked, question], [(image, options) for image in images]
+    if videos:
+        sampling = {"untrusted_sources": processor.image_processor.untrusted_sources, **videos_kwargs}
+        texts, pictures = place_frames(texts, images, options, videos, sampling)
+    answers = [*(answer for _, answer in history), None]
+    return Conversation(history, question, list(zip(texts, answers)), pictures)
+
+
+def _placed(question: str, asked: list[str], images: list, videos: list) -> str:
+    """Return the question with placeholders in front for what has none; several new images are numbered."""
+    known = sum(text.count(IMAGE_PLACEHOLDER) for text in asked)
+    missing = len(images) - known
+    if IMAGE_PLACEHOLDER not in question and missing == 1:
+        question = f"{IMAGE_PLACEHOLDER}\n{question}"
+    elif IMAGE_PLACEHOLDER not in question and missing > 1:
+        numbers = range(known + 1, known + missing + 1)
+        question = "".join(f"Image-{number}: {IMAGE_PLACEHOLDER}\n" for number in numbers) + question
+    if VIDEO_PLACEHOLDER not in question and videos:
+        missing = len(videos) - sum(text.count(VIDEO_PLACEHOLDER) for text in asked)
+        question = f"{VIDEO_PLACEHOLDER}\n" * max(missing, 0) + question
+    return question
+
+
+def _check(asked: list[str], question: str, given: int, subject: str, placeholder: str = IMAGE_PLACEHOLDER) -> None:
+    """`check_placeholders`, with what is most often forgotten."""
+    try:
+        check_placeholders([*asked, question], given, subject, placeholder)
+    except ValueError as error:
+        in_history = sum(text.count(placeholder) for text in asked)
+        if given >= in_history:
+            raise
+        raise ValueError(
+            f"{error} The history is about {in_history} of them: every turn is given those of the whole conversation, in order."
+        ) from error
+
+
+def _share_budget(image_processor, images_kwargs: dict[str, Any], tile_budget: int, images: int) -> dict[str, Any]:
+    """Return the image processor's options with what each image gets of a tile budget."""
+    use_thumbnail = images_kwargs.get("use_thumbnail", image_processor.use_thumbnail)
+    ranges = share_tile_budget(tile_budget, images, image_processor.tile_ranges(**images_kwargs), use_thumbnail)
+    options = {name: value for name, value in images_kwargs.items() if name != "preset"}
+    return {**options, **dict(zip(RANGE_NAMES, ranges))}
+
+
+def _split(tiles: torch.Tensor, num_patches_list: list[int] | None) -> list[tuple[torch.Tensor, None]]:
+    """Return the tiles of each picture, as pictures that are cut already."""
+    counts = [len(tiles)] if num_patches_list is None else [int(count) for count in num_patches_list]
+    if not counts or min(counts) < 1:
+        raise ValueError(
+            f"Each picture needs at least one tile, but there are {counts}; pass None for pixel_values to ask without "
+            "a picture."
+        )
+    if sum(counts) != len(tiles):
+        raise ValueError(
+            f"num_patches_list {counts} adds up to {sum(counts)}, but pixel_values hold {len(tiles)} tiles."
+        )
+    return [(part, None) for part in tiles.split(counts)]
+
+
+def _read_tiles(
+    tiles: torch.Tensor, num_patches_list: list[int] | None, question: str, history: list[tuple[str, str]]
+) -> Conversation:
+    pictures, asked = _split(tiles, num_patches_list), [text for text, _ in history]
+    question = question if history else _placed(question, asked, pictures, [])
+    _check(asked, question, len(pictures), "The text")
+    return Conversation(history, question, [*history, (question, None)], pictures)
+
+
+def _read_rows_of_tiles(
+    tiles: torch.Tensor,
+    num_patches_list: list[int] | None,
+    questions: list[str],
+    histories: list[list[tuple[str, str]]],
+) -> list[Conversation]:
+    """Read a batch of tiles: the pictures belong to the rows by their placeholders."""
+    pictures, rows = _split(tiles, num_patches_list), []
+    remaining = iter(pictures)
+    for question, history in zip(questions, histories):
+        asked = [text for text, _ in history]
+        if IMAGE_PLACEHOLDER not in question:
+            question = _placed(question, asked, [None], [])
+        count = sum(text.count(IMAGE_PLACEHOLDER) for text in (*asked, question))
+        rows.append(Conversation(history, question, [*history, (question, None)], [*islice(remaining, count)]))
+    check_placeholders([text for row in rows for text, _ in row.turns], len(pictures))
+    return rows
+
+
+def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
+    """Return the detailed, adaptive and thumbnail tiles (pictures, 3) of pictures that the caller cut.
+
+    Args:
+        grids: (columns, rows) of the detailed grid of each picture; None: which tiles are detailed does not matter.
+
+    Raises:
+        ValueError: Not one (columns, rows) for each picture, or a grid of more tiles than the picture has.
+    """
+    if grids is None:
+        return torch.tensor([[0, 0, count] for count in tiles])
+    ratios = torch.as_tensor(grids)
+    ratios = ratios[None] if ratios.ndim == 1 else ratios
+    if tuple(ratios.shape) != (len(tiles), 2) or ratios.is_floating_point() or (ratios < 1).any():
+        raise ValueError(
+            f"target_aspect_ratio must be (columns, rows) of the detailed grid for each of {len(tiles)} pictures, got "
+            f"{grids!r}."
+        )
+    counts = []
+    for grid, total in zip(map(tuple, ratios.tolist()), tiles):
+        detailed = 0 if grid == SINGLE_TILE else grid[0] * grid[1]  # a grid of one tile gives none, see tiling.py
+        if detailed > total:
+            raise ValueError(
+                f"target_aspect_ratio {grid} means {detailed} detailed tiles, but the picture has {total}."
+            )
+        thumbnail = min(total - detailed, 1)
+        counts.append((detailed, total - detailed - thumbnail, thumbnail))
+    return torch.tensor(counts)
+
+
+def _picture_keys(processor, conversation: Conversation, tile_order: str, use_scm: bool, grids) -> list[bytes]:
+    """Return what tells the pictures of a conversation apart, with how they are cut."""
+    pictures = conversation.pictures
+    if pictures and pictures[0][1] is None:
+        counts = _tile_counts(grids if use_scm else None, [len(tiles) for tiles, _ in pictures]).tolist()
+        return [picture_key(tiles, (tile_order, count)) for (tiles, _), count in zip(pictures, counts)]
+    settings = processor.image_processor.to_json_string() if pictures else ""
+    return [picture_key(source, (settings, options)) for source, options in pictures]
+
+
+def _query_ends(conversations: list[Conversation], prompts: list[RenderedPrompt]) -> list[int]:
+    """Return for each picture the index into its padded row where the prompt of the turn that brought it ended."""
+    length, ends = max(len(prompt.token_ids) for prompt in prompts), []
+    for conversation, prompt in zip(conversations, prompts):
+        if prompt.answers is None and len(conversation.turns) > 1:
+            raise ValueError(
+                "use_scm=True with a history needs a fast tokenizer (tokenizer.json), which knows where turns end."
+            )
+        stops = [*(start for start, _ in prompt.answers or []), len(prompt.token_ids)]
+        for (question, _), stop in zip(conversation.turns, stops):
+            ends += [length - len(prompt.token_ids) + stop] * question.count(IMAGE_PLACEHOLDER)
+    return ends
 
 
 def _token_ids(value: int | list[int] | torch.Tensor | None, name: str) -> list[int]:
-    """One id, several or none as a list.
+    """Return one id, several or none as a list.
 
     Raises:
         ValueError: Anything else.

@@ -15,7 +15,7 @@ is given to it:
 Shapes: B rows, N tokens of a row (padding counted), n tokens that are no padding, I images, D width, H heads, d width of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -77,6 +77,10 @@ class ImageSpan:
         return self.detailed_stop - self.detailed_start
 
 
+# (row, detailed tokens, how many stay) -> which stay; called for the images of a row in their order.
+Select = Callable[[int, int, int], Sequence[int]]
+
+
 @dataclass(frozen=True)
 class CompressionSettings:
     """What one call of SCM is asked to do; raises `ValueError` for values that cannot work.
@@ -89,6 +93,8 @@ class CompressionSettings:
             scores each image's tokens as a sequence of their own: the result depends on nothing but the image.
         query_ends: For each image the index into its padded row before which its queries end; None is the row's end.
         tile_order: Whether an image's detailed or its adaptive tiles come first.
+        select: Chooses the tokens that stay instead of attention, for comparisons: called with the row's number, how many
+            detailed tokens an image has and how many stay, gives their indices.
     """
 
     keep_ratio: float
@@ -97,6 +103,7 @@ class CompressionSettings:
     queries: str = "all"
     query_ends: list[int] | None = None
     tile_order: str = "detailed_first"
+    select: Select | None = None
 
     def __post_init__(self):
         if isinstance(self.keep_ratio, bool) or not isinstance(self.keep_ratio, Real) or not 0 < self.keep_ratio <= 1:
@@ -218,10 +225,16 @@ def kept_positions(
         ValueError: An image that nothing comes after, so that there is nothing to score with.
     """
     kept = []
-    for row_embeddings, mask, row_images in zip(embeddings, attention_mask, images):
+    for row, (row_embeddings, mask, row_images) in enumerate(zip(embeddings, attention_mask, images)):
         positions = mask.nonzero().squeeze(1)  # (n,)
         stays = torch.ones_like(positions, dtype=torch.bool)
-        if settings.keep_ratio < 1 and any(image.detailed_tokens for image in row_images):
+        if settings.select is not None:
+            for image in row_images:
+                count = int(image.detailed_tokens * settings.keep_ratio)
+                chosen = torch.as_tensor(settings.select(row, image.detailed_tokens, count), dtype=torch.long)
+                stays[image.detailed_start : image.detailed_stop] = False
+                stays[image.detailed_start + chosen.to(stays.device)] = True
+        elif settings.keep_ratio < 1 and any(image.detailed_tokens for image in row_images):
             unpadded = row_embeddings  # whole rows are not copied
             if len(positions) < len(row_embeddings):
                 unpadded = row_embeddings[positions.to(embeddings.device)]

@@ -1,10 +1,13 @@
-"""Prompts: the published chat templates as data, conversations with history, and their way to token ids.
+"""Prompts: the published chat templates as data, and the one way from the turns of a conversation to token ids.
 
-Knows strings and tokenizers; no images and no model. The same data gives the prompt string of `chat` and the jinja file
-that `apply_chat_template` uses, so the two cannot drift apart.
+    turns = [("<image>\nWhat is this?", None)]
+    render(tokenizer, get_template("internlm2-chat"), turns, tiles=[3], tokens_per_tile=256).token_ids
 
-Text of a user must never act as a control token. `protect` marks every control-token spelling inside such text; `encode`
-then gives tokens only to the spellings that the template itself wrote.
+Knows strings and tokenizers; no images and no model. `chat`, `batch_chat` and training render; the jinja file that
+`apply_chat_template` needs is made of the same data, and gives the same ids.
+
+Text of a user must never act as a control token. `protect` marks every control-token spelling inside such text, which is
+then encoded with tokens only for the spellings that the template itself wrote.
 
 Source: the published `conversation.py` of InternVL2, InternVL2.5 and Mini-Monkey (MPT style), and the chat template of
 transformers' InternVL checkpoints.
@@ -14,8 +17,11 @@ import json
 import re
 import secrets
 import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
@@ -50,15 +56,6 @@ class ChatTemplate:
     gap: str = ""
     system_message: str | None = DEFAULT_SYSTEM_MESSAGE
     """What the system turn says by default; None: there is no such turn."""
-
-    def turn(self, header: str, text: str) -> str:
-        """One whole turn."""
-        return header + text + self.separator + self.gap
-
-    def system_turn(self, system_message: str | None) -> str:
-        """The system turn, if there is one. `system_message` None means the default, "" an empty one."""
-        message = self.system_message if system_message is None else system_message
-        return "" if message is None else self.turn(self.system_header, message)
 
 
 _CHATML_HEADERS = ("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n")
@@ -101,14 +98,10 @@ def check_history(history: list[tuple[str, str]] | None) -> list[tuple[str, str]
     return pairs
 
 
-def build_prompt(
-    template: ChatTemplate, question: str, history: list[tuple[str, str]], system_message: str | None = None
-) -> str:
-    """The prompt up to where the model answers. `system_message` None means the template's, "" an empty one."""
-    parts = [template.system_turn(system_message)]
-    for asked, answered in history:
-        parts += [template.turn(template.user_header, asked), template.turn(template.assistant_header, answered)]
-    return "".join([*parts, template.turn(template.user_header, question), template.assistant_header])
+def _system_part(template: ChatTemplate, system_message: str | None) -> str:
+    """Return the system turn; there is none where neither `system_message` nor the template says anything."""
+    message = template.system_message if system_message is None else system_message
+    return "" if message is None else template.system_header + message + template.separator + template.gap
 
 
 def chat_template_jinja(template: ChatTemplate, system_message: str | None = None, with_bos: bool = True) -> str:
@@ -137,7 +130,7 @@ def chat_template_jinja(template: ChatTemplate, system_message: str | None = Non
             content,
             "{{ bos_token }}" if with_bos else "",
             "{% if messages[0]['role'] != 'system' %}",
-            literal(template.system_turn(system_message)),
+            literal(_system_part(template, system_message)),
             "{% endif %}",
             "{% for message in messages %}",
             "{% if message['role'] == 'system' %}" + literal(template.system_header),
@@ -185,8 +178,6 @@ class ControlToken(str):
 
     def arises_in(self, text: str) -> bool:
         """Whether the tokenizer's normalizer makes this spelling of other characters, of full-width ones for example."""
-        if self.normalizer is None:
-            return False
         normalized = self.normalizer.normalize_str(text)
         return str(self) in normalized or self.normalizer.normalize_str(str(self)) in normalized
 
@@ -218,7 +209,7 @@ def protect(text: str, spellings: list[str]) -> str:
 
 
 def _arises_in(text: str, spellings: list[str]) -> bool:
-    return any(isinstance(spelling, ControlToken) and spelling.arises_in(text) for spelling in spellings)
+    return any(getattr(spelling, "normalizer", None) and spelling.arises_in(text) for spelling in spellings)
 
 
 def unprotect(text: str) -> str:
@@ -241,21 +232,33 @@ def begins_with_bos(tokenizer) -> bool:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt, nothing added in front or behind; protected spellings are encoded as plain text.
+    """Return the token ids of a prompt, nothing added in front or behind; protected spellings are encoded as plain text.
 
     Raises:
         ValueError: The text holds protected spellings and the tokenizer is not a fast one, or a lone surrogate.
     """
-    check_text(text)
-    if not has_protected_text(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not tokenizer.is_fast:
-        raise ValueError(
-            "The text spells a control token; to encode it as plain text a fast tokenizer (tokenizer.json) is needed."
-        )
-    renamed, twin = _with_secret_control_tokens(tokenizer)
-    trusted = _any_of(renamed).sub(lambda match: renamed[match[0]], text)
-    return twin.encode(unprotect(trusted), add_special_tokens=False).ids
+    return _encode_parts(tokenizer, [check_text(text)])[0]
+
+
+def _encode_parts(tokenizer, parts: list[str]) -> tuple[list[int], list[tuple[int, int]] | None, list[int]]:
+    """Encode a text that is given in parts, in one piece.
+
+    Returns:
+        The token ids; where each token begins and ends in characters, if the tokenizer is a fast one; where each part ends.
+    """
+    if any(_MARK in part for part in parts):
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "The text spells a control token; to encode it as plain text a fast tokenizer (tokenizer.json) is needed."
+            )
+        renamed, twin = _with_secret_control_tokens(tokenizer)
+        control_token = _any_of(renamed)
+        parts = [unprotect(control_token.sub(lambda match: renamed[match[0]], part)) for part in parts]
+        encoding = twin.encode("".join(parts), add_special_tokens=False)
+        return encoding.ids, encoding.offsets, list(accumulate(map(len, parts)))
+    inputs = tokenizer("".join(parts), add_special_tokens=False)
+    offsets = inputs.encodings[0].offsets if tokenizer.is_fast else None
+    return inputs["input_ids"], offsets, list(accumulate(map(len, parts)))
 
 
 # Making a twin takes a second for a vocabulary of 92,000.
@@ -291,6 +294,114 @@ def _make_twin(tokenizer) -> tuple[dict[str, str], Tokenizer]:
     # Options of the tokenizer's last call are part of its state.
     state["post_processor"] = state["truncation"] = state["padding"] = None
     return renamed, Tokenizer.from_str(json.dumps(state))
+
+
+# --- placeholders ----------------------------------------------------------------------------------------------------
+
+
+def count_placeholders(texts: list[str], placeholder: str = IMAGE_PLACEHOLDER) -> int:
+    """Return how many placeholders there are in all of `texts`."""
+    return sum(text.count(placeholder) for text in texts)
+
+
+def check_placeholders(
+    texts: list[str], given: int, subject: str = "The text", placeholder: str = IMAGE_PLACEHOLDER
+) -> None:
+    """Raise `ValueError` about `subject` unless `texts` have one placeholder for each of `given` images or videos."""
+    placeholders, kind = sum(text.count(placeholder) for text in texts), placeholder.strip("<>")
+    if placeholders != given:
+        raise ValueError(
+            f"{subject} has {placeholders} {placeholder} placeholders, but {given} {kind}s were given; "
+            f"each {kind} needs exactly one."
+        )
+
+
+def expand_placeholders(texts: list[str], tiles_of_image: list[int], tokens_per_tile: int) -> list[str]:
+    """Put each image's tokens where its `<image>` stands; the images belong to the placeholders in order.
+
+    Raises:
+        ValueError: The number of placeholders is not that of the images.
+    """
+    check_placeholders(texts, len(tiles_of_image))
+    tiles = iter(tiles_of_image)
+    return [
+        "".join(
+            part if i == 0 else IMAGE_START + IMAGE_TOKEN * (tokens_per_tile * next(tiles)) + IMAGE_END + part
+            for i, part in enumerate(text.split(IMAGE_PLACEHOLDER))
+        )
+        for text in texts
+    ]
+
+
+# --- rendering -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """The token ids (N) of a conversation, and where its answers stand in them.
+
+    `answers` holds (start, stop) for each answer, the separator that ends it included; an answer starts where the prompt of
+    its turn ended. None: the tokenizer is not a fast one, which cannot tell.
+    """
+
+    token_ids: list[int]
+    answers: list[tuple[int, int]] | None
+
+
+def render(
+    tokenizer,
+    template: ChatTemplate,
+    turns: Sequence[tuple[str, str | None]],
+    system_message: str | None = None,
+    tiles: Sequence[int] = (),
+    tokens_per_tile: int = 0,
+    grounding_tokens: bool = False,
+) -> RenderedPrompt:
+    """Write a conversation by its template and encode it, in one piece.
+
+    What people wrote is plain text, whatever control tokens it spells. In questions `<image>` is the place of an image; in
+    answers and the system message it is a word.
+
+    Args:
+        turns: (question, answer) each; the last answer may be None, and the prompt then ends where the model answers.
+        system_message: None means the template's, "" an empty one.
+        tiles: How many tiles each image has, in the order of their placeholders.
+        tokens_per_tile: Image tokens of one tile.
+        grounding_tokens: Whether `<ref>`, `<box>` and `<quad>` are control tokens in what people wrote.
+
+    Raises:
+        ValueError: Placeholders and images of different number, a lone surrogate, or a text that spells a control token and
+            a tokenizer that is not a fast one.
+    """
+    spellings = control_tokens(tokenizer, grounding_tokens)
+    words = [*spellings, IMAGE_PLACEHOLDER]
+    questions = [protect(question, spellings) for question, _ in turns]
+    questions = expand_placeholders(questions, list(tiles), tokens_per_tile)
+    system = template.system_message if system_message is None else system_message
+    beginning = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
+    if system is not None:
+        beginning += template.system_header + protect(system, words) + template.separator + template.gap
+    parts = []  # prompts and answers by turns
+    for question, (_, answer) in zip(questions, turns):
+        parts.append(
+            (template.gap if parts else beginning)
+            + template.user_header
+            + question
+            + template.separator
+            + template.gap
+            + template.assistant_header
+        )
+        if answer is not None:
+            parts.append(protect(answer, words) + template.separator)
+    token_ids, offsets, ends = _encode_parts(tokenizer, parts)
+    if offsets is None:
+        return RenderedPrompt(token_ids, None)
+    token_ends = [end for _, end in offsets]
+    borders = [bisect_right(token_ends, end) for end in ends]
+    return RenderedPrompt(token_ids, list(zip(borders[::2], borders[1::2])))
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
 
 
 def has_pictures(messages: list) -> bool:
@@ -395,3 +506,86 @@ def _crosses_a_border(parts: list[str], spellings: list[str]) -> bool:
         for end in ends
         for spelling in spellings
     )
+
+
+def read_messages(messages: list[dict]) -> tuple[str | None, list[tuple[str, str]], str, list[Any], list[Any]]:
+    """Take chat messages apart: (system message or None, history, question, images, videos), placeholders in the questions.
+
+    Args:
+        messages: In the form of transformers or OpenAI: a system message or none, then user and assistant by turns, a user
+            last. An item of a user's content is a text, an image (`image`, `url`, `path` or `base64`, or OpenAI's
+            `image_url`) or a video (`video`, `url` or `path`).
+
+    Raises:
+        ValueError: Messages that `check_messages` refuses, a batch of conversations, another order of roles, an image or video
+            that is not from a user, or without a source.
+    """
+    check_messages(messages)
+    roles = [message.get("role") if isinstance(message, dict) else "list" for message in messages]
+    turns = messages[roles[0] == "system" :]
+    if [message.get("role") for message in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise ValueError(
+            "messages of chat are one conversation: a system message or none, then user and assistant by turns, a user last; "
+            f"the roles are {', '.join(roles)}."
+        )
+    system = None if turns is messages or len(turns) == len(messages) else _written(messages[0], {})
+    media: dict[str, list] = {"image": [], "video": []}
+    texts = [_written(message, media) for message in turns]
+    history = list(zip(texts[:-1:2], texts[1::2]))
+    return system, history, texts[-1], media["image"], media["video"]
+
+
+def _written(message: dict, media: dict[str, list]) -> str:
+    """Return the text of a message with placeholders in it; images and videos are added to `media`."""
+    role, content = message["role"], message["content"]
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts = []
+    for item in items:
+        kind = item["type"].removesuffix("_url")
+        if kind == "text":
+            is_word = role == "user" and (IMAGE_PLACEHOLDER in item["text"] or VIDEO_PLACEHOLDER in item["text"])
+            text = item["text"]
+            parts.append(protect(text, [IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER]) if is_word else text)
+            continue
+        if role != "user":
+            raise ValueError(f"A {kind} belongs to a user, but a {role} message holds one.")
+        source = item.get(item["type"])
+        source = source.get("url") if isinstance(source, dict) else source
+        sources = [source, *(item.get(name) for name in ("url", "path", "base64"))]
+        given = [source for source in sources if source is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"An item of type {item['type']} names its source once, as {item['type']!r}, 'url', 'path' or 'base64'; "
+                f"got {sorted(map(str, item))}."
+            )
+        media[kind].append(given[0])
+        parts.append(_WRITTEN[kind])
+    return "".join(parts)
+
+
+def write_messages(
+    history: list[tuple[str, str]],
+    images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
+    system_message: str | None = None,
+) -> list[dict]:
+    """Write turns as chat messages, each image and video in the place of its placeholder.
+
+    Raises:
+        ValueError: Placeholders and images or videos of different number.
+    """
+    questions = [question for question, _ in history]
+    check_placeholders(questions, len(images))
+    check_placeholders(questions, len(videos), placeholder=VIDEO_PLACEHOLDER)
+    sources = {IMAGE_PLACEHOLDER: iter(images), VIDEO_PLACEHOLDER: iter(videos)}
+    messages = [] if system_message is None else [{"role": "system", "content": system_message}]
+    for question, answer in history:
+        content = []
+        for part in re.split(f"({IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})\n?", question):
+            if part in sources:
+                kind = part.strip("<>")
+                content.append({"type": kind, kind: next(sources[part])})
+            elif part:
+                content.append({"type": "text", "text": part})
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return messages

@@ -8,21 +8,44 @@ language model.
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from .attention_probe import attention_inputs
-from .compression import AttentionInputs, CompressionSettings, find_images, kept_positions, pack
-from .generation_options import check_generation_options
+from .compression import (
+    AttentionInputs,
+    CompressionSettings,
+    ImageSpan,
+    Select,
+    find_images,
+    kept_positions,
+    pack,
+)
 from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, new_cache
 from .transformers_bridge import (
     CACHE_NAME,
     CACHE_NAMES,
+    IS_CACHE_RENAMED,
+    OTHER_CACHE_NAME,
     PaddedRepetitionPenalty,
     cache_of,
     extends,
@@ -43,6 +66,53 @@ NEED_PROMPT_IDS = {
     "encoder_repetition_penalty": 1.0,
     "encoder_no_repeat_ngram_size": 0,
 }
+
+
+COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens", "max_length")
+# Each refuses the values that it cannot work with; 0 turns some of them off.
+PROCESSORS = {
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+}
+WARPERS = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+}
+OFF_AT_ZERO = ("no_repeat_ngram_size", "top_k")
+# Taken by `generate` without standing in its signature.
+ALSO_TAKEN = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
+
+
+def check_generation_options(model, generation_config: GenerationConfig | None, options: dict[str, Any]) -> None:
+    """Raise `ValueError` for settings that cannot work and for arguments that nothing takes.
+
+    Args:
+        model: Whose `generate` is called.
+        generation_config: As `generate` takes it.
+        options: The other arguments of `generate`; they are not changed.
+    """
+    if options.get("custom_generate") is not None:
+        return  # which may take whatever it likes
+    taken = {*inspect.signature(type(model).generate).parameters, *ALSO_TAKEN} - vars(GenerationConfig()).keys()
+    settings = {name: value for name, value in options.items() if name not in taken}
+    for name in COUNTS:
+        value = settings.get(name, getattr(generation_config, name, None))
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+    try:
+        unused = config.update(**settings)
+        config.validate()
+    except TypeError as error:
+        raise ValueError(f"A setting of the generation has the wrong type: {error}") from error
+    for name, processor in {**PROCESSORS, **(WARPERS if config.do_sample else {})}.items():
+        value = getattr(config, name, None)
+        if value is not None and not (value == 0 and name in OFF_AT_ZERO):
+            processor(value)
+    model._validate_model_kwargs(unused)
 
 
 @dataclass
@@ -82,7 +152,7 @@ class GenerateMixin:
         """
         settings = self._compression_settings(**scm_options)
         mask = _whole_mask(attention_mask, input_ids)
-        return self._encode_and_compress(input_ids, mask, pixel_values, tile_counts, settings)[1]
+        return self._embed(input_ids, mask, pixel_values, tile_counts, settings).kept
 
     @extends(GenerationMixin.generate)
     @torch.no_grad()
@@ -90,6 +160,7 @@ class GenerateMixin:
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         *,
         pixel_values: torch.Tensor | None = None,
         tile_counts: torch.Tensor | None = None,
@@ -100,8 +171,8 @@ class GenerateMixin:
         scm_layer: int | None = None,
         scm_queries: str | None = None,
         scm_query_ends: list[int] | None = None,
+        scm_select: Select | None = None,
         tile_order: str = "detailed_first",
-        turn: Turn | None = None,
         **kwargs: Any,
     ):
         """Generate as any transformers model does; returns the prompt's ids and the new ones (B, N + new).
@@ -124,10 +195,10 @@ class GenerateMixin:
                 row's end by default. `chat` gives the end of the turn that brought the image.
             tile_order: Whether an image's detailed or its adaptive tiles come first, which only compression needs to know;
                 the processor's is "detailed_first".
-            turn: What `chat` hands over so that a turn costs only what is new, see prompt_memory.py. `pixel_values` are then
-                the tiles of those images alone whose features it does not hold, and `tile_counts` those of all. One row
-                without padding.
-            **kwargs: Everything `GenerationMixin.generate` takes.
+            scm_select: Chooses the detailed tokens that stay instead of attention, see `compression.CompressionSettings`.
+            **kwargs: Everything `GenerationMixin.generate` takes. A cache may also be a `Turn` of prompt_memory.py, as `chat`
+                hands it over; `pixel_values` are then the tiles of those images alone whose features it does not hold, and
+                `tile_counts` those of all; one row without padding.
 
         `scm_keep_ratio`, `scm_layer` and `scm_queries` are by default those of the configuration.
 
@@ -141,6 +212,7 @@ class GenerateMixin:
             "scm_layer": scm_layer,
             "scm_queries": scm_queries,
             "scm_query_ends": scm_query_ends,
+            "scm_select": scm_select,
         }
         given = [name for name, value in scm_options.items() if value is not None]
         if given and not use_scm:
@@ -150,39 +222,32 @@ class GenerateMixin:
             if kwargs.get("input_ids") is not None:
                 raise ValueError("The prompt's ids were given twice, by position and as input_ids.")
             kwargs["input_ids"] = inputs
+        if logits_processor is not None:
+            kwargs["logits_processor"] = logits_processor
+        if OTHER_CACHE_NAME in kwargs:
+            kwargs = with_one_cache_name(kwargs)
+        turn = kwargs.pop(CACHE_NAME) if isinstance(kwargs.get(CACHE_NAME), Turn) else None
         has_images = pixel_values is not None or bool(turn is not None and turn.keys)
         self._check_what_fits(generation_config, kwargs, has_images, use_scm)
-        kwargs = with_one_cache_name(kwargs)
         check_generation_options(self, generation_config, kwargs)
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
-        if turn is not None and (turn.keys or can_remember):
-            settings = settings or self._compression_settings(scm_keep_ratio=1.0)
-            embedded = self._embed_turn(kwargs, pixel_values, tile_counts, settings, turn, can_remember)
-        elif pixel_values is not None or (use_scm and kwargs.get("input_ids") is not None):
-            embedded = self._embed_prompt(kwargs, pixel_values, tile_counts, settings)
-        else:
+        input_ids = kwargs.get("input_ids")
+        if not (has_images or can_remember or (use_scm and input_ids is not None)):
             if all(kwargs.get(name) is None for name in ("inputs_embeds", CACHE_NAME)):
-                self._check_no_image_tokens(kwargs.get("input_ids"))
+                self._check_no_image_tokens(input_ids)
             return with_both_cache_names(super().generate(generation_config=generation_config, **kwargs))
-        prompt_ids = kwargs["input_ids"]
+        embedded = self._embed(
+            input_ids, kwargs.get("attention_mask"), pixel_values, tile_counts, settings, turn, can_remember
+        )
         generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
         output = super().generate(generation_config=generation_config, **kwargs)
         if embedded.cache is not None:
             self._remember(turn.memory, embedded, output)
         elif repacked:
-            output = _with_prompt(output, prompt_ids)
+            output = _with_prompt(output, input_ids)
             if cache_of(output) is not None:
                 setattr(cache_of(output), REPACKED, True)
-        return with_both_cache_names(output)
-
-    @extends(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, visual_token_mask: torch.Tensor | None = None, **kwargs):
-        """As in transformers; image tokens are only in the prompt, so no later step is told where they are."""
-        inputs = super().prepare_inputs_for_generation(**kwargs)
-        embeddings = inputs.get("inputs_embeds")
-        if visual_token_mask is not None and embeddings is not None:
-            inputs["visual_token_mask"] = visual_token_mask[:, -embeddings.shape[1] :]  # what is not cached yet
-        return inputs
+        return with_both_cache_names(output) if IS_CACHE_RENAMED else output
 
     def _compression_settings(
         self,
@@ -190,6 +255,7 @@ class GenerateMixin:
         scm_layer: int | None = None,
         scm_queries: str | None = None,
         scm_query_ends: list[int] | None = None,
+        scm_select: Select | None = None,
         tile_order: str = "detailed_first",
     ) -> CompressionSettings:
         config = self.config
@@ -200,55 +266,69 @@ class GenerateMixin:
             queries=config.scm_queries if scm_queries is None else scm_queries,
             query_ends=scm_query_ends,
             tile_order=tile_order,
+            select=scm_select,
         )
 
-    def _embed_prompt(
+    def _embed(
         self,
-        options: dict[str, Any],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         tile_counts: torch.Tensor | None,
-        settings: CompressionSettings | None,
+        settings: CompressionSettings | None = None,
+        turn: Turn | None = None,
+        can_remember: bool = False,
     ) -> _Embedded:
-        """The prompt of `options` as embeddings, and what of it stays."""
-        input_ids, mask = options["input_ids"], options.get("attention_mask")
-        if settings is not None:
-            mask = _whole_mask(mask, input_ids)
-            return _Embedded(*self._encode_and_compress(input_ids, mask, pixel_values, tile_counts, settings))
-        kept = [row.nonzero().squeeze(1) for row in mask] if mask is not None and mask.ndim == 2 else None
-        return _Embedded(self.encode_images(input_ids, pixel_values), kept)
+        """Embed a prompt (B, N), and say which positions the language model reads.
 
-    def _embed_turn(
-        self,
-        options: dict[str, Any],
-        pixel_values: torch.Tensor | None,
-        tile_counts: torch.Tensor | None,
-        settings: CompressionSettings,
-        turn: Turn,
-        can_remember: bool,
-    ) -> _Embedded:
-        """As `_embed_prompt`, with what is remembered of the prompt: features, kept positions and, if it can serve, a cache."""
-        input_ids = options["input_ids"]
-        mask = _whole_mask(options.get("attention_mask"), input_ids)
-        if len(input_ids) != 1 or not bool(mask.all()):
+        Args:
+            settings: None: no compression.
+            turn: What is remembered of the prompt's images, and, if `can_remember`, of its beginning.
+        """
+        if settings is None and turn is None:
+            is_usual = attention_mask is not None and attention_mask.ndim == 2
+            kept = [row.nonzero().squeeze(1) for row in attention_mask] if is_usual else None
+            return _Embedded(self.encode_images(input_ids, pixel_values), kept)
+        mask = _whole_mask(attention_mask, input_ids)
+        if turn is not None and (len(input_ids) != 1 or not bool(mask.all())):
             raise ValueError("A turn is of one conversation: pass one row without padding.")
-        counts = torch.empty(0, 3, dtype=torch.long) if tile_counts is None else torch.as_tensor(tile_counts)
-        features = self._recall_features(turn, counts, pixel_values)
-        tokens_per_tile = len(features) // int(counts.sum()) if turn.keys else 1
-        (images,) = find_images(input_ids, mask, counts, self.config.image_token_id, tokens_per_tile, settings)
+        settings = settings or self._compression_settings(scm_keep_ratio=1.0)
+        images: list[list[ImageSpan]] = [[] for _ in input_ids]
+        features = input_ids.new_empty(0, self.config.text_config.hidden_size, dtype=self.dtype)
+        if turn is not None and turn.keys:
+            features = self._recall_features(turn, torch.as_tensor(tile_counts), pixel_values)
+            per_tile = len(features) // int(torch.as_tensor(tile_counts).sum())
+        elif pixel_values is None:
+            self._check_no_image_tokens(input_ids)
+        elif tile_counts is None:
+            raise ValueError(
+                "Scale compression needs to know an image's detailed tiles: pass tile_counts (images, 3), which the "
+                "processor returns beside pixel_values; chat needs target_aspect_ratio for tiles that you cut yourself."
+            )
+        else:
+            self._check_pixel_values(pixel_values)
+            per_tile = self.tokens_per_tile(pixel_values)
+        if tile_counts is not None and (pixel_values is not None or len(features)):
+            images = find_images(input_ids, mask, tile_counts, self.config.image_token_id, per_tile, settings)
+            if not len(features):
+                features = self._features_for(input_ids, pixel_values, None)
         embeddings = self.place_features(input_ids, features)
-        prompt = Prompt(input_ids[0].tolist(), list(zip(turn.keys, images)), settings)
-        recalled, cache = Recalled(), None
+        prompt, recalled, cache = None, Recalled(), None
         if can_remember:
+            prompt = Prompt(input_ids[0].tolist(), list(zip(turn.keys, images[0])), settings)
             recalled = turn.memory.take_cache(prompt)
             cache = recalled.cache or new_cache(self)
-        # What is in the cache was scored by the turn that brought it; it still routes image tokens to visual experts.
-        scored = [
-            replace(image, detailed_stop=image.detailed_start) if image.start < recalled.start else image
-            for image in images
-        ]
-        (kept,) = kept_positions(embeddings, mask, [scored], settings, self._probe(settings))
-        kept = torch.cat([recalled.kept.to(kept.device), kept[kept >= recalled.start]])
-        return _Embedded(embeddings, [kept], prompt, cache)
+            # What is in the cache was scored by the turn that brought it; it still routes image tokens to visual experts.
+            images = [
+                [
+                    replace(image, detailed_stop=image.detailed_start) if image.start < recalled.start else image
+                    for image in images[0]
+                ]
+            ]
+        kept = kept_positions(embeddings, mask, images, settings, self._probe(settings))
+        if recalled.start:
+            kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
+        return _Embedded(embeddings, kept, prompt, cache)
 
     def _recall_features(self, turn: Turn, counts: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """The features (tokens, D) of all images of a conversation; only those of unseen images are computed."""
@@ -266,8 +346,6 @@ class GenerateMixin:
             features |= zip(unseen, encoded.split([tiles[key] * per_tile for key in unseen]))
         counts_and_features = {key: (count.tolist(), features[key]) for key, count in zip(turn.keys, counts)}
         turn.memory.remember_pictures(counts_and_features)
-        if not turn.keys:
-            return torch.empty(0, self.config.text_config.hidden_size, device=self.device)
         return torch.cat([features[key] for key in turn.keys])
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
@@ -322,31 +400,6 @@ class GenerateMixin:
             padding = mask.eq(0).sum(dim=1)
             processors = [PaddedRepetitionPenalty(penalty, padding), *(options.get("logits_processor") or [])]
             options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
-
-    def _encode_and_compress(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        tile_counts: torch.Tensor | None,
-        settings: CompressionSettings,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The prompt's embeddings (B, N, D), and the positions of each row that stay."""
-        if pixel_values is None:
-            self._check_no_image_tokens(input_ids)
-            return self.get_input_embeddings()(input_ids), [row.nonzero().squeeze(1) for row in attention_mask]
-        if tile_counts is None:
-            raise ValueError(
-                "Scale compression needs to know an image's detailed tiles: pass tile_counts (images, 3), which the "
-                "processor returns beside pixel_values; chat needs target_aspect_ratio for tiles that you cut yourself."
-            )
-        self._check_pixel_values(pixel_values)
-        tokens_per_tile = self.tokens_per_tile(pixel_values)
-        images = find_images(
-            input_ids, attention_mask, tile_counts, self.config.image_token_id, tokens_per_tile, settings
-        )
-        embeddings = self.encode_images(input_ids, pixel_values)
-        return embeddings, kept_positions(embeddings, attention_mask, images, settings, self._probe(settings))
 
     def _probe(self, settings: CompressionSettings) -> Callable[[torch.Tensor, torch.Tensor], AttentionInputs]:
         def probe(sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:

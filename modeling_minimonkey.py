@@ -23,6 +23,8 @@ from .configuration_minimonkey import MiniMonkeyConfig, head_scaling
 from .generation_minimonkey import GenerateMixin
 from .published_names import PublishedNamesMixin
 from .transformers_bridge import (
+    IS_CACHE_RENAMED,
+    OTHER_CACHE_NAME,
     custom_object_save,
     extends,
     register_checkpoint_conversion_mapping,
@@ -52,17 +54,17 @@ class MiniMonkeyModel(InternVLModel):
                     norm.variance_epsilon = config.vision_config.layer_norm_eps
 
     @extends(InternVLModel.get_image_features)
-    def get_image_features(self, vision_feature_layer: int | None = None, **kwargs):
+    def get_image_features(self, pixel_values, vision_feature_layer: int | None = None, **kwargs):
         """As in transformers, for every layer, the embeddings (0) among them."""
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         if not self.config.vision_config.num_hidden_layers:
             layer = -1  # without layers the only hidden state, the embeddings, is also the last
         if layer != -1:
             kwargs["output_hidden_states"] = True
-        return super().get_image_features(vision_feature_layer=layer, **kwargs)
+        return super().get_image_features(pixel_values, vision_feature_layer=layer, **kwargs)
 
     @extends(InternVLModel.forward)
-    def forward(self, input_ids=None, pixel_values=None, inputs_embeds=None, visual_token_mask=None, **kwargs):
+    def forward(self, input_ids=None, pixel_values=None, *, inputs_embeds=None, visual_token_mask=None, **kwargs):
         """As in transformers. `visual_token_mask` (B, N) tells visual experts which of `inputs_embeds` are image tokens.
 
         Raises:
@@ -77,7 +79,8 @@ class MiniMonkeyModel(InternVLModel):
             if visual_token_mask is None and pixel_values is not None:
                 visual_token_mask = input_ids == self.config.image_token_id
             kwargs["visual_token_mask"] = visual_token_mask
-        kwargs = with_one_cache_name(kwargs)
+        if OTHER_CACHE_NAME in kwargs:
+            kwargs = with_one_cache_name(kwargs)
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)
 
     def pixel_shuffle(self, vision_features: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
@@ -206,7 +209,7 @@ class MiniMonkeyForConditionalGeneration(
 
     def place_features(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, N, D) of a prompt (B, N) with `features` (..., D) in the places of its image tokens."""
-        embeddings = self.get_input_embeddings()(input_ids)
+        embeddings = self.model.get_input_embeddings()(input_ids)
         is_image = (input_ids == self.config.image_token_id).unsqueeze(-1).to(embeddings.device)
         return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
 
@@ -241,12 +244,24 @@ class MiniMonkeyForConditionalGeneration(
                 "move the inputs with inputs.to(model.device)."
             )
 
+    @extends(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, *, visual_token_mask: torch.Tensor | None = None, **kwargs):
+        """Return the inputs of the next step, as in transformers; image tokens are only in the prompt, so no later step is told
+        where they are."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        embeddings = inputs.get("inputs_embeds")
+        if visual_token_mask is not None and embeddings is not None:
+            inputs["visual_token_mask"] = visual_token_mask[:, -embeddings.shape[1] :]  # what is not cached yet
+        return inputs
+
     @can_return_tuple
     @extends(InternVLForConditionalGeneration.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
         inputs_embeds: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
         tile_counts: torch.Tensor | None = None,
@@ -285,11 +300,13 @@ class MiniMonkeyForConditionalGeneration(
             self._check_no_image_tokens(input_ids)  # no later step of a generation waits for the device here
         if self.config.visual_experts:
             kwargs["visual_token_mask"] = visual_token_mask
-        kwargs = {**with_one_cache_name(kwargs), "return_dict": True}
+        if OTHER_CACHE_NAME in kwargs:
+            kwargs = with_one_cache_name(kwargs)
+        kwargs |= {"attention_mask": attention_mask, "return_dict": True}
         output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if features is not None:
             output = with_image_features(output, features)
-        return with_both_cache_names(output)
+        return with_both_cache_names(output) if IS_CACHE_RENAMED else output
 
 
 register_checkpoint_conversion_mapping(

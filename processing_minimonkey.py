@@ -27,9 +27,12 @@ from .conversation import (
     IMAGE_TOKEN,
     VIDEO_PLACEHOLDER,
     check_messages,
+    check_placeholders,
     check_text,
     control_tokens,
+    count_placeholders,
     encode,
+    expand_placeholders,
     has_pictures,
     has_protected_text,
     protect_messages,
@@ -71,23 +74,6 @@ class MiniMonkeyProcessorKwargs(ProcessingKwargs, total=False):
         "text_kwargs": {"padding": True, "return_mm_token_type_ids": False},
         "common_kwargs": {"return_tensors": "pt"},
     }
-
-
-def expand_placeholders(texts: list[str], tiles_of_image: list[int], tokens_per_tile: int) -> list[str]:
-    """Put each picture's image tokens where its `<image>` stands; the pictures belong to the placeholders in order.
-
-    Raises:
-        ValueError: The number of placeholders is not that of the pictures.
-    """
-    check_placeholders(texts, len(tiles_of_image))
-    tiles = iter(tiles_of_image)
-    return [
-        "".join(
-            part if i == 0 else IMAGE_START + IMAGE_TOKEN * (tokens_per_tile * next(tiles)) + IMAGE_END + part
-            for i, part in enumerate(text.split(IMAGE_PLACEHOLDER))
-        )
-        for text in texts
-    ]
 
 
 def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[str, tuple[int, int]]]]:
@@ -176,23 +162,6 @@ def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) 
     if "video_backend" in sampling:
         sampling["backend"] = sampling.pop("video_backend")
     return sampling, {**{name: value for name, value in images_kwargs.items() if name != "preset"}, **ranges}
-
-
-def count_placeholders(texts: list[str], placeholder: str = IMAGE_PLACEHOLDER) -> int:
-    """How many placeholders there are in all of `texts`."""
-    return sum(text.count(placeholder) for text in texts)
-
-
-def check_placeholders(
-    texts: list[str], given: int, subject: str = "The text", placeholder: str = IMAGE_PLACEHOLDER
-) -> None:
-    """Raise `ValueError` about `subject` unless `texts` have one placeholder for each of `given` pictures or videos."""
-    placeholders, kind = count_placeholders(texts, placeholder), placeholder.strip("<>")
-    if placeholders != given:
-        raise ValueError(
-            f"{subject} has {placeholders} {placeholder} placeholders, but {given} {kind}s were given; "
-            f"each {kind} needs exactly one."
-        )
 
 
 def _joined(parts: list):

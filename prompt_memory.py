@@ -91,6 +91,7 @@ class PromptMemory:
         self.features: dict[bytes, torch.Tensor] = {}
         self._state: _State | None = None
         self._lock = threading.Lock()
+        self._beginning: list[tuple] = []
 
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether this is a memory of `model`, whose weights are still those that it had."""
@@ -99,6 +100,11 @@ class PromptMemory:
     def forget(self) -> None:
         """Free everything; the next turn is computed from the start."""
         self._state, self.tile_counts, self.features = None, {}, {}
+
+    def extend_beginning(self, answer: str) -> None:
+        """Note what was answered to the messages by which this memory was found; nothing for any other."""
+        if self._beginning:
+            self._beginning.append(("assistant", answer))
 
     def nbytes(self) -> int:
         """Bytes that it holds: keys, values and features."""
@@ -246,17 +252,48 @@ def _rewrites_its_buffers(module: nn.Module) -> bool:
     return any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))
 
 
-# For each model the memories that hold a cache, the most recent last.
+# For each model the memories that hold something, the most recent last, and those of lists of messages, which nobody else
+# holds.
 _holding_lock = threading.Lock()
 _holding: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref]]" = weakref.WeakKeyDictionary()
+_found_by_messages: "weakref.WeakKeyDictionary[nn.Module, list[PromptMemory]]" = weakref.WeakKeyDictionary()
+
+
+def find_memory(model: nn.Module, beginning: list[tuple]) -> PromptMemory:
+    """Return the memory of the conversation that has most messages in common with this one, a fresh one if there is none.
+
+    Args:
+        beginning: What was said so far, the question last: a tuple for each message, images by their keys.
+    """
+    with _holding_lock:
+        known = [memory for memory in _found_by_messages.get(model, []) if memory.belongs_to(model)]
+        shared = [common_length(memory._beginning, beginning) for memory in known]
+        best = max(reversed(range(len(known))), key=lambda i: shared[i], default=None)
+        # A system message alone is no conversation.
+        memory = known[best] if best is not None and shared[best] > 1 else PromptMemory(model)
+        memory._beginning = list(beginning)
+        _found_by_messages[model] = [*(other for other in known if other is not memory), memory]
+    return memory
 
 
 def forget_the_oldest(model: nn.Module, newest: PromptMemory | None = None) -> None:
-    """Keep as many conversations in memory as the model allows, `newest` before all others."""
+    """Keep as many conversations, and bytes of them, as the model allows, `newest` before all others."""
     with _holding_lock:
         others = [memory for ref in _holding.get(model, []) if (memory := ref()) is not None and memory is not newest]
         holding = [*(memory for memory in others if memory.nbytes()), *([] if newest is None else [newest])]
-        surplus = len(holding) - max(model.remembered_conversations, 0)
-        for oldest in holding[: max(surplus, 0)]:
-            oldest.forget()
-        _holding[model] = [weakref.ref(memory) for memory in holding[max(surplus, 0) :]]
+        sizes = [memory.nbytes() for memory in holding]
+        most = float("inf") if model.remembered_bytes is None else model.remembered_bytes
+        while len(holding) > max(model.remembered_conversations, 0) or sum(sizes) > most:
+            holding.pop(0).forget()
+            sizes.pop(0)
+        _holding[model] = [weakref.ref(memory) for memory in holding]
+        _found_by_messages[model] = [memory for memory in _found_by_messages.get(model, []) if memory in holding]
+
+
+def forget_all(model: nn.Module) -> None:
+    """Free what is remembered of all conversations with a model."""
+    with _holding_lock:
+        for ref in _holding.pop(model, []):
+            if (memory := ref()) is not None:
+                memory.forget()
+        _found_by_messages.pop(model, None)

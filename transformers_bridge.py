@@ -7,7 +7,6 @@ Knows transformers, nothing of MiniMonkey.
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -45,6 +44,9 @@ def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
 # transformers 5.24 renamed the argument and the output. Both names are taken and given, on every version.
 CACHE_NAMES = ("past_key_values", "cache")
 CACHE_NAME = "cache" if "cache" in _parameters(GenerationMixin.prepare_inputs_for_generation) else "past_key_values"
+OTHER_CACHE_NAME = CACHE_NAMES[1 - CACHE_NAMES.index(CACHE_NAME)]
+# Outputs of releases before that have to be given the new name.
+IS_CACHE_RENAMED = CACHE_NAME != "cache"
 
 
 def with_one_cache_name(options: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def cache_of(output) -> Any:
 
 def with_both_cache_names(output):
     """Let the cache of an output be read as `cache` on a transformers that calls it `past_key_values`."""
-    if CACHE_NAME != "cache" and isinstance(output, ModelOutput) and not torch.compiler.is_compiling():
+    if IS_CACHE_RENAMED and isinstance(output, ModelOutput) and not torch.compiler.is_compiling():
         output.cache = cache_of(output)
     return output
 
@@ -90,33 +92,31 @@ def register_for_serving(model_type: str, class_name: str) -> None:
 def extends(parent: Callable) -> Callable[[Callable], Callable]:
     """Let an override name only the arguments that it uses and pass the rest on, whatever their names are.
 
-    The override is called with keywords alone. Positions, and the signature that transformers, the Trainer and editors
-    inspect, are those of `parent`, with the arguments that the override adds.
+    The signature that transformers, the Trainer and editors inspect is that of `parent`, with the arguments that the override
+    adds. What the override takes by position stands first in `parent` too.
+
+    Raises:
+        TypeError: It does not, with this release of transformers.
     """
-    inherited = _parameters(parent)
-    positions = [
-        name for name, parameter in inherited.items() if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    ][1:]
+    inherited = {name: p for name, p in _parameters(parent).items() if name != "self"}
 
     def decorate(function: Callable) -> Callable:
+        own = {name: p for name, p in _parameters(function).items() if name != "self"}
+        by_position = [name for name, p in own.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        if by_position != list(inherited)[: len(by_position)]:
+            raise TypeError(
+                f"{parent.__qualname__} begins with {', '.join(inherited)}, not with {', '.join(by_position)}."
+            )
         added = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, parameter in _parameters(function).items()
+            for name, parameter in own.items()
             if name not in inherited and parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-
-        @wraps(function)
-        def call(self, *args, **kwargs):
-            if len(args) > len(positions):
-                raise TypeError(
-                    f"{function.__name__} takes at most {len(positions)} arguments by position, got {len(args)}."
-                )
-            return function(self, **dict(zip(positions, args)), **kwargs)
-
         rest = [p for p in inherited.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
         named = [p for p in inherited.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        call.__signature__ = inspect.Signature([*named, *added, *rest])
-        return call
+        myself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        function.__signature__ = inspect.Signature([myself, *named, *added, *rest])
+        return function
 
     return decorate
 

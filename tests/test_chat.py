@@ -255,7 +255,7 @@ def test_batch_misuse(nano, processor, picture):
             nano.batch_chat(processor, [picture], questions)
     with pytest.raises(ValueError, match="one entry for each of the 2 questions"):
         nano.batch_chat(processor, [picture], [QUESTION, QUESTION])
-    with pytest.raises(ValueError, match="but 1 histories"):
+    with pytest.raises(ValueError, match="one history for each of the 2 questions, got 1"):
         nano.batch_chat(processor, [picture, None], [QUESTION, QUESTION], history=[None])
 
 

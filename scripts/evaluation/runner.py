@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from evaluation.dropping import dropping
+from evaluation.dropping import selection
 from evaluation.metrics import METRICS, nearest_reference
 from evaluation.predictions import Predictions
 from evaluation.suites import Item, Suite
@@ -36,11 +36,11 @@ class Answering:
         """The answers to a batch."""
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "images_kwargs": self.images_kwargs}
         if self.scm_keep_ratio is not None:
-            options |= {"use_scm": True, "scm_keep_ratio": self.scm_keep_ratio}
+            select = selection(self.drop, [item.id for item in items])
+            options |= {"use_scm": True, "scm_keep_ratio": self.scm_keep_ratio, "scm_select": select}
         if self.scm_layer is not None:
             options["scm_layer"] = self.scm_layer
-        with dropping(self.model, self.drop, [item.id for item in items]):
-            return self.model.batch_chat(self.processor, images, [item.question for item in items], **options)
+        return self.model.batch_chat(self.processor, images, [item.question for item in items], **options)
 
     def open(self, item: Item) -> list[Image.Image]:
         """The pictures of an item, upright."""

@@ -33,7 +33,7 @@ from training.recipe import check_ranges
 
 IMAGE_PLACEHOLDER = root_class("conversation.IMAGE_PLACEHOLDER")
 RANGE_NAMES = root_class("tiling.RANGE_NAMES")
-check_placeholders = root_class("processing_minimonkey.check_placeholders")
+check_placeholders = root_class("conversation.check_placeholders")
 
 TileRanges = tuple[int, int, int, int]
 PUBLISHED_NAMES = {"min_dynamic_patch": "min_tiles", "max_dynamic_patch": "max_tiles"}

@@ -11,15 +11,8 @@ import torch
 from repository import root_class
 
 
-IMAGE_PLACEHOLDER = root_class("conversation.IMAGE_PLACEHOLDER")
-begins_with_bos = root_class("conversation.begins_with_bos")
-build_prompt = root_class("conversation.build_prompt")
-control_tokens = root_class("conversation.control_tokens")
-count_placeholders = root_class("processing_minimonkey.count_placeholders")
-encode = root_class("conversation.encode")
-expand_placeholders = root_class("processing_minimonkey.expand_placeholders")
 get_template = root_class("conversation.get_template")
-protect = root_class("conversation.protect")
+render = root_class("conversation.render")
 RANGE_NAMES = root_class("tiling.RANGE_NAMES")
 share_tile_budget = root_class("tiling.share_tile_budget")
 
@@ -53,10 +46,7 @@ class Encoder:
         self.template = get_template(config.template)
         self.system_message = config.system_message
         self.patches_per_side = config.tile_size // config.vision_config.patch_size[0]
-        self.bos = self.tokenizer.bos_token if begins_with_bos(self.tokenizer) else ""
-        self._spellings = control_tokens(self.tokenizer, grounding_tokens)
-        # Only questions hold placeholders; elsewhere `<image>` is a word, as in `chat`.
-        self._words = [*self._spellings, IMAGE_PLACEHOLDER]
+        self.grounding_tokens = grounding_tokens
 
     def ids_and_labels(self, conversation: Conversation, tiles: list[int]) -> tuple[list[int], list[int]]:
         """Token ids (N) and labels (N) of a conversation whose pictures have this many tiles each.
@@ -65,32 +55,13 @@ class Encoder:
             ValueError: Placeholders and pictures of different number, or an answer whose first letters the tokenizer joins to
                 the prompt, so that the prompt of training would not be that of `chat`.
         """
-        ids, labels = [], []
-        for turn, (_, answer) in enumerate(conversation.turns):
-            prompt = self._prompt(conversation, turn)
-            whole = prompt + protect(answer.strip(), self._words) + self.template.separator
-            is_last = turn == len(conversation.turns) - 1
-            prompt_ids, whole_ids = self._encode(prompt, tiles), self._encode(whole, tiles, is_last)
-            if whole_ids[: len(prompt_ids)] != prompt_ids or prompt_ids[: len(ids)] != ids:
-                raise ValueError(f"The tokenizer joins the answer {answer[:40]!r} to the prompt before it.")
-            labels += [IGNORED] * (len(prompt_ids) - len(ids)) + whole_ids[len(prompt_ids) :]
-            ids = whole_ids
-        return ids, labels
-
-    def _prompt(self, conversation: Conversation, turn: int) -> str:
-        """The prompt of a turn, as `chat` writes it."""
         system = self.system_message if conversation.system is None else conversation.system
-        history = [
-            (protect(asked, self._spellings), protect(answered.strip(), self._words))
-            for asked, answered in conversation.turns[:turn]
-        ]
-        question = protect(conversation.turns[turn][0], self._spellings)
-        system = None if system is None else protect(system, self._words)
-        return self.bos + build_prompt(self.template, question, history, system)
-
-    def _encode(self, text: str, tiles: list[int], is_last: bool = False) -> list[int]:
-        tiles = tiles if is_last else tiles[: count_placeholders([text])]
-        return encode(self.tokenizer, expand_placeholders([text], tiles, self.tokens_per_tile)[0])
+        turns = [(asked, answered.strip()) for asked, answered in conversation.turns]
+        whole = render(self.tokenizer, self.template, turns, system, tiles, self.tokens_per_tile, self.grounding_tokens)
+        labels = [IGNORED] * len(whole.token_ids)
+        for start, stop in whole.answers:
+            labels[start:stop] = whole.token_ids[start:stop]
+        return whole.token_ids, labels
 
     def text_length(self, conversation: Conversation, pictures: int) -> int:
         """Tokens of a conversation without those of its tiles."""
