@@ -28,7 +28,7 @@ from importing.weights import Shard, check_against_model, convert_shards, read_s
 
 
 # What configuration classes raise for values that cannot be.
-WRONG_VALUES = (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError)
+WRONG_VALUES = (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
 
 
