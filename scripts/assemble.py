@@ -11,22 +11,22 @@ That the language model still says what it said is checked before anything is wr
 
 import argparse
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 import transformers
-from import_checkpoint import resolve_source
+from import_checkpoint import WRONG_VALUES, make_config, one_line, resolve_source
 from repository import root_class
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from importing.folder import check_free, finish, generation_config, save_processor, work_folder
+from importing.config import check_config, read_json
+from importing.folder import check_free, generation_config, new_folder, save_processor
 from importing.tokenizer import convert_tokenizer
-from importing.weights import read_shards
+from importing.weights import check_finite, read_shards
 
 
 PUBLISHED_VISION = "intern_vit_6b"
@@ -41,17 +41,16 @@ def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises:
         ValueError: The folder holds no vision tower of this kind.
     """
-    config_class = root_class("configuration_minimonkey.MiniMonkeyConfig")
-    config_dict, _ = config_class.get_config_dict(folder)
+    config_dict = read_whole_config(folder)
     kind = config_dict.get("model_type")
     prefix, text_config = "", None
     if kind == PUBLISHED_VISION:
         prefix = "vision_model."
-        vision = root_class("configuration_minimonkey.vision_config_from_published")(config_dict)
+        vision = published_vision(config_dict)
     elif kind == NATIVE_VISION:
         prefix, vision = VISION_PREFIX, config_dict
     elif "vision_config" in config_dict and ("llm_config" in config_dict or "text_config" in config_dict):
-        whole = config_class.from_dict(config_dict)
+        whole = make_config(config_dict)
         vision, text_config = whole.vision_config.to_dict(), whole.text_config
     else:
         raise ValueError(
@@ -65,8 +64,32 @@ def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         with safe_open(shard.path, framework="pt") as file:
             for name in shard.shapes:
                 if prefix or "vision" in name:
-                    tensors |= convert(prefix + name, file.get_tensor(name), text_config)
+                    tensors |= convert(prefix + name, check_finite(file.get_tensor(name), name), text_config)
     return vision, {name: tensor for name, tensor in tensors.items() if name.startswith(VISION_PREFIX)}
+
+
+def read_whole_config(folder: Path) -> dict:
+    """Return the `config.json` of a part, looked through.
+
+    Raises:
+        ValueError: There is none, or it is none.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json.")
+    check_config(read_json(path), path)
+    try:
+        return root_class("configuration_minimonkey.MiniMonkeyConfig").get_config_dict(folder)[0]
+    except WRONG_VALUES as error:
+        raise ValueError(f"{path} is no configuration that can be read: {one_line(error)}") from error
+
+
+def published_vision(config_dict: dict) -> dict:
+    """Return a published vision configuration in transformers' terms; raises `ValueError` where it is none."""
+    try:
+        return root_class("configuration_minimonkey.vision_config_from_published")(config_dict)
+    except WRONG_VALUES as error:
+        raise ValueError(f"The configuration of the vision tower cannot be: {one_line(error)}") from error
 
 
 def extend_tokenizer(tokenizer, template) -> None:
@@ -95,22 +118,21 @@ def assemble(vision_source: str, language_source: str, out: Path, template_name:
     model = build_model(vision_config, language_model.config, tokenizer, template_name).to(dtype)
     move_weights(model, vision_weights, language_model)
     check_same_logits(model, language_model)
-    work = work_folder(out)
-    shutil.rmtree(work, ignore_errors=True)
     model.generation_config = generation_config(model.config, tokenizer)
-    model.save_pretrained(work)
-    save_processor(work, model.config, tokenizer, with_bos)
-    finish(out)
+    with new_folder(out, f"{vision_source} and {language_source}") as work:
+        model.save_pretrained(work)
+        save_processor(work, model.config, tokenizer, with_bos)
 
 
 def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Module:
     """A causal language model with an embedding for each of at least `tokens` tokens; new ones are the mean of the old."""
+    read_whole_config(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder} is not a causal language model of transformers: {error}") from error
+    except (*WRONG_VALUES, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is not a causal language model of transformers: {one_line(error)}") from error
     problems = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
     if problems:
         raise ValueError(f"The weights in {folder} are not those of a {type(model).__name__}: {problems}.")

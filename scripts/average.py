@@ -12,7 +12,7 @@ import torch
 from repository import load_processor, root_class
 from torch import nn
 
-from importing.folder import check_free, finish, work_folder
+from importing.folder import check_free, new_folder
 from training.trainer import complete_checkpoints
 
 
@@ -42,9 +42,9 @@ def average(run: Path, last: int, output: Path, dtype: str = "bfloat16") -> list
     folders = folders[-last:]
     if any((folder / "adapter_config.json").exists() for folder in folders):
         raise ValueError(f"{run} trained LoRA adapters; average.py takes runs that trained whole weights.")
-    mean_model(folders).to(getattr(torch, dtype)).save_pretrained(work_folder(output))
-    load_processor(folders[-1]).save_pretrained(work_folder(output))
-    finish(output)
+    with new_folder(output, f"the last {last} of {run}") as work:
+        mean_model(folders).to(getattr(torch, dtype)).save_pretrained(work)
+        load_processor(folders[-1]).save_pretrained(work)
     return folders
 
 
@@ -57,8 +57,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         taken = average(args.run, args.last, args.output, args.dtype)
-    except ValueError as error:
-        parser.exit(1, f"{error}\n")
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
     print(f"Wrote {args.output}: the mean of {', '.join(folder.name for folder in taken)}.")
 
 

@@ -143,8 +143,8 @@ def main() -> None:
     parser, args = parse_arguments()
     try:
         trainer, recipe, folder, checkpoint = prepare(args)
-    except ValueError as error:
-        parser.exit(1, f"{error}\n")
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
     metrics = train(trainer, checkpoint)
     written = save(trainer, recipe, folder)
     if trainer.args.should_save:

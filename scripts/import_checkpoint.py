@@ -18,13 +18,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from repository import ROOT, root_class
 
-from importing.folder import check_free, finish, generation_config, image_processor, save_processor, work_folder
+from importing.config import check_config, read_json
+from importing.folder import check_free, generation_config, image_processor, new_folder, save_processor
 from importing.tokenizer import convert_tokenizer, has_tokenizer
 from importing.weights import Shard, check_against_model, convert_shards, read_shards
 
 
+# What configuration classes raise for values that cannot be.
+WRONG_VALUES = (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
 
 
@@ -37,22 +41,21 @@ def import_checkpoint(source: str, out: Path, image_token_id: int | None = None)
     check_free(out)
     folder = resolve_source(source)
     config_dict = read_config(folder)
+    shards = read_shards(folder)
+    check_layers(config_dict, shards)
     tokenizer, with_bos = convert_tokenizer(folder) if has_tokenizer(folder) else (None, True)
     config_dict["image_token_id"] = find_image_token(tokenizer, image_token_id, config_dict)
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_dict(config_dict)
+    config = make_config(config_dict)
     root_class("conversation.get_template")(config.template)
     convert_tensor = root_class("checkpoint.convert_tensor")
 
     def convert(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return convert_tensor(name, tensor, config.text_config)
 
-    shards = read_shards(folder)
     check_against_model(shards, expected_shapes(config), convert, config.tie_word_embeddings)
-    work = prepare_work_folder(out, fingerprint(config, shards))
-    convert_shards(shards, work, convert)
-    write_settings(work, config, tokenizer, with_bos)
-    (work / "import.json").unlink()
-    finish(out)
+    with new_folder(out, fingerprint(config, shards)) as work:
+        convert_shards(shards, work, convert)
+        write_settings(work, config, tokenizer, with_bos)
 
 
 def resolve_source(source: str) -> Path:
@@ -70,13 +73,40 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    config = read_json(path)
     if "llm_config" not in config and "text_config" not in config:
         raise ValueError(f"{path} is no configuration of this family: it has neither llm_config nor text_config.")
-    return root_class("configuration_minimonkey.MiniMonkeyConfig").get_config_dict(folder)[0]
+    check_config(config, path)
+    try:
+        return root_class("configuration_minimonkey.MiniMonkeyConfig").get_config_dict(folder)[0]
+    except WRONG_VALUES as error:
+        raise ValueError(f"{path} does not describe a model of this family: {one_line(error)}") from error
+
+
+def make_config(config_dict: dict):
+    """Make the `MiniMonkeyConfig` of a dict.
+
+    Raises:
+        ValueError: A value of it cannot be.
+    """
+    try:
+        return root_class("configuration_minimonkey.MiniMonkeyConfig").from_dict(config_dict)
+    except WRONG_VALUES as error:
+        raise ValueError(f"config.json does not describe a model of this family: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def check_layers(config_dict: dict, shards: list[Shard]) -> None:
+    """Raise `ValueError` if a part of the model has more layers than there are weights."""
+    weights = sum(len(shard.shapes) for shard in shards)
+    for name, part in config_dict.items():
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > weights:
+            raise ValueError(f"{name} has {layers} layers, but the checkpoint holds {weights} weights in all.")
 
 
 def find_image_token(tokenizer, given: int | None, config: dict) -> int:
@@ -105,8 +135,11 @@ def find_image_token(tokenizer, given: int | None, config: dict) -> int:
 
 def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's weights, without memory for them."""
-    with torch.device("meta"):
-        model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config)
+    try:
+        with torch.device("meta"):
+            model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config)
+    except (*WRONG_VALUES, RuntimeError, AssertionError) as error:
+        raise ValueError(f"config.json describes no model that can be made: {one_line(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -114,17 +147,6 @@ def fingerprint(config, shards: list[Shard]) -> str:
     """Tells whether half-done work belongs to this source."""
     files = [(shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns) for shard in shards]
     return hashlib.sha256(json.dumps([config.to_dict(), files], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def prepare_work_folder(out: Path, mark: str) -> Path:
-    """OUT.partial: what an interrupted run of the same import left, or a new one."""
-    work = work_folder(out)
-    state = work / "import.json"
-    if work.exists() and not (state.is_file() and json.loads(state.read_text()).get("fingerprint") == mark):
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    state.write_text(json.dumps({"fingerprint": mark}))
-    return work
 
 
 def write_settings(work: Path, config, tokenizer, with_bos: bool) -> None:

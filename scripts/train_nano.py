@@ -242,9 +242,12 @@ def main() -> None:
         parser.error("--dtype float16 needs its losses scaled; take bfloat16 or float32")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(args.seed)
-    if not (args.resume and (args.out / "model.safetensors").exists()):
-        write_untrained(args.out)
-    (args.out / "materials.json").write_text(json.dumps(materials(), indent=1) + "\n")
+    try:
+        if not (args.resume and (args.out / "model.safetensors").exists()):
+            write_untrained(args.out)
+        (args.out / "materials.json").write_text(json.dumps(materials(), indent=1) + "\n")
+    except OSError as error:
+        parser.exit(1, f"error: {error}\n")
     model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
     processor = load_processor(args.out)
     learner = Learner(model_class.from_pretrained(args.out, dtype=torch.float32)).to(args.device).train()

@@ -1,6 +1,7 @@
 """assemble.py: vision towers and language models of different families become one model that trains and chats."""
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -212,8 +213,32 @@ def test_a_patch_embedding_is_no_vision_tower(tmp_path):
 
 def test_nothing_is_left_beside_what_was_written(tmp_path):
     language = language_folder(tmp_path / "language", "qwen3")
-    (tmp_path / "out.partial").mkdir()  # of a run that was stopped
-    (tmp_path / "out.partial" / "rest").touch()
     assemble(str(published_vision(tmp_path)), str(language), tmp_path / "out", "chatml", torch.float32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["language", "out"]
-    assert not (tmp_path / "out" / "rest").exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if "unfinished" in path.name]
+
+
+def test_a_partial_folder_that_is_not_ours_is_left_alone(tmp_path):
+    language = language_folder(tmp_path / "language", "qwen3")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not an unfinished import; move it away"):
+        assemble(str(published_vision(tmp_path)), str(language), tmp_path / "out", "chatml", torch.float32)
+    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 1e9}, "num_hidden_layers must be a whole number"),
+        ({"vocab_size": 10**12}, "vocab_size must be a whole number"),
+        ({"hidden_act": 5}, "is not a causal language model|is no configuration"),
+    ],
+)
+def test_language_models_that_cannot_be_are_refused_before_they_are_made(tmp_path, change, message):
+    language = language_folder(tmp_path / "language", "qwen3")
+    path = language / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        assemble(str(published_vision(tmp_path)), str(language), tmp_path / "out", "chatml", torch.float32)
+    assert not (tmp_path / "out.partial").exists()

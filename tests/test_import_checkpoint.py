@@ -14,10 +14,11 @@ from transformers import AutoModel, AutoProcessor
 
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from import_checkpoint import import_checkpoint  # noqa: E402
+from import_checkpoint import import_checkpoint, main  # noqa: E402
 from test_import_tokenizer import write_internlm2_folder  # noqa: E402
 
 from importing import weights  # noqa: E402
+from importing.folder import new_folder  # noqa: E402
 
 
 IMAGE_TOKEN = 500
@@ -207,3 +208,210 @@ def test_folder_that_exists_is_left_alone(published, tmp_path):
 def test_missing_source(tmp_path):
     with pytest.raises(ValueError, match="no folder"):
         import_checkpoint(str(tmp_path / "nowhere"), tmp_path / "out", IMAGE_TOKEN)
+
+
+# --- what strangers write --------------------------------------------------------------------------------------------
+
+
+def set_config(**values):
+    def damage(folder):
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        for name, value in values.items():
+            *sections, last = name.split("__")
+            part = config
+            for section in sections:
+                part = part[section]
+            part[last] = value
+        path.write_text(json.dumps(config))
+
+    return damage
+
+
+def write(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def index_of(weight_map):
+    return write(weights.INDEX_NAME, json.dumps({"weight_map": weight_map}))
+
+
+def set_weight(value):
+    """Fill one weight, which keeps its type where the value has none of its own."""
+
+    def change(tensors):
+        name = "mlp1.3.bias"
+        given = torch.as_tensor(value)
+        tensors[name] = given.expand(tensors[name].shape).contiguous()
+
+    return lambda folder: change_weights(folder, change)
+
+
+def put_a_tensor_twice(folder):
+    split_into_shards(folder)
+    second = folder / "model-00002-of-00002.safetensors"
+    first = load_file(folder / "model-00001-of-00002.safetensors")
+    name = next(iter(first))
+    save_file({**load_file(second), name: first[name]}, second)
+
+
+def rewrite_header(change):
+    def damage(folder):
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+    return damage
+
+
+def claim_a_long_header(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes((2**60).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (write("config.json", "[]"), "must hold a JSON object"),
+        (write("config.json", "[" * 200_000), "not valid JSON"),
+        (write("config.json", "\x00\x01"), "not valid JSON"),
+        (set_config(vision_config=5), "vision_config must be an object"),
+        (set_config(llm_config=[]), "llm_config must be an object"),
+        (set_config(llm_config__num_hidden_layers=1e9), "num_hidden_layers must be a whole number"),
+        (set_config(llm_config__num_hidden_layers=10**9), "num_hidden_layers must be a whole number"),
+        (set_config(llm_config__num_hidden_layers="24"), "num_hidden_layers must be a whole number"),
+        (set_config(vision_config__num_hidden_layers=1500), "1500 layers, but the checkpoint holds"),
+        (set_config(llm_config__vocab_size=10**12), "vocab_size must be a whole number"),
+        (set_config(llm_config__hidden_size=True), "hidden_size must be a whole number"),
+        (set_config(llm_config__num_key_value_heads=0), "num_key_value_heads must be a whole number"),
+        (set_config(llm_config__rope_theta={}), "config.json"),
+        (set_config(torch_dtype=[1, 2]), "config.json"),
+        (set_weight(torch.tensor(1j)), "mlp1.3.bias is of type C64"),
+        (set_weight(torch.tensor(1)), "mlp1.3.bias is of type I64"),
+        (set_weight(torch.tensor(True)), "mlp1.3.bias is of type BOOL"),
+        (set_weight(torch.tensor(1.0).to(torch.float8_e4m3fn)), "mlp1.3.bias is of type F8_E4M3"),
+        (set_weight(float("nan")), "mlp1.3.bias holds values that are not finite"),
+        (set_weight(float("-inf")), "mlp1.3.bias holds values that are not finite"),
+        (put_a_tensor_twice, "Several files hold the same tensors"),
+        (write(weights.INDEX_NAME, "5"), "must hold a JSON object"),
+        (index_of(5), "must have a weight_map"),
+        (index_of({"a": 5}), "must have a weight_map"),
+        (index_of({"a": "../published/model.safetensors"}), r"names the file '../published/model.safetensors'"),
+        (index_of({"a": "/etc/passwd"}), "names the file '/etc/passwd'"),
+        (index_of({"a": "model.bin"}), "names the file 'model.bin'"),
+        (claim_a_long_header, "damaged or truncated"),
+        (rewrite_header(lambda header: header["mlp1.3.bias"].update(data_offsets=[0, 8])), "damaged or truncated"),
+        (rewrite_header(lambda header: header["mlp1.3.bias"].update(shape=[-1])), "damaged or truncated"),
+    ],
+)
+def test_what_strangers_write_is_refused_in_one_line(published, tmp_path, damage, message, capsys, monkeypatch):
+    damage(published)
+    before = {path.name: path.read_bytes() for path in published.iterdir()}
+    arguments = [str(published), str(tmp_path / "out"), "--image-token-id", str(IMAGE_TOKEN)]
+    monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", *arguments])
+    assert main() == 1
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Converting", "\rConverting"))
+    ]
+    assert message.replace("\\", "") in said[-1]
+    assert said[-1].startswith("error: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"published"}
+    assert {path.name: path.read_bytes() for path in published.iterdir()} == before
+
+
+def test_names_that_lead_out_are_refused_before_a_file_is_opened(published, tmp_path, monkeypatch):
+    index_of({"a": "../secret.safetensors"})(published)
+    (tmp_path / "secret.safetensors").write_bytes(b"secret")
+    monkeypatch.setattr(weights, "safe_open", lambda *_, **__: pytest.fail("a file was opened"))
+    with pytest.raises(ValueError, match="names the file"):
+        import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
+
+
+def test_the_cache_of_the_hub_with_its_links_is_imported(published, tmp_path):
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "1", tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(published.iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    import_checkpoint(str(snapshot), tmp_path / "out", IMAGE_TOKEN)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
+
+
+# --- the folder where it is made -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "import.json", "unfinished-minimonkey.json"])
+def test_a_partial_folder_that_is_not_ours_is_left_alone(published, tmp_path, name):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / name).write_text("{}")
+    with pytest.raises(ValueError, match="out.partial exists and is not an unfinished import; move it away"):
+        import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
+    assert [path.name for path in partial.iterdir()] == [name]
+
+
+def test_two_imports_to_one_folder(published, tmp_path):
+    with new_folder(tmp_path / "out", "another source"):
+        with pytest.raises(ValueError, match="Another run is writing"):
+            import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
+        (tmp_path / "out.partial" / "config.json").write_text("{}")
+        (tmp_path / "out.partial" / weights.SINGLE_NAME).write_bytes(b"")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_an_unfinished_import_of_another_source_is_replaced(published, tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", "another source") as work:
+        (work / "rest").touch()
+        raise KeyboardInterrupt
+    assert (tmp_path / "out.partial" / "rest").exists()
+    import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
+    assert not (tmp_path / "out" / "rest").exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if "unfinished" in path.name]
+
+
+@pytest.mark.parametrize("taken", ["model.safetensors", "config.json"])
+def test_a_folder_without_its_weights_is_no_success(published, tmp_path, monkeypatch, taken):
+    write_settings = sys.modules[import_checkpoint.__module__].write_settings
+
+    def take_away(work, *args):
+        write_settings(work, *args)
+        (work / taken).unlink()
+
+    monkeypatch.setattr(sys.modules[import_checkpoint.__module__], "write_settings", take_away)
+    with pytest.raises(ValueError, match=f"lacks {taken}"):
+        import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_full_disk_is_said_and_costs_the_rest_alone(published, tmp_path, monkeypatch, room):
+    split_into_shards(published)
+    save_file, written = weights.save_file, []
+
+    def save(tensors, path, **options):
+        if len(written) == room:
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(weights, "save_file", save)
+    with pytest.raises(OSError, match="could not be written: .*No space left"):
+        import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
+    left = [path.name for path in (tmp_path / "out.partial").glob("*.safetensors")] if room else []
+    assert len(left) == room
+    assert (tmp_path / "out.partial").exists() == bool(room)
+    assert not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.setattr(weights, "save_file", save_file)
+    import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
+
+
+def test_a_file_in_the_place_of_the_folder_above(published, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        import_checkpoint(str(published), tmp_path / "file" / "out", IMAGE_TOKEN)

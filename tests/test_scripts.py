@@ -145,3 +145,20 @@ def test_training_and_evaluation_run(tmp_path):
     assert result.returncode == 0, result.stderr
     assert '"items": 2' in result.stdout
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("finetune.py", "pyproject.toml"),
+        ("finetune.py", "scripts/training/recipes/nano-smoke.yaml", "--set", "seed={"),
+        ("average.py", "nowhere", "--output", "out"),
+        ("synthetic/documents.py", "assets/LICENSE/page.txt"),
+        ("evaluate.py", "--items", "2", "--benchmark", "nowhere.jsonl"),
+    ],
+)
+def test_scripts_say_in_one_line_what_is_wrong(arguments):
+    result = run(f"scripts/{arguments[0]}", *arguments[1:])
+    assert result.returncode in (1, 2)
+    assert "Traceback" not in result.stderr
+    assert "error: " in result.stderr.splitlines()[-1]

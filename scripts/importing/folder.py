@@ -1,27 +1,112 @@
 """A new model folder: the place it is made in, and what stands in it beside the weights."""
 
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from repository import root_class
 from transformers import GenerationConfig
 
+from importing.weights import missing_weights
+
+
+# In OUT.partial: says that the folder is ours, and of which source it is.
+RECORD_NAME = "unfinished-minimonkey.json"
+RECORD_KIND = "MiniMonkey, unfinished"
+LOCK_NAME = ".unfinished-minimonkey.lock"
+
 
 def check_free(out: Path) -> None:
-    """Raise `ValueError` if something is in the way of a new folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Raise `ValueError` if something is in the way of a new folder, or of OUT.partial where it is made."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ValueError(f"{out} exists already; remove it or choose another folder.")
+    work = _work_folder(out)
+    is_ours = work.is_dir() and not work.is_symlink() and ({*_names(work)} <= {LOCK_NAME} or _record(work) is not None)
+    if (work.exists() or work.is_symlink()) and not is_ours:
+        raise ValueError(
+            f"{work} exists and is not an unfinished import; move it away or choose another OUT than {out}."
+        )
 
 
-def work_folder(out: Path) -> Path:
-    """Where OUT is made until it is complete."""
+@contextmanager
+def new_folder(out: Path, source: str) -> Iterator[Path]:
+    """Make OUT in OUT.partial, which becomes OUT at the end of the `with` block, if it is complete.
+
+    After an interruption what is there is taken over if it is of the same source. After an error it goes, but for shards
+    that are complete when a file could not be written: a full disk costs no more than the rest.
+
+    Args:
+        source: Tells sources apart.
+
+    Raises:
+        ValueError: Something is in the way, another run is writing the same OUT, or the result lacks files.
+    """
+    check_free(out)
+    work = _work_folder(out)
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another run is writing {out} (in {work}); wait for it, or choose another folder.") from error
+    with lock:
+        check_free(out)
+        if _record(work) != source:
+            _clear(work)
+        (work / RECORD_NAME).write_text(json.dumps({"kind": RECORD_KIND, "source": source}), encoding="utf-8")
+        try:
+            yield work
+            _finish(work, out)
+        except OSError:
+            if not any(work.glob("*.safetensors")):
+                shutil.rmtree(work)
+            raise
+        except ValueError:
+            shutil.rmtree(work)
+            raise
+
+
+def _work_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def finish(out: Path) -> None:
-    """OUT appears, complete."""
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def _record(work: Path) -> str | None:
+    """Return which source an unfinished folder of ours is of, None for any other folder."""
+    try:
+        record = json.loads((work / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_ours = isinstance(record, dict) and record.get("kind") == RECORD_KIND
+    return str(record.get("source")) if is_ours else None
+
+
+def _clear(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name == LOCK_NAME:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _finish(work: Path, out: Path) -> None:
+    missing = [name for name in ("config.json",) if not (work / name).is_file()] + missing_weights(work)
+    if missing:
+        raise ValueError(f"{work} lacks {', '.join(missing)}; something took them away. Start again.")
+    check_free(out)
+    (work / RECORD_NAME).unlink()
     if out.exists():
         out.rmdir()
-    work_folder(out).replace(out)
+    work.replace(out)
+    (out / LOCK_NAME).unlink()
 
 
 def image_processor(config):

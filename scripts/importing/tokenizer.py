@@ -6,15 +6,17 @@ vocabulary and merges. The result needs no remote code and no sentencepiece.
 Needs the `convert` extra (sentencepiece, protobuf) for a `tokenizer.model`.
 """
 
-import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
+from importing.config import read_json
+
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+MOST_TOKENS = 10**8
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -58,19 +60,31 @@ def read_added_tokens(folder: Path) -> dict[int, AddedToken]:
     """Added tokens by id, from all the places where releases of transformers have kept them."""
     tokens: dict[int, AddedToken] = {}
     for content, index in _read_json(folder / "added_tokens.json").items():
-        tokens[index] = AddedToken(content, special=True, normalized=False)
+        tokens[_token_id(index)] = AddedToken(content, special=True, normalized=False)
     settings = _read_json(folder / "tokenizer_config.json")
-    for index, token in settings.get("added_tokens_decoder", {}).items():
-        # All are control tokens here, also those that some checkpoints do not mark as special.
-        tokens[int(index)] = AddedToken(
-            token["content"],
-            special=True,
-            normalized=token.get("normalized", False),
-            lstrip=token.get("lstrip", False),
-            rstrip=token.get("rstrip", False),
-            single_word=token.get("single_word", False),
-        )
+    try:
+        for index, token in settings.get("added_tokens_decoder", {}).items():
+            # All are control tokens here, also those that some checkpoints do not mark as special.
+            tokens[_token_id(index)] = AddedToken(
+                token["content"],
+                special=True,
+                normalized=token.get("normalized", False),
+                lstrip=token.get("lstrip", False),
+                rstrip=token.get("rstrip", False),
+                single_word=token.get("single_word", False),
+            )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"added_tokens_decoder of {folder / 'tokenizer_config.json'} does not list tokens by id: {error!r}."
+        ) from error
     return tokens
+
+
+def _token_id(index: int | str) -> int:
+    number = int(index) if isinstance(index, (int, str)) and str(index).isdecimal() else -1
+    if not 0 <= number < MOST_TOKENS:
+        raise ValueError(f"An added token has the id {index!r:.40}; ids are whole numbers below {MOST_TOKENS:,}.")
+    return number
 
 
 def build_from_sentencepiece(
@@ -211,4 +225,4 @@ def _content(token: str | dict | None) -> str | None:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

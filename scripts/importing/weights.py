@@ -1,6 +1,7 @@
 """Published safetensors files to ours, a shard at a time: checked as a whole first, resumable, small in memory."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from importing.config import read_json
+
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+READABLE_TYPES = ("F64", "F32", "F16", "BF16")
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer of older releases, computed from the configuration
 
 
@@ -29,9 +33,8 @@ def read_shards(folder: Path) -> list[Shard]:
     Raises:
         ValueError: No weights, a missing, damaged or truncated file, or an index that does not match the files.
     """
-    index_path = folder / INDEX_NAME
-    if index_path.is_file():
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+    if (folder / INDEX_NAME).is_file():
+        weight_map = _read_weight_map(folder / INDEX_NAME)
         names = sorted(set(weight_map.values()))
     elif (folder / SINGLE_NAME).is_file():
         weight_map, names = None, [SINGLE_NAME]
@@ -46,15 +49,55 @@ def read_shards(folder: Path) -> list[Shard]:
     return shards
 
 
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """Return the shard of each tensor.
+
+    Raises:
+        ValueError: It is none, or a name that leads out of the folder.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{path} must have a weight_map from tensors' names to files' names.")
+    for name in sorted(set(weight_map.values())):
+        if not name.endswith(".safetensors") or any(character in name for character in "/\\\0"):
+            raise ValueError(f"{path} names the file {name!r}; it must be a .safetensors file beside the index.")
+    return weight_map
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Return the weight files that a finished folder should have and lacks."""
+    if not (folder / INDEX_NAME).is_file():
+        return [] if (folder / SINGLE_NAME).is_file() else [SINGLE_NAME]
+    return [
+        name for name in sorted(set(_read_weight_map(folder / INDEX_NAME).values())) if not (folder / name).is_file()
+    ]
+
+
 def _read_header(path: Path) -> Shard:
+    shapes, unreadable = {}, {}
     try:
         with safe_open(path, framework="pt") as file:
-            return Shard(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                shapes[name] = tuple(part.get_shape())
+                if part.get_dtype() not in READABLE_TYPES and not name.endswith(IGNORED_SUFFIXES):
+                    unreadable[name] = part.get_dtype()
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or truncated: {error}. Download it again.") from error
+    if unreadable:
+        name, kind = next(iter(unreadable.items()))
+        raise ValueError(
+            f"{path}: {name} is of type {kind}, which is no plain weight ({len(unreadable)} such tensors). Weights must be "
+            f"{', '.join(READABLE_TYPES)}; quantised checkpoints are not imported, take the original."
+        )
+    return Shard(path, shapes)
 
 
 def _check_index(weight_map: dict[str, str], shards: list[Shard]) -> None:
+    places = Counter(name for shard in shards for name in shard.shapes)
+    twice = {name for name, count in places.items() if count > 1}
+    if twice:
+        raise ValueError(f"Several files hold the same tensors: {_few(twice)}.")
     for shard in shards:
         named = {key for key, name in weight_map.items() if name == shard.path.name}
         if named != shard.shapes.keys():
@@ -130,14 +173,34 @@ def convert_shards(shards: list[Shard], out: Path, convert) -> None:
 
 def _convert_shard(shard: Shard, target: Path, convert, progress) -> None:
     tensors = {}
-    with safe_open(shard.path, framework="pt") as file:
-        for source in shard.shapes:
-            if not source.endswith(IGNORED_SUFFIXES):
-                tensors |= convert(source, file.get_tensor(source))
-            progress.update()
+    try:
+        with safe_open(shard.path, framework="pt") as file:
+            for source in shard.shapes:
+                if not source.endswith(IGNORED_SUFFIXES):
+                    tensors |= convert(source, check_finite(file.get_tensor(source), source))
+                progress.update()
+    except SafetensorError as error:
+        raise ValueError(f"{shard.path} is damaged or truncated: {error}. Download it again.") from error
     temporary = target.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(target)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(target)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{target.name} could not be written: {error}. The shards before it are kept; run again."
+        ) from error
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Return a weight, if all its values are numbers.
+
+    Raises:
+        ValueError: It holds NaN or infinity.
+    """
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds values that are not finite (NaN or infinity); the checkpoint is damaged.")
+    return tensor
 
 
 def _few(names: set[str]) -> str:

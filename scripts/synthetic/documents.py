@@ -76,9 +76,14 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=12)
     parser.add_argument("--columns", type=int, default=4)
     args = parser.parse_args()
-    items = [document(args.kind, i, args.seed, args.split, args.difficulty) for i in range(args.items)]
-    captions = [[f"{asked.text} -> {asked.answer!r}" for asked in item.questions] for item in items]
-    sheet([(item.image, texts) for item, texts in zip(items, captions)], args.columns).save(args.out)
+    if args.items < 1 or args.columns < 1:
+        parser.error("--items and --columns must be at least 1")
+    try:
+        items = [document(args.kind, i, args.seed, args.split, args.difficulty) for i in range(args.items)]
+        captions = [[f"{asked.text} -> {asked.answer!r}" for asked in item.questions] for item in items]
+        sheet([(item.image, texts) for item, texts in zip(items, captions)], args.columns).save(args.out)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -230,7 +230,10 @@ def main() -> None:
         picture = sample.image.copy()
         picture.thumbnail((230, 90))
         sheet.paste(picture, (i % 5 * 240, i // 5 * 100))
-    sheet.save(args.out)
+    try:
+        sheet.save(args.out)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from repository import root_class
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from importing.folder import finish, work_folder
+from importing.folder import new_folder
 from training.letters import with_letters
 from training.nano import write_untrained
 from training.recipe import UNTRAINED_NANO, Recipe
@@ -30,8 +30,8 @@ def model_folder(recipe: Recipe) -> str:
     folder = Path(recipe.output) / UNTRAINED_NANO
     if not folder.exists():
         torch.manual_seed(recipe.seed)
-        write_untrained(work_folder(folder))
-        finish(folder)
+        with new_folder(folder, f"{UNTRAINED_NANO}, seed {recipe.seed}") as work:
+            write_untrained(work)
     return str(folder)
 
 
@@ -157,9 +157,9 @@ def save(trainer, recipe: Recipe, base: str) -> Path:
         target = output / "model"
         if target.exists():
             shutil.rmtree(target)
-        model.save_pretrained(work_folder(target))
-        trainer.processor.save_pretrained(work_folder(target))
-        finish(target)
+        with new_folder(target, f"step {trainer.state.global_step}") as work:
+            model.save_pretrained(work)
+            trainer.processor.save_pretrained(work)
         if recipe.lora is None:
             shutil.rmtree(trained)
     return output / "model" if is_wanted else trained

@@ -136,7 +136,7 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}; see scripts/training/recipes.")
-    values = yaml.safe_load(path.read_text())
+    values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}.")
     for override in overrides:
@@ -155,7 +155,14 @@ def _put(values: dict, override: str) -> None:
         values = values[name]
         if not isinstance(values, dict):
             raise ValueError(f"--set {override}: {name} is a value and holds no keys.")
-    values[last] = yaml.safe_load(text)
+    values[last] = _read_yaml(text, f"--set {override}")
+
+
+def _read_yaml(text: str, where: str):
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _build(kind: type, values: dict[str, Any], where: str):

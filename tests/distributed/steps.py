@@ -106,6 +106,7 @@ def main() -> None:
         report = {"wrapper": type(model).__name__, "world_size": size, "losses": losses, **details}
         sys.stdout.write(json.dumps(report) + "\n")
     if kind != "plain":
+        dist.barrier()  # a process that ends while another still talks to it can abort
         dist.destroy_process_group()
 
 

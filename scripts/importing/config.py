@@ -1,0 +1,59 @@
+"""JSON files of a checkpoint, looked through before anything is made of them: they come from strangers."""
+
+import json
+from pathlib import Path
+
+
+# The most that any of these may be; models of this family are far below. What is above would fill the memory.
+LARGEST = {
+    "num_hidden_layers": 2_000,
+    "num_attention_heads": 10_000,
+    "num_key_value_heads": 10_000,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "head_dim": 10**5,
+    "vocab_size": 10**8,
+    "max_position_embeddings": 10**9,
+    "image_size": 10**5,
+    "force_image_size": 10**5,
+    "patch_size": 10**5,
+    "num_channels": 10**3,
+}
+SECTIONS = ("vision_config", "llm_config", "text_config")
+
+
+def read_json(path: Path) -> dict:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        ValueError: It cannot be read, is no JSON or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, {{...}}, but holds a {type(value).__name__}.")
+    return value
+
+
+def check_config(config: dict, path: Path) -> None:
+    """Raise `ValueError` for sections of a `config.json` that are no objects, and sizes that are none or far too large."""
+    for name in SECTIONS:
+        if not isinstance(config.get(name, {}), dict):
+            raise ValueError(f"{path}: {name} must be an object, {{...}}, got {config[name]!r:.80}.")
+    for part in (config, *(config.get(name, {}) for name in SECTIONS)):
+        for name in LARGEST.keys() & part.keys():
+            _check_size(part[name], name, path)
+
+
+def _check_size(value, name: str, path: Path) -> None:
+    if value is None:
+        return
+    sizes = value if isinstance(value, list) and "size" in name and len(value) == 2 else [value]
+    for size in sizes:
+        least = 0 if name == "num_hidden_layers" else 1
+        if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= LARGEST[name]:
+            raise ValueError(
+                f"{path}: {name} must be a whole number from {least} to {LARGEST[name]:,}, got {value!r:.80}."
+            )
