@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from clips import write_clip
 from conftest import ROOT
 from packaging.requirements import Requirement
@@ -298,3 +299,32 @@ def test_links_lead_somewhere(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists() and target.is_relative_to(ROOT), link
         assert not anchor or anchor in anchors(target), link
+
+
+# --- release ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+    assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == version
+
+
+def test_the_public_workflow_runs_what_ci_runs():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["test"]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.13"]
+
+
+def test_pre_commit_has_the_locked_ruff():
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert f"\nruff=={hooks['rev'].removeprefix('v')}\n" in (ROOT / "requirements" / "lock.txt").read_text()
+
+
+def test_the_map_of_files_is_whole():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text] == []
+    named_files = re.findall(r"`(\w+\.py)`", text[text.index("## What is where") :])
+    assert [
+        name for name in named_files if not any((ROOT / folder / name).exists() for folder in (".", "scripts"))
+    ] == []
