@@ -20,6 +20,10 @@ import transformers
 import yaml
 from clips import write_clip
 from conftest import ROOT
+from minimonkey.scripts.evaluation.suites import read_benchmark
+from minimonkey.scripts.training.data import read_sources
+from minimonkey.scripts.training.encode import Encoder
+from minimonkey.scripts.training.recipe import read_recipe
 from packaging.requirements import Requirement
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModel, AutoProcessor
@@ -29,12 +33,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from evaluation.suites import read_benchmark  # noqa: E402
-from training.data import read_sources  # noqa: E402
-from training.encode import Encoder  # noqa: E402
-from training.recipe import read_recipe  # noqa: E402
 
 
 README = ROOT / "README.md"
