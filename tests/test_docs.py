@@ -20,13 +20,14 @@ import transformers
 import yaml
 from clips import write_clip
 from conftest import ROOT
+from packaging.requirements import Requirement
+from PIL import Image, ImageDraw, ImageFont
+from transformers import AutoModel, AutoProcessor
+
 from minimonkey.scripts.evaluation.suites import read_benchmark
 from minimonkey.scripts.training.data import read_sources
 from minimonkey.scripts.training.encode import Encoder
 from minimonkey.scripts.training.recipe import read_recipe
-from packaging.requirements import Requirement
-from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoModel, AutoProcessor
 
 
 if sys.version_info >= (3, 11):
