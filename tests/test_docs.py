@@ -188,7 +188,7 @@ def check_script(words: list[str], monkeypatch) -> None:
     given = [word for word in words if word.startswith(("scripts/", "assets/"))]
     assert not [path for path in given if not (ROOT / path).exists()]
     if words[0] == "scripts/finetune.py":
-        read_recipe(ROOT / args.recipe, args.set)
+        read_recipe(ROOT / args.recipe, [*args.set, "use_cpu=true"])  # which asks for no GPU
 
 
 def check_make(words: list[str]) -> None:
