@@ -25,14 +25,13 @@ from training_helpers import (
 )
 from transformers import AutoModel, AutoProcessor, LlamaConfig, Qwen2Config
 
-
-import finetune as script  # isort: skip
-from benchmarking.models import random_config, random_model  # isort: skip
-from importing.folder import save_processor  # isort: skip
-from training.models import deepen, load_model  # isort: skip
-from training.optimizers import MuonWithAdamW, matrices_and_rest  # isort: skip
-from training.recipe import read_recipe  # isort: skip
-from training.trainer import FineTuner, last_checkpoint  # isort: skip
+from minimonkey.scripts import finetune as script
+from minimonkey.scripts.benchmarking.models import random_config, random_model
+from minimonkey.scripts.importing.folder import save_processor
+from minimonkey.scripts.training.models import deepen, load_model
+from minimonkey.scripts.training.optimizers import MuonWithAdamW, matrices_and_rest
+from minimonkey.scripts.training.recipe import read_recipe
+from minimonkey.scripts.training.trainer import FineTuner, last_checkpoint
 
 
 LANGUAGE_MODEL = ("model.language_model.", "lm_head.")
@@ -103,7 +102,7 @@ def test_the_loss_is_the_mean_over_answers_and_evaluation_runs(tmp_path, monkeyp
 
 
 def test_redrawn_documents_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.data.documents", stand_in_documents())
+    monkeypatch.setattr("minimonkey.scripts.training.data.documents", stand_in_documents())
     data = {"a": {"synthetic": "word", "length": 4}}
     limits = {"too_long": "skip", "max_seq_length": 400}
     train_here(monkeypatch, write_recipe(tmp_path, data=data, **limits))
@@ -112,7 +111,7 @@ def test_redrawn_documents_are_counted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("only", [True, False])
 def test_letters_are_a_loss_of_their_own(tmp_path, monkeypatch, only):
-    monkeypatch.setattr("training.data.documents", stand_in_documents())
+    monkeypatch.setattr("minimonkey.scripts.training.data.documents", stand_in_documents())
     data = {"a": {"synthetic": "word", "length": 4}}
     train = ["vision"] if only else ["vision", "projector", "language_model"]
     options = {"letters": {"only": only}, "train": train, "data": data, "save_dtype": "float32"}

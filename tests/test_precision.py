@@ -1,18 +1,13 @@
 """Scripts compute in what the machine is fast in, unless they are told otherwise."""
 
 import argparse
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import precision  # noqa: E402
-
-from training.optimizers import Muon  # noqa: E402
-from training.recipe import Recipe, with_fast_types  # noqa: E402
+from minimonkey.scripts import precision
+from minimonkey.scripts.training.optimizers import Muon
+from minimonkey.scripts.training.recipe import Recipe, with_fast_types
 
 
 @pytest.fixture

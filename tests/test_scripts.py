@@ -10,9 +10,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import visualize  # noqa: E402
+from minimonkey.scripts import visualize
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:

@@ -5,22 +5,21 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, root_class
+from conftest import ROOT
 from PIL import ExifTags, Image
 from training_helpers import ONE_TILE, draw, line, stand_in_documents, write_lines, write_words
 
-
-from synthetic.text_images import CharacterBox  # isort: skip
-from training.collator import Collator  # isort: skip
-from training.data import IMAGE_PLACEHOLDER, picture_size, read_sources  # isort: skip
-from training.encode import IGNORED, Conversation, Encoder, tile_options  # isort: skip
-from training.letters import CHARACTER_CLASS, cell_labels  # isort: skip
-from training.recipe import Recipe, read_recipe  # isort: skip
-from training.samples import Samples  # isort: skip
+from minimonkey.scripts.synthetic.text_images import CharacterBox
+from minimonkey.scripts.training.collator import Collator
+from minimonkey.scripts.training.data import IMAGE_PLACEHOLDER, picture_size, read_sources
+from minimonkey.scripts.training.encode import IGNORED, Conversation, Encoder, tile_options
+from minimonkey.scripts.training.letters import CHARACTER_CLASS, cell_labels
+from minimonkey.scripts.training.recipe import Recipe, read_recipe
+from minimonkey.scripts.training.samples import Samples
+from minimonkey.tiling import RANGE_NAMES
 
 
 MSAC = [[1, 4, 1, 3]]
-RANGE_NAMES = root_class("tiling.RANGE_NAMES")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +196,7 @@ def test_wrong_lines_are_named(tmp_path, encoder, entry, message):
     ],
 )
 def test_wrong_datasets_are_named(tmp_path, encoder, monkeypatch, entry, message):
-    monkeypatch.setattr("training.data.documents", stand_in_documents())
+    monkeypatch.setattr("minimonkey.scripts.training.data.documents", stand_in_documents())
     write_words(tmp_path)
     with pytest.raises(ValueError, match=f"Dataset mine.*{message}"):
         read_sources({"mine": entry}, tmp_path, ONE_TILE, encoder)
@@ -247,7 +246,7 @@ def test_a_picture_that_grew_raises(tmp_path, encoder):
 
 
 def test_long_documents_are_drawn_anew_and_counted(tmp_path, encoder, monkeypatch):
-    monkeypatch.setattr("training.data.documents", stand_in_documents())
+    monkeypatch.setattr("minimonkey.scripts.training.data.documents", stand_in_documents())
     entries = {"a": {"synthetic": "word", "length": 4, "difficulty": [0, 1], "seed": 5}}
     values = {"order": "curriculum", "max_seq_length": 400, "epochs": 2}
     data = samples(tmp_path, encoder, entries, too_long="skip", **values)

@@ -11,15 +11,17 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 from training_helpers import draw, finetune, line, metrics, write_lines, write_recipe
 
+from minimonkey.scripts import finetune as script
 
-import finetune as script  # isort: skip
 
 LAUNCH = ROOT / "scripts" / "training" / "launch"
+# What distributed/steps.py imports is found where it is found here.
+WITH_PACKAGE = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def in_two_processes(*arguments) -> subprocess.CompletedProcess:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {**WITH_PACKAGE, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [*torchrun, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -29,7 +31,7 @@ def steps(kind: str) -> dict:
     arguments = [ROOT / "tests" / "distributed" / "steps.py", kind, ROOT]
     if kind == "plain":
         command = [sys.executable, *map(str, arguments)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, cwd=ROOT, env=WITH_PACKAGE, capture_output=True, text=True, timeout=300)
     else:
         result = in_two_processes(*arguments)
     assert result.returncode == 0, result.stderr

@@ -10,10 +10,8 @@ import yaml
 from conftest import ROOT
 from PIL import Image, ImageDraw
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from synthetic.canvas import Document, Question  # noqa: E402
-from synthetic.text_images import CharacterBox  # noqa: E402
+from minimonkey.scripts.synthetic.canvas import Document, Question
+from minimonkey.scripts.synthetic.text_images import CharacterBox
 
 
 ONE_TILE = [[1, 1, 1, 1]]

@@ -23,17 +23,15 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from datasets.fingerprint import Hasher
 from PIL import ExifTags, Image, UnidentifiedImageError
-from repository import root_class
 
-from synthetic import documents
-from synthetic.vocabulary import READ_ALL
-from training.encode import Conversation, Encoder
-from training.recipe import check_ranges
+from minimonkey.conversation import IMAGE_PLACEHOLDER
+from minimonkey.processing_minimonkey import check_placeholders
+from minimonkey.scripts.synthetic import documents
+from minimonkey.scripts.synthetic.vocabulary import READ_ALL
+from minimonkey.scripts.training.encode import Conversation, Encoder
+from minimonkey.scripts.training.recipe import check_ranges
+from minimonkey.tiling import RANGE_NAMES
 
-
-IMAGE_PLACEHOLDER = root_class("conversation.IMAGE_PLACEHOLDER")
-RANGE_NAMES = root_class("tiling.RANGE_NAMES")
-check_placeholders = root_class("processing_minimonkey.check_placeholders")
 
 TileRanges = tuple[int, int, int, int]
 PUBLISHED_NAMES = {"min_dynamic_patch": "min_tiles", "max_dynamic_patch": "max_tiles"}
