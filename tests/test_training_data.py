@@ -189,6 +189,8 @@ def test_wrong_lines_are_named(tmp_path, encoder, entry, message):
         ({"synthetic": "novel", "length": 3}, "no synthetic documents 'novel'"),
         ({"synthetic": "word"}, "length"),
         ({"synthetic": "word", "length": 3, "difficulty": [1]}, "difficulty"),
+        ({"synthetic": "first-words", "length": 3, "difficulty": [0, 2]}, "difficulty"),
+        ({"synthetic": "first-words", "length": 3, "split": "held_out"}, "for training alone"),
         ({"synthetic": "word", "length": 3, "annotation": "a"}, "unknown annotation"),
         ({"synthetic": "word", "length": 3, "split": "other"}, "no split other"),
         ({"synthetic": "word", "length": 3, "turns": 0}, "turns"),
@@ -328,6 +330,19 @@ def test_several_questions_share_a_picture_and_the_whole_text_comes_last(tmp_pat
         assert [IMAGE_PLACEHOLDER in question for question, _ in turns] == [True] + [False] * (len(turns) - 1)
         assert all("\n" not in answer for _, answer in turns[:-1])
     assert any("\n" in turns[-1][1] for turns in several)
+
+
+@pytest.mark.parametrize("kind", ["first-letters", "first-words"])
+def test_first_words_grow_harder(tmp_path, encoder, kind):
+    entries = {"a": {"synthetic": kind, "length": 300, "difficulty": [0, 1]}}
+    (source,) = read_sources(entries, tmp_path, ONE_TILE, encoder)
+    early, late = ([source.example(index + start, 0) for index in range(40)] for start in (0, 260))
+    assert early[3].pictures[0].tobytes() == source.example(3, 0).pictures[0].tobytes()
+    assert all(example.characters for example in (*early, *late))
+    asked = {example.conversation.turns[0][0] for example in (*early, *late)}
+    assert len(asked) > 5 and all(question.startswith(IMAGE_PLACEHOLDER) for question in asked)
+    lengths = [sum(len(example.conversation.turns[0][1]) for example in part) for part in (early, late)]
+    assert lengths[0] > lengths[1] if kind == "first-letters" else lengths[0] < lengths[1]  # from pages to words
 
 
 def test_a_dataset_without_thumbnails(tmp_path, encoder):
