@@ -428,6 +428,7 @@ def test_shipped_recipes_are_valid(path):
     [
         ("nonsense=1", "unknown nonsense"),
         ("nonsense", "name=value"),
+        ("data={a: [", "data=.* is not YAML"),
         ("lora_rank=1", "unknown lora_rank; did you mean .*lora_r "),
         ("micro_batch_size=1", "unknown micro_batch_size; did you mean batch_size"),
         ("batch=1", "unknown batch"),  # no abbreviations
@@ -506,6 +507,13 @@ def test_recipes_take_what_trainer_takes(tmp_path):
     recipe.set_steps(20)
     assert (recipe.max_steps, recipe.warmup_steps) == (20, 7)
     assert recipe.lr_scheduler_kwargs == {"num_decay_steps": 10, "decay_type": "linear", "min_lr_ratio": 0.02}
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("cosine", 6), ("warmup_stable_decay", 12)])
+def test_a_rate_rises_within_the_run(schedule, steps):
+    with pytest.raises(ValueError, match=f"warmup_steps 7 are too many for the {steps} steps"):
+        recipe(warmup_steps=7, lr_scheduler_type=schedule).set_steps(steps)
+    recipe(warmup_steps=7, lr_scheduler_type=schedule).set_steps(14)
 
 
 def test_a_batch_is_divided_or_counted():
