@@ -149,11 +149,18 @@ class Recipe(TrainingArguments):
         return self.letters_only or self.letters_weight is not None
 
     def set_steps(self, steps: int) -> None:
-        """Put in the number of optimizer steps, which the data decide, and what follows from it."""
+        """Put in the number of optimizer steps, which the data decide, and what follows from it.
+
+        Raises:
+            ValueError: The rate would still rise when the run ends or begins to decay.
+        """
         self.max_steps = steps
+        decays = self.lr_scheduler_type == "warmup_stable_decay"
         if self.warmup_steps < 1:
             self.warmup_steps = round(self.warmup_steps * steps)
-        if self.lr_scheduler_type == "warmup_stable_decay":
+        elif self.warmup_steps > steps * (1 - self.decay_ratio * decays):
+            raise ValueError(f"warmup_steps {self.warmup_steps:g} are too many for the {steps} steps of this run.")
+        if decays:
             decay = {"num_decay_steps": max(1, round(self.decay_ratio * steps)), "decay_type": "linear"}
             self.lr_scheduler_kwargs = decay | (self.lr_scheduler_kwargs or {})
 
@@ -177,14 +184,14 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}; see scripts/training/recipes.")
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    options = _parse(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold names and values, got {type(options).__name__}.")
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"--set takes name=value, got {override!r}.")
-        options[name] = yaml.safe_load(text)
+        options[name] = _parse(text, f"--set {override}")
     try:
         _check_names(options)
         arguments = [word for name, value in options.items() for word in _as_arguments(name, value)]
@@ -192,6 +199,13 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return recipe
+
+
+def _parse(text: str, where: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _check_names(options: dict) -> None:
