@@ -16,17 +16,20 @@ from pathlib import Path
 
 import torch
 import transformers
-from import_checkpoint import WRONG_VALUES, make_config, one_line, resolve_source
-from repository import root_class
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from importing.config import check_config, read_json
-from importing.folder import check_free, generation_config, new_folder, save_processor
-from importing.tokenizer import convert_tokenizer
-from importing.weights import check_finite, read_shards
+from minimonkey.checkpoint import convert_tensor
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig, vision_config_from_published
+from minimonkey.conversation import IMAGE_TOKEN, IMAGE_TOKENS, get_template
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.import_checkpoint import WRONG_VALUES, make_config, one_line, resolve_source
+from minimonkey.scripts.importing.config import check_config, read_json
+from minimonkey.scripts.importing.folder import check_free, generation_config, new_folder, save_processor
+from minimonkey.scripts.importing.tokenizer import convert_tokenizer
+from minimonkey.scripts.importing.weights import check_finite, read_shards
 
 
 PUBLISHED_VISION = "intern_vit_6b"
@@ -59,12 +62,12 @@ def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         )
     if not vision.get("num_hidden_layers"):
         raise ValueError(f"{folder} has no vision tower, only a patch embedding, as Mono-InternVL does.")
-    convert, tensors = root_class("checkpoint.convert_tensor"), {}
+    tensors = {}
     for shard in read_shards(folder):
         with safe_open(shard.path, framework="pt") as file:
             for name in shard.shapes:
                 if prefix or "vision" in name:
-                    tensors |= convert(prefix + name, check_finite(file.get_tensor(name), name), text_config)
+                    tensors |= convert_tensor(prefix + name, check_finite(file.get_tensor(name), name), text_config)
     return vision, {name: tensor for name, tensor in tensors.items() if name.startswith(VISION_PREFIX)}
 
 
@@ -79,7 +82,7 @@ def read_whole_config(folder: Path) -> dict:
         raise ValueError(f"{folder} holds no config.json.")
     check_config(read_json(path), path)
     try:
-        return root_class("configuration_minimonkey.MiniMonkeyConfig").get_config_dict(folder)[0]
+        return MiniMonkeyConfig.get_config_dict(folder)[0]
     except WRONG_VALUES as error:
         raise ValueError(f"{path} is no configuration that can be read: {one_line(error)}") from error
 
@@ -87,7 +90,7 @@ def read_whole_config(folder: Path) -> dict:
 def published_vision(config_dict: dict) -> dict:
     """Return a published vision configuration in transformers' terms; raises `ValueError` where it is none."""
     try:
-        return root_class("configuration_minimonkey.vision_config_from_published")(config_dict)
+        return vision_config_from_published(config_dict)
     except WRONG_VALUES as error:
         raise ValueError(f"The configuration of the vision tower cannot be: {one_line(error)}") from error
 
@@ -95,7 +98,7 @@ def published_vision(config_dict: dict) -> dict:
 def extend_tokenizer(tokenizer, template) -> None:
     """Add the image tokens, and the control tokens of the template that the tokenizer lacks, as special tokens."""
     spellings = template.system_header + template.user_header + template.assistant_header + template.separator
-    wanted = [*dict.fromkeys(re.findall(r"<\|\w+\|>", spellings)), *root_class("conversation.IMAGE_TOKENS")]
+    wanted = [*dict.fromkeys(re.findall(r"<\|\w+\|>", spellings)), *IMAGE_TOKENS]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = template.separator
@@ -109,7 +112,7 @@ def assemble(vision_source: str, language_source: str, out: Path, template_name:
         ValueError: Parts that do not fit, before OUT exists.
     """
     check_free(out)
-    template = root_class("conversation.get_template")(template_name)
+    template = get_template(template_name)
     vision_config, vision_weights = read_vision_tower(resolve_source(vision_source))
     language_folder = resolve_source(language_source)
     tokenizer, with_bos = convert_tokenizer(language_folder)
@@ -149,15 +152,15 @@ def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Mod
 
 def build_model(vision_config: dict, text_config, tokenizer, template_name: str) -> nn.Module:
     """A MiniMonkey of these parts with fresh weights."""
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig")(
+    config = MiniMonkeyConfig(
         vision_config=vision_config,
         text_config=text_config,
-        image_token_id=tokenizer.convert_tokens_to_ids(root_class("conversation.IMAGE_TOKEN")),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         template=template_name,
         tie_word_embeddings=text_config.tie_word_embeddings,
     )
     config.architectures = ["MiniMonkeyForConditionalGeneration"]
-    return root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config).eval()
+    return MiniMonkeyForConditionalGeneration(config).eval()
 
 
 def move_weights(model: nn.Module, vision_weights: dict[str, torch.Tensor], language_model: nn.Module) -> None:

@@ -2,23 +2,25 @@
 
     python scripts/average.py runs/nano-one --last 12 --output runs/nano-one-mean
 
-Takes runs that train whole weights, not LoRA adapters. The recipe's keep_checkpoints says how many there are.
+Takes runs that train whole weights, not LoRA adapters. The recipe's save_total_limit says how many there are.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from repository import load_processor, root_class
 from torch import nn
 
-from importing.folder import check_free, new_folder
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.importing.folder import check_free, new_folder
+from minimonkey.scripts.repository import load_processor
+
 from training.trainer import complete_checkpoints
 
 
 def mean_model(folders: list[Path]) -> nn.Module:
     """The model whose weights are the mean of those in `folders`, in float32."""
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
+    model_class = MiniMonkeyForConditionalGeneration
     mean = model_class.from_pretrained(folders[0], dtype=torch.float32)
     with torch.no_grad():
         for count, folder in enumerate(folders[1:], start=2):

@@ -19,12 +19,22 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from repository import ROOT, root_class
 
-from importing.config import check_config, read_json
-from importing.folder import check_free, generation_config, image_processor, new_folder, save_processor
-from importing.tokenizer import convert_tokenizer, has_tokenizer
-from importing.weights import Shard, check_against_model, convert_shards, read_shards
+from minimonkey.checkpoint import convert_tensor
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.conversation import IMAGE_TOKENS, get_template
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.importing.config import check_config, read_json
+from minimonkey.scripts.importing.folder import (
+    check_free,
+    generation_config,
+    image_processor,
+    new_folder,
+    save_processor,
+)
+from minimonkey.scripts.importing.tokenizer import convert_tokenizer, has_tokenizer
+from minimonkey.scripts.importing.weights import Shard, check_against_model, convert_shards, read_shards
+from minimonkey.scripts.repository import ROOT
 
 
 # What configuration classes raise for values that cannot be.
@@ -46,8 +56,7 @@ def import_checkpoint(source: str, out: Path, image_token_id: int | None = None)
     tokenizer, with_bos = convert_tokenizer(folder) if has_tokenizer(folder) else (None, True)
     config_dict["image_token_id"] = find_image_token(tokenizer, image_token_id, config_dict)
     config = make_config(config_dict)
-    root_class("conversation.get_template")(config.template)
-    convert_tensor = root_class("checkpoint.convert_tensor")
+    get_template(config.template)
 
     def convert(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return convert_tensor(name, tensor, config.text_config)
@@ -78,7 +87,7 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{path} is no configuration of this family: it has neither llm_config nor text_config.")
     check_config(config, path)
     try:
-        return root_class("configuration_minimonkey.MiniMonkeyConfig").get_config_dict(folder)[0]
+        return MiniMonkeyConfig.get_config_dict(folder)[0]
     except WRONG_VALUES as error:
         raise ValueError(f"{path} does not describe a model of this family: {one_line(error)}") from error
 
@@ -90,7 +99,7 @@ def make_config(config_dict: dict):
         ValueError: A value of it cannot be.
     """
     try:
-        return root_class("configuration_minimonkey.MiniMonkeyConfig").from_dict(config_dict)
+        return MiniMonkeyConfig.from_dict(config_dict)
     except WRONG_VALUES as error:
         raise ValueError(f"config.json does not describe a model of this family: {one_line(error)}") from error
 
@@ -113,7 +122,7 @@ def find_image_token(tokenizer, given: int | None, config: dict) -> int:
     """The id of <IMG_CONTEXT>: the tokenizer's, or the one given, or the one in the configuration; they may not differ."""
     from_tokenizer = None
     if tokenizer is not None:
-        image_tokens = root_class("conversation.IMAGE_TOKENS")[:3]
+        image_tokens = IMAGE_TOKENS[:3]
         missing = [token for token in image_tokens if token not in tokenizer.get_vocab()]
         if missing:
             raise ValueError(f"The checkpoint's tokenizer lacks {', '.join(missing)}.")
@@ -137,7 +146,7 @@ def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's weights, without memory for them."""
     try:
         with torch.device("meta"):
-            model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config)
+            model = MiniMonkeyForConditionalGeneration(config)
     except (*WRONG_VALUES, RuntimeError, AssertionError) as error:
         raise ValueError(f"config.json describes no model that can be made: {one_line(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

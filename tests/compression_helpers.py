@@ -3,11 +3,9 @@
 import copy
 
 import torch
-from conftest import random_tiles, root_class
+from conftest import random_tiles
 from model_helpers import IMAGE_TOKEN
 
-
-attention_received = root_class("compression.attention_received")
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 IMAGE = (4, 2, 1)  # detailed, adaptive, thumbnail tiles

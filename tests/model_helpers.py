@@ -1,7 +1,10 @@
 """Small models with random weights, their prompts, and the ways to generate that every one of them knows."""
 
 import torch
-from conftest import random_tiles, root_class
+from conftest import random_tiles
+
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 
 
 TINY_VISION = {
@@ -38,12 +41,12 @@ GENERATION_MODES = [
 
 def tiny_model(model_type: str = "llama", **options):
     torch.manual_seed(0)
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig")(
+    config = MiniMonkeyConfig(
         vision_config=dict(TINY_VISION),
         text_config={"model_type": model_type, **TINY_TEXT, **options},
         image_token_id=IMAGE_TOKEN,
     )
-    model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config).eval()
+    model = MiniMonkeyForConditionalGeneration(config).eval()
     for parameter in model.parameters():  # larger than a usual initialisation, so that answers differ
         torch.nn.init.normal_(parameter, std=0.3)
     return model

@@ -5,16 +5,14 @@ import torch
 from conftest import ROOT
 from transformers import AutoModel, AutoProcessor
 
-
-import average as script  # isort: skip
-from repository import root_class  # isort: skip
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts import average as script
 
 
 @pytest.fixture
 def run(tmp_path):
     """Checkpoints 2, 9 and 10, whose output layers are 2, 9 and 10 everywhere, and 11, which was not finished."""
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-    model = model_class.from_pretrained(ROOT, dtype=torch.float32)
+    model = MiniMonkeyForConditionalGeneration.from_pretrained(ROOT, dtype=torch.float32)
     for step in (2, 9, 10, 11):
         model.lm_head.weight.data.fill_(step)
         folder = tmp_path / "run" / f"checkpoint-{step}"

@@ -6,18 +6,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import root_class, synthetic_picture
+from conftest import synthetic_picture
 from PIL import Image
 from test_chat_memory import CHAT, SCM, TILES, assert_equal, remembers, tile_numbers, watch
+
+from minimonkey.tiling import PRESETS, msac_grids, share_tile_budget, tile_counts
+from minimonkey.video_frames import frame_indices
 
 
 av = pytest.importorskip("av")
 from clips import write_clip as write_any_clip  # noqa: E402
 
 
-share_tile_budget = root_class("tiling.share_tile_budget")
-msac_grids, tile_counts = root_class("tiling.msac_grids"), root_class("tiling.tile_counts")
-PRESETS, frame_indices = root_class("tiling.PRESETS"), root_class("video_frames.frame_indices")
 QUESTION = "Read the text."
 SIZES = [(300, 200), (200, 300), (500, 40), (64, 64), (40, 400), (333, 111)]
 STEP = 20

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, root_class, synthetic_picture
+from conftest import ROOT, synthetic_picture
 from model_helpers import TINY_TEXT, TINY_VISION
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 
 
 TOLERANCE = 1e-4
@@ -905,13 +908,13 @@ def tiny(visual_experts: bool = False, **text):
     """A random model of a family that says letters, with Nano's tokenizer."""
     torch.manual_seed(0)
     vision = {**TINY_VISION, "num_hidden_layers": 0 if visual_experts else 2}
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig")(
+    config = MiniMonkeyConfig(
         vision_config=vision,
         text_config={**TINY_TEXT, "vocab_size": 386, "max_position_embeddings": 2048, **text},
         image_token_id=379,
         visual_experts=visual_experts,
     )
-    model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config).eval()
+    model = MiniMonkeyForConditionalGeneration(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     with torch.no_grad():

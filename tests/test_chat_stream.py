@@ -7,12 +7,13 @@ import threading
 
 import pytest
 import torch
-from conftest import root_class, synthetic_picture
+from conftest import synthetic_picture
 from test_chat_memory import CHAT, SCM, TILES, forced, spelled, watch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
+from minimonkey.chat_answer import trim, trim_pieces
 
-trim, trim_pieces = root_class("chat_answer.trim"), root_class("chat_answer.trim_pieces")
+
 QUESTION = "Read the text."
 END = 375
 

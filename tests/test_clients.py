@@ -20,11 +20,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, root_class
+from conftest import ROOT
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import normalize, to_tensor
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
+
+from minimonkey.tiling import msac_grids
 
 
 MODEL_FILES = ("*.py", "*.json", "*.jinja", "*.safetensors")
@@ -144,7 +146,7 @@ def grid_tiles(image: Image.Image, columns: int, rows: int) -> list[torch.Tensor
 def cut(path: Path, ranges: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int]]:
     """Detailed tiles, adaptive tiles, the thumbnail and the detailed grid, cut as the clients do."""
     image = Image.open(path).convert("RGB")
-    detailed, adaptive = root_class("tiling.msac_grids")(*image.size, *ranges)
+    detailed, adaptive = msac_grids(*image.size, *ranges)
     layers = [torch.stack(grid_tiles(image, *grid)).bfloat16() for grid in (detailed, adaptive, (1, 1))]
     return *layers, detailed
 

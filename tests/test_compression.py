@@ -11,25 +11,23 @@ from compression_helpers import (
     LANGUAGE_MODELS,
     ROWS,
     alone,
-    attention_received,
     batch,
     eager_kept,
     eager_scores,
     image_positions,
     without_padding,
 )
-from conftest import FIXTURES, random_tiles, root_class
+from conftest import FIXTURES, random_tiles
 from model_helpers import tiny_model
 from safetensors.torch import load_file
 from test_parity import load_published
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minimonkey.attention_probe import attention_inputs
+from minimonkey.compression import CompressionSettings, attention_received, find_images, kept_positions
 
-attention_inputs = root_class("attention_probe.attention_inputs")
-CompressionSettings = root_class("compression.CompressionSettings")
-find_images = root_class("compression.find_images")
-kept_positions = root_class("compression.kept_positions")
+
 GOLDENS = json.loads((FIXTURES / "scm" / "scm.json").read_text())["cases"]
 TENSORS = load_file(FIXTURES / "scm" / "scm.safetensors")
 

@@ -7,16 +7,19 @@ import sys
 from itertools import product
 
 import pytest
-from conftest import FIXTURES, ROOT, root_class
+from conftest import FIXTURES, ROOT
 from model_helpers import IMAGE_TOKEN, TINY_TEXT, TINY_VISION
 
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 
-CONFIG = root_class("configuration_minimonkey.MiniMonkeyConfig")
+
 PUBLISHED = json.loads((FIXTURES / "models" / "internlm2" / "config.json").read_text())
 
 
 def test_published_values_arrive():
-    config = CONFIG.from_dict(json.loads((FIXTURES / "keys" / "internvl2-2b_minimonkey.json").read_text())["config"])
+    config = MiniMonkeyConfig.from_dict(
+        json.loads((FIXTURES / "keys" / "internvl2-2b_minimonkey.json").read_text())["config"]
+    )
     assert (config.text_config.model_type, config.text_config.num_hidden_layers) == ("llama", 24)
     assert (config.tile_size, config.image_seq_length, config.image_token_id) == (448, 256, 92546)
     assert (config.template, config.pixel_shuffle_version, config.vision_feature_layer) == ("internlm2-chat", "v2", -1)
@@ -25,31 +28,31 @@ def test_published_values_arrive():
 
 
 def test_published_file_is_read_as_it_is(caplog):
-    config = CONFIG.from_pretrained(FIXTURES / "models" / "phi3_su_long", image_token_id=500)
+    config = MiniMonkeyConfig.from_pretrained(FIXTURES / "models" / "phi3_su_long", image_token_id=500)
     assert config.text_config.rope_parameters["rope_type"] == "longrope"
     assert config.image_token_id == 500
     assert "instantiate a model of type" not in caplog.text
 
 
 def test_saved_and_reloaded_configuration_is_the_same(tmp_path):
-    config = CONFIG.from_dict(PUBLISHED)
+    config = MiniMonkeyConfig.from_dict(PUBLISHED)
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["tie_word_embeddings"] is False
     assert saved["auto_map"]["AutoModelForMultimodalLM"].startswith("modeling_minimonkey.")
     assert "llm_config" not in saved
-    assert CONFIG.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert MiniMonkeyConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
 def test_dicts_of_the_caller_are_not_changed():
     given = copy.deepcopy(PUBLISHED)
-    CONFIG.from_dict(given)
-    CONFIG(**{key: given[key] for key in ("llm_config", "vision_config", "template")})
+    MiniMonkeyConfig.from_dict(given)
+    MiniMonkeyConfig(**{key: given[key] for key in ("llm_config", "vision_config", "template")})
     assert given == PUBLISHED
 
 
 def test_default_configuration_works():
-    assert CONFIG().image_seq_length == 256
+    assert MiniMonkeyConfig().image_seq_length == 256
 
 
 def with_published(**changes) -> dict:
@@ -83,7 +86,7 @@ def with_published(**changes) -> dict:
 )
 def test_impossible_values_raise(changes, message):
     with pytest.raises(ValueError, match=message):
-        CONFIG.from_dict(with_published(**changes))
+        MiniMonkeyConfig.from_dict(with_published(**changes))
 
 
 @pytest.mark.parametrize(("whole", "text"), list(product([None, True, False], repeat=2)))
@@ -95,14 +98,17 @@ def test_the_tie_of_transformers_internvl_is_that_of_the_whole(whole, text, tmp_
         if tied is not None:
             part["tie_word_embeddings"] = tied
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for loaded in (CONFIG.from_pretrained(tmp_path), CONFIG.from_dict(CONFIG.get_config_dict(tmp_path)[0])):
+    for loaded in (
+        MiniMonkeyConfig.from_pretrained(tmp_path),
+        MiniMonkeyConfig.from_dict(MiniMonkeyConfig.get_config_dict(tmp_path)[0]),
+    ):
         expected = True if whole is None else whole
         assert (loaded.tie_word_embeddings, loaded.text_config.tie_word_embeddings) == (expected, expected)
 
 
 def test_one_layer_needs_no_scm_layer():
     text = {**TINY_TEXT, "model_type": "llama", "num_hidden_layers": 1}
-    assert CONFIG(text_config=text, vision_config=TINY_VISION, image_token_id=IMAGE_TOKEN).scm_layer == 0
+    assert MiniMonkeyConfig(text_config=text, vision_config=TINY_VISION, image_token_id=IMAGE_TOKEN).scm_layer == 0
 
 
 @pytest.mark.parametrize(
@@ -110,7 +116,7 @@ def test_one_layer_needs_no_scm_layer():
     [("5.24.0", False), ("5.9.3", False), ("5.24.1", True), ("5.25.0.dev0", True), ("6.0", True)],
 )
 def test_a_newer_transformers_than_was_tried_is_said_once(installed, is_newer, monkeypatch):
-    module = sys.modules[CONFIG.__module__]
+    module = sys.modules[MiniMonkeyConfig.__module__]
     monkeypatch.setattr(module, "NEWEST_TRIED_TRANSFORMERS", "5.24.0")
     said = []
     monkeypatch.setattr(logging.getLogger("transformers.minimonkey"), "warning", said.append)
@@ -122,4 +128,4 @@ def test_a_newer_transformers_than_was_tried_is_said_once(installed, is_newer, m
 
 def test_the_newest_that_was_tried_is_the_locked_one():
     lock = (ROOT / "requirements" / "lock.txt").read_text()
-    assert f"\ntransformers=={sys.modules[CONFIG.__module__].NEWEST_TRIED_TRANSFORMERS} ;" in lock
+    assert f"\ntransformers=={sys.modules[MiniMonkeyConfig.__module__].NEWEST_TRIED_TRANSFORMERS} ;" in lock

@@ -5,24 +5,26 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import FIXTURES, root_class
+from conftest import FIXTURES
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from minimonkey.conversation import (
+    TEMPLATES,
+    build_prompt,
+    chat_template_jinja,
+    check_history,
+    check_text,
+    control_tokens,
+    encode,
+    get_template,
+    has_protected_text,
+    protect,
+    protect_messages,
+    unprotect,
+)
+from minimonkey.processing_minimonkey import expand_placeholders
 
-check_text = root_class("conversation.check_text")
-build_prompt = root_class("conversation.build_prompt")
-chat_template_jinja = root_class("conversation.chat_template_jinja")
-check_history = root_class("conversation.check_history")
-control_tokens = root_class("conversation.control_tokens")
-encode = root_class("conversation.encode")
-get_template = root_class("conversation.get_template")
-has_protected_text = root_class("conversation.has_protected_text")
-protect = root_class("conversation.protect")
-protect_messages = root_class("conversation.protect_messages")
-unprotect = root_class("conversation.unprotect")
-TEMPLATES = root_class("conversation.TEMPLATES")
-expand_placeholders = root_class("processing_minimonkey.expand_placeholders")
 
 RECORDED = json.loads((FIXTURES / "prompts" / "prompts.json").read_text(encoding="utf-8"))
 FIRST, SECOND = ("First question?", "First answer."), ("Second question?", "Second answer.")

@@ -10,13 +10,11 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from synthetic.documents import KINDS, document  # noqa: E402
-from synthetic.materials import words  # noqa: E402
-from synthetic.seams import DEFAULT_RANGES, Seams, msac_grids, seam  # noqa: E402
-from synthetic.text_images import CHARACTERS  # noqa: E402
-from synthetic.vocabulary import LABELS  # noqa: E402
+from minimonkey.scripts.synthetic.documents import KINDS, document
+from minimonkey.scripts.synthetic.materials import words
+from minimonkey.scripts.synthetic.seams import DEFAULT_RANGES, Seams, msac_grids, seam
+from minimonkey.scripts.synthetic.text_images import CHARACTERS
+from minimonkey.scripts.synthetic.vocabulary import LABELS
 
 
 SPLITS = ("training", "held_out")

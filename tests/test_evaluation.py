@@ -11,13 +11,15 @@ import transformers
 from conftest import ROOT
 from PIL import Image, ImageDraw
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import evaluate  # noqa: E402
-
-from evaluation.dropping import choose, dropping  # noqa: E402
-from evaluation.intervals import bootstrap_interval, mean_interval, paired_difference, wilson_interval  # noqa: E402
-from evaluation.metrics import (  # noqa: E402
+from minimonkey.scripts import evaluate
+from minimonkey.scripts.evaluation.dropping import choose, dropping
+from minimonkey.scripts.evaluation.intervals import (
+    bootstrap_interval,
+    mean_interval,
+    paired_difference,
+    wilson_interval,
+)
+from minimonkey.scripts.evaluation.metrics import (
     anls,
     edit_distance,
     exact_match,
@@ -29,11 +31,11 @@ from evaluation.metrics import (  # noqa: E402
     vqa_accuracy,
     word_accuracy,
 )
-from evaluation.predictions import Predictions, read_predictions  # noqa: E402
-from evaluation.report import compare, score  # noqa: E402
-from evaluation.runner import Answering, answer_suite, prediction  # noqa: E402
-from evaluation.suites import SYNTHETIC, Item, Suite, read_benchmark, synthetic_suite  # noqa: E402
-from synthetic.vocabulary import READ_ALL  # noqa: E402
+from minimonkey.scripts.evaluation.predictions import Predictions, read_predictions
+from minimonkey.scripts.evaluation.report import compare, score
+from minimonkey.scripts.evaluation.runner import Answering, answer_suite, prediction
+from minimonkey.scripts.evaluation.suites import SYNTHETIC, Item, Suite, read_benchmark, synthetic_suite
+from minimonkey.scripts.synthetic.vocabulary import READ_ALL
 
 
 TILES = {"min_tiles": 2, "max_tiles": 4, "adaptive_min_tiles": 1, "adaptive_max_tiles": 3}
@@ -333,7 +335,7 @@ def suite_of(name: str, items: int, **options) -> Suite:
 
 
 def test_every_kind_of_document_is_a_suite():
-    from synthetic.documents import KINDS
+    from minimonkey.scripts.synthetic.documents import KINDS
 
     assert set(SYNTHETIC) == set(KINDS)
     for name in SYNTHETIC:

@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, root_class
+from conftest import ROOT
 from PIL import Image
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from evaluation.tables import Comparison, markdown  # noqa: E402
-from evaluation.ways import droppings, tilings  # noqa: E402
+from minimonkey.scripts.evaluation.tables import Comparison, markdown
+from minimonkey.scripts.evaluation.ways import droppings, tilings
+from minimonkey.tiling import RANGE_NAMES, msac_grids, tile_counts
 
 
 RANGES = (4, 12, 3, 7)
@@ -36,8 +35,7 @@ def predictions(scores: list[float], tokens: int = 100) -> list[dict]:
 
 
 def test_tilings_differ_in_their_tiles():
-    tile_counts, msac_grids = root_class("tiling.tile_counts"), root_class("tiling.msac_grids")
-    ranges = [tuple(way.images_kwargs[name] for name in root_class("tiling.RANGE_NAMES")) for way in tilings(RANGES)]
+    ranges = [tuple(way.images_kwargs[name] for name in RANGE_NAMES) for way in tilings(RANGES)]
     thumbnails = [way.images_kwargs.get("use_thumbnail", True) for way in tilings(RANGES)]
     counts = [tile_counts(*msac_grids(400, 300, *r, 112), use) for r, use in zip(ranges, thumbnails)]
     detailed, adaptive, _ = counts[-1]

@@ -1,16 +1,12 @@
 """What needs a GPU: flash attention, and whether the 2B model fits on a 24 GB card. Run with `pytest -m gpu`."""
 
-import sys
-
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
 from transformers import AutoModel
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from benchmarking.models import random_config, random_model, random_tiles  # noqa: E402
+from minimonkey.scripts.benchmarking.models import random_config, random_model, random_tiles
 
 
 @pytest.mark.gpu

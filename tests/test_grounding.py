@@ -5,16 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import root_class
 from PIL import Image, ImageFont
 
+from minimonkey.grounding import Grounding, denormalise, draw_boxes, format_box, normalise, parse_boxes
 
-Grounding = root_class("grounding.Grounding")
-parse_boxes = root_class("grounding.parse_boxes")
-format_box = root_class("grounding.format_box")
-denormalise = root_class("grounding.denormalise")
-normalise = root_class("grounding.normalise")
-draw_boxes = root_class("grounding.draw_boxes")
 
 RED, BLUE = (214, 39, 40), (31, 119, 180)
 

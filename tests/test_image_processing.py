@@ -13,9 +13,15 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, root_class, synthetic_picture
+from conftest import FIXTURES, ROOT, synthetic_picture
 from PIL import Image
 from transformers import AutoImageProcessor
+
+from minimonkey.image_processing_minimonkey import (
+    MiniMonkeyImageProcessor,
+    MiniMonkeyImageProcessorPil,
+    resize_picture,
+)
 
 
 RECORDED = json.loads((FIXTURES / "preprocess" / "pixels.json").read_text())
@@ -142,7 +148,6 @@ RESIZED = [
 
 @pytest.mark.parametrize(("old", "new", "digest"), RESIZED)
 def test_resized_pixels_do_not_depend_on_the_pillow_version(old, new, digest):
-    resize_picture = root_class("image_processing_minimonkey.resize_picture")
     resized = resize_picture(synthetic_picture(*old, 1), *new, Image.Resampling.BICUBIC)
     assert resized.size == new
     assert sha256(np.asarray(resized))[:16] == digest
@@ -235,9 +240,9 @@ def test_saved_settings_name_both_back_ends(tmp_path, either):
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=BACKENDS.values())
+@pytest.fixture(params=[MiniMonkeyImageProcessor, MiniMonkeyImageProcessorPil])
 def processor_class(request):
-    return root_class(f"image_processing_minimonkey.{request.param}")
+    return request.param
 
 
 def ranges_of(processor) -> tuple[int, ...]:

@@ -8,10 +8,8 @@ import matplotlib
 import pytest
 from conftest import ROOT
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from synthetic import materials  # noqa: E402
-from synthetic.text_images import CHARACTERS  # noqa: E402
+from minimonkey.scripts.synthetic import materials
+from minimonkey.scripts.synthetic.text_images import CHARACTERS
 
 
 SPLITS = ("training", "held_out")

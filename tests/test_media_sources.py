@@ -8,12 +8,12 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from conftest import root_class
 from PIL import Image
 
+from minimonkey.picture_decoding import load_picture
+from minimonkey.video_frames import load_frames
 
-load_picture = root_class("picture_decoding.load_picture")
-load_frames = root_class("video_frames.load_frames")
+
 # What these two really use: remote code may be there twice.
 picture_sources = load_picture.__globals__["read_source"].__globals__
 download, is_public = picture_sources["download"], picture_sources["is_public"]

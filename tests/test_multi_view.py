@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import root_class
 from PIL import Image
 
+from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor, MiniMonkeyImageProcessorPil
+from minimonkey.multi_view import stitch_views
+from minimonkey.tiling import PRESETS, msac_grids
 
-stitch_views = root_class("multi_view.stitch_views")
-msac_grids = root_class("tiling.msac_grids")
-PRESETS = root_class("tiling.PRESETS")
 
 CAMERAS = ["CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT"]
 COLOURS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (90, 90, 90)]
@@ -109,9 +108,9 @@ def test_no_tile_shows_two_cameras(count):
     assert grid[0] % stitched.columns == 0 and grid[1] * stitched.columns % count == 0
 
 
-@pytest.mark.parametrize("class_name", ["MiniMonkeyImageProcessor", "MiniMonkeyImageProcessorPil"])
-def test_tiles_show_their_cameras(scene, class_name):
-    image_processor = root_class(f"image_processing_minimonkey.{class_name}")()
+@pytest.mark.parametrize("image_processor_class", [MiniMonkeyImageProcessor, MiniMonkeyImageProcessorPil])
+def test_tiles_show_their_cameras(scene, image_processor_class):
+    image_processor = image_processor_class()
     inputs = image_processor(scene.image, preset="multi_view", do_normalize=False, return_tensors="pt")
     assert inputs["tile_grids"].tolist() == [[6, 2, 1, 1]]
     assert inputs["tile_counts"].tolist() == [[12, 0, 1]]

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 ANSWERING = {
     "quickstart.ipynb": ("ask", "history", "batch", "transformers", "stream", "pipeline"),
     "conversation.ipynb": (
-        *("history", "memory", "new-picture", "stream", "confidence", "batch", "many", "too-long"),
+        *("history", "memory", "messages", "new-picture", "stream", "confidence", "batch", "many", "too-long"),
         *("video", "boxes", "cameras", "scm"),
     ),
 }

@@ -2,20 +2,19 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, random_tiles, recorded, root_class
+from conftest import FIXTURES, random_tiles, recorded
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from import_checkpoint import expected_shapes, import_checkpoint  # noqa: E402
-
-from importing.weights import Shard, check_against_model  # noqa: E402
+from minimonkey.checkpoint import convert_tensor, fuse_wqkv, split_wqkv
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.import_checkpoint import expected_shapes, import_checkpoint
+from minimonkey.scripts.importing.weights import Shard, check_against_model
 
 
 IMAGE_TOKEN = 500
@@ -55,8 +54,9 @@ def published_folder(name: str, tmp_path: Path) -> Path:
 
 def load_published(name: str, tmp_path: Path):
     """On the fly, as `MiniMonkeyForConditionalGeneration.from_pretrained(published folder)`."""
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-    return model_class.from_pretrained(published_folder(name, tmp_path), image_token_id=IMAGE_TOKEN).eval()
+    return MiniMonkeyForConditionalGeneration.from_pretrained(
+        published_folder(name, tmp_path), image_token_id=IMAGE_TOKEN
+    ).eval()
 
 
 def load_imported(name: str, tmp_path: Path):
@@ -129,9 +129,8 @@ def test_image_features(name, tmp_path):
 
 
 def test_nothing_is_missing_or_left_over_on_the_fly(tmp_path):
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
     for name in ("internlm2", "phi3"):
-        _, info = model_class.from_pretrained(
+        _, info = MiniMonkeyForConditionalGeneration.from_pretrained(
             published_folder(name, tmp_path), image_token_id=IMAGE_TOKEN, output_loading_info=True
         )
         assert not any(info.values()), info
@@ -140,22 +139,22 @@ def test_nothing_is_missing_or_left_over_on_the_fly(tmp_path):
 @pytest.mark.parametrize("name", ["internvl2-1b", "internvl2-2b_minimonkey", "internvl2-4b", "mono-internvl-2b"])
 def test_full_size_names_and_shapes_fit(name):
     recorded = json.loads((FIXTURES / "keys" / f"{name}.json").read_text())
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_dict(recorded["config"])
-    convert = root_class("checkpoint.convert_tensor")
+    config = MiniMonkeyConfig.from_dict(recorded["config"])
     shard = Shard(Path("published"), {key: tuple(shape) for key, shape in recorded["keys"].items()})
     expected = expected_shapes(config)
-    check_against_model([shard], expected, lambda key, tensor: convert(key, tensor, config.text_config), tied=False)
+    check_against_model(
+        [shard], expected, lambda key, tensor: convert_tensor(key, tensor, config.text_config), tied=False
+    )
     assert sum(math.prod(shape) for shape in expected.values()) == recorded["n_params"]
 
 
 def test_split_and_fuse_are_inverse():
-    split, fuse = root_class("checkpoint.split_wqkv"), root_class("checkpoint.fuse_wqkv")
     text_config = type("Text", (), {"num_attention_heads": 6, "num_key_value_heads": 2})
     for shape in ((40, 24), (40,)):
         wqkv = torch.arange(math.prod(shape)).reshape(shape)
-        parts = split(wqkv, text_config)
+        parts = split_wqkv(wqkv, text_config)
         assert [part.shape[0] for part in parts] == [24, 8, 8]
-        assert torch.equal(fuse(*parts, text_config), wqkv)
+        assert torch.equal(fuse_wqkv(*parts, text_config), wqkv)
 
 
 @torch.no_grad()

@@ -15,15 +15,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, root_class
+from conftest import ROOT
 from PIL import Image, ImageFile, PngImagePlugin
 from transformers import AutoImageProcessor
 
+from minimonkey.picture_decoding import load_picture, pages_of, to_rgb
+from minimonkey.prompt_memory import picture_key
 
-load_picture = root_class("picture_decoding.load_picture")
-pages_of = root_class("picture_decoding.pages_of")
-to_rgb = root_class("picture_decoding.to_rgb")
-picture_key = root_class("prompt_memory.picture_key")
+
 ORIENTATION = 0x0112
 SIDE = 8
 

@@ -5,13 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, root_class, synthetic_picture
+from conftest import ROOT, synthetic_picture
 from transformers import AutoProcessor, AutoTokenizer
+
+from minimonkey.processing_minimonkey import expand_placeholders
 
 
 RANGES = {"min_tiles": 2, "max_tiles": 4, "adaptive_min_tiles": 1, "adaptive_max_tiles": 2}
 SMALL = {"images_kwargs": {**RANGES, "size": {"height": 28, "width": 28}}}
-expand_placeholders = root_class("processing_minimonkey.expand_placeholders")
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import chat  # noqa: E402
-import evaluate  # noqa: E402
-import visualize  # noqa: E402
-from repository import load_model, load_processor  # noqa: E402
+from minimonkey.scripts import chat, evaluate, visualize
+from minimonkey.scripts.repository import load_model, load_processor
 
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "processor_config.json")

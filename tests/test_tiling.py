@@ -5,15 +5,10 @@ import json
 import sys
 
 import pytest
-from conftest import FIXTURES, ROOT, root_class
+from conftest import FIXTURES, ROOT
 
+from minimonkey.tiling import PRESETS, closest_grid, grids_in_range, layer_grids, msac_grids, tile_counts
 
-msac_grids = root_class("tiling.msac_grids")
-grids_in_range = root_class("tiling.grids_in_range")
-closest_grid = root_class("tiling.closest_grid")
-layer_grids = root_class("tiling.layer_grids")
-tile_counts = root_class("tiling.tile_counts")
-PRESETS = root_class("tiling.PRESETS")
 
 RECORDED = json.loads((FIXTURES / "preprocess" / "grids.json").read_text())
 SIZES = RECORDED["sizes (width, height)"]

@@ -1,23 +1,21 @@
 """InternVL in transformers' own format (InternVL3-1B-hf and the like) becomes a MiniMonkey, with MSAC and SCM."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_tiles, root_class, synthetic_picture
+from conftest import random_tiles, synthetic_picture
 from model_helpers import TINY_TEXT, TINY_VISION
 from safetensors.torch import load_file, save_file
 from test_assemble import language_folder
 from transformers import AutoModel, AutoProcessor, InternVLConfig, InternVLForConditionalGeneration
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from assemble import extend_tokenizer  # noqa: E402
-from import_checkpoint import import_checkpoint  # noqa: E402
-
-from importing.tokenizer import convert_tokenizer  # noqa: E402
+from minimonkey.conversation import get_template
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.assemble import extend_tokenizer
+from minimonkey.scripts.import_checkpoint import import_checkpoint
+from minimonkey.scripts.importing.tokenizer import convert_tokenizer
 
 
 IMAGE_TOKEN = 262
@@ -43,7 +41,7 @@ def original(request, tmp_path):
     (folder / "model.safetensors").unlink()
     tokenizer, _ = convert_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    extend_tokenizer(tokenizer, root_class("conversation.get_template")("chatml"))
+    extend_tokenizer(tokenizer, get_template("chatml"))
     assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == IMAGE_TOKEN
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -75,8 +73,7 @@ def test_logits_are_those_of_transformers(original, rename, way, tmp_path):
     model, folder = original
     rename(folder)
     if way == "direct":
-        model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-        ours, info = model_class.from_pretrained(folder, output_loading_info=True)
+        ours, info = MiniMonkeyForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values()), info
     else:
         import_checkpoint(str(folder), tmp_path / "out")

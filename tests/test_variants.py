@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, random_tiles, root_class
+from conftest import FIXTURES, random_tiles
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 
 
 IMAGE_TOKEN = 500
@@ -27,8 +29,9 @@ def published_variant(folder: Path, change_config, change_weights=lambda weights
 
 
 def load(folder: Path):
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-    model, info = model_class.from_pretrained(folder, image_token_id=IMAGE_TOKEN, output_loading_info=True)
+    model, info = MiniMonkeyForConditionalGeneration.from_pretrained(
+        folder, image_token_id=IMAGE_TOKEN, output_loading_info=True
+    )
     assert not any(info.values()), info
     return model.eval()
 

@@ -11,17 +11,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import root_class
 from PIL import Image
+
+from minimonkey.video_frames import DEFAULT_NUM_FRAMES, frame_indices, load_frames
 
 
 av = pytest.importorskip("av")
 from clips import write_clip as write_any_clip  # noqa: E402
 
 
-frame_indices = root_class("video_frames.frame_indices")
-load_frames = root_class("video_frames.load_frames")
-DEFAULT_NUM_FRAMES = root_class("video_frames.DEFAULT_NUM_FRAMES")
 module = sys.modules[load_frames.__module__]
 
 BACKENDS = [

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from conftest import enable_activation_checkpointing, random_tiles, root_class
+from conftest import enable_activation_checkpointing, random_tiles
 from model_helpers import IMAGE_TOKEN, TINY_TEXT, TINY_VISION, prompt
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, DynamicCache
+
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -13,13 +16,13 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_to
 
 def tiny_mono(visual_experts: bool = True):
     torch.manual_seed(0)
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig")(
+    config = MiniMonkeyConfig(
         vision_config={**TINY_VISION, "num_hidden_layers": 0},
         text_config={"model_type": "llama", **TINY_TEXT},
         image_token_id=IMAGE_TOKEN,
         visual_experts=visual_experts,
     )
-    model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config).eval()
+    model = MiniMonkeyForConditionalGeneration(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -214,8 +217,8 @@ def test_mixed_precision():
 
 def test_experts_of_another_family_are_refused():
     with pytest.raises(ValueError, match="'qwen2'"):
-        root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(
-            root_class("configuration_minimonkey.MiniMonkeyConfig")(
+        MiniMonkeyForConditionalGeneration(
+            MiniMonkeyConfig(
                 vision_config=TINY_VISION,
                 text_config={"model_type": "qwen2", **TINY_TEXT},
                 image_token_id=IMAGE_TOKEN,

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from repository import root_class
 from transformers import GenerationConfig
 
-from importing.weights import missing_weights
+from minimonkey.conversation import chat_template_jinja, get_template
+from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor
+from minimonkey.processing_minimonkey import MiniMonkeyProcessor
+from minimonkey.scripts.importing.weights import missing_weights
 
 
 # In OUT.partial: says that the folder is ours, and of which source it is.
@@ -112,21 +114,21 @@ def _finish(work: Path, out: Path) -> None:
 def image_processor(config):
     """The image processor of a model of this configuration."""
     size = {"height": config.tile_size, "width": config.tile_size}
-    return root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")(size=size)
+    return MiniMonkeyImageProcessor(size=size)
 
 
 def save_processor(folder: Path, config, tokenizer, with_bos: bool) -> None:
     """Tokenizer, image processor and chat template as one."""
-    template = root_class("conversation.get_template")(config.template)
-    jinja = root_class("conversation.chat_template_jinja")(template, config.system_message, with_bos)
-    root_class("processing_minimonkey.MiniMonkeyProcessor")(
+    template = get_template(config.template)
+    jinja = chat_template_jinja(template, config.system_message, with_bos)
+    MiniMonkeyProcessor(
         image_processor(config), tokenizer, image_seq_length=config.image_seq_length, chat_template=jinja
     ).save_pretrained(folder)
 
 
 def generation_config(config, tokenizer) -> GenerationConfig:
     """Answers end with the template's separator."""
-    separator = tokenizer.convert_tokens_to_ids(root_class("conversation.get_template")(config.template).separator)
+    separator = tokenizer.convert_tokens_to_ids(get_template(config.template).separator)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=separator,

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from importing.config import read_json
+from minimonkey.scripts.importing.config import read_json
 
 
 INDEX_NAME = "model.safetensors.index.json"

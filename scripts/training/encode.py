@@ -8,13 +8,10 @@ answers and the separator that ends each; everything else is masked.
 from dataclasses import dataclass
 
 import torch
-from repository import root_class
 
+from minimonkey.conversation import get_template, render
+from minimonkey.tiling import RANGE_NAMES, share_tile_budget
 
-get_template = root_class("conversation.get_template")
-render = root_class("conversation.render")
-RANGE_NAMES = root_class("tiling.RANGE_NAMES")
-share_tile_budget = root_class("tiling.share_tile_budget")
 
 IGNORED = -100  # of torch's cross entropy
 # Tiles stay bytes until the model normalises them on its device: a quarter of the memory to hand over.

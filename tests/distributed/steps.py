@@ -8,17 +8,13 @@ takes its part of one batch of text and pictures; the losses are those of the wh
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from repository import root_class  # noqa: E402
-
-from training.models import freeze  # noqa: E402
-from training.trainer import sharded_layers  # noqa: E402
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.training.models import freeze
+from minimonkey.scripts.training.trainer import sharded_layers
 
 
 ROWS, TOKENS, RATE, STEPS = 4, 80, 1e-2, 3
@@ -56,7 +52,7 @@ def main() -> None:
     if kind != "plain":
         dist.init_process_group("gloo")
     rank = 0 if kind == "plain" else dist.get_rank()
-    model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration").from_pretrained(folder)
+    model = MiniMonkeyForConditionalGeneration.from_pretrained(folder)
     model = model.float().train()
     freeze(model, ["language_model", "projector"])
     inputs = batch(model.config, rank, world_size)
