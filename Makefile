@@ -32,7 +32,7 @@ $(VENV)/.ready: $(LOCK)
 # The whole training pipeline on a CPU: rendered documents, a fresh Nano, a few steps, evaluation. It learns next to nothing.
 train-nano-smoke: setup
 	rm -rf $(NANO_SMOKE)
-	$(BIN)/python scripts/finetune.py scripts/training/recipes/nano-smoke.yaml --set output=$(NANO_SMOKE)
+	$(BIN)/python scripts/finetune.py scripts/training/recipes/nano-smoke.yaml --set output_dir=$(NANO_SMOKE)
 	$(BIN)/python scripts/evaluate.py --model $(NANO_SMOKE)/model --items 4
 
 test: setup

@@ -2,7 +2,7 @@
 
     python scripts/average.py runs/nano-one --last 12 --output runs/nano-one-mean
 
-Takes runs that train whole weights, not LoRA adapters. The recipe's keep_checkpoints says how many there are.
+Takes runs that train whole weights, not LoRA adapters. The recipe's save_total_limit says how many there are.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Train a MiniMonkey by a recipe: Nano from scratch, the language model of the 2B model, or LoRA adapters of it.
 
     python scripts/finetune.py scripts/training/recipes/nano-smoke.yaml
-    python scripts/finetune.py RECIPE.yaml --set output=runs/other --set learning_rate=1e-5
+    python scripts/finetune.py RECIPE.yaml --set output_dir=runs/other --set learning_rate=1e-5
     python scripts/finetune.py RECIPE.yaml --resume                      goes on after the last checkpoint, if there is one
 
 On several GPUs, with the same recipe (its batch_size is that of all of them together):
@@ -12,55 +12,49 @@ On several GPUs, with the same recipe (its batch_size is that of all of them tog
 
 zero3.yaml likewise; the last two need `pip install deepspeed`. Muon needs DDP or one GPU.
 
-Writes to the recipe's `output`: model/ (the trained model, as any other MiniMonkey folder), adapter/ with LoRA, metrics.json,
-logs/ for TensorBoard, checkpoint-N/ for --resume. Needs the `training` extra.
+A recipe's options are those of transformers' TrainingArguments and ours, see training/recipe.py. Writes to its output_dir:
+model/ (the trained model, as any other MiniMonkey folder), adapter/ with LoRA, metrics.json, logs/ for TensorBoard,
+checkpoint-N/ for --resume. Needs the `training` extra.
 """
 
 import argparse
-import dataclasses
 import json
+import os
 from pathlib import Path
 
-from repository import load_processor, root_class
-
-from synthetic.materials import materials
-from training.collator import Collator
-from training.data import SyntheticSource, read_sources
-from training.encode import Encoder
-from training.models import load_model, model_folder, save
-from training.recipe import Recipe, changed_keys, read_recipe, with_fast_types
-from training.samples import Samples
-from training.trainer import FineTuner, last_checkpoint, set_steps, training_arguments
-
-
-def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path, help="YAML file, see scripts/training/recipes")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the recipe's output folder")
-    return parser, parser.parse_args()
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.scripts.repository import load_processor
+from minimonkey.scripts.synthetic.materials import materials
+from minimonkey.scripts.training.collator import Collator
+from minimonkey.scripts.training.data import SyntheticSource, read_sources
+from minimonkey.scripts.training.encode import Encoder
+from minimonkey.scripts.training.models import load_model, model_folder, save
+from minimonkey.scripts.training.recipe import Recipe, changed_options, read_recipe
+from minimonkey.scripts.training.samples import Samples
+from minimonkey.scripts.training.trainer import FineTuner, last_checkpoint
 
 
-def begin(recipe: Recipe, world_size: int, resume: bool) -> Path | None:
+def begin(recipe: Recipe, resume: bool) -> Path | None:
     """The checkpoint to go on from, after a check that this is the same run.
 
     Raises:
         ValueError: The output folder holds a run that is not to be resumed, or another one.
     """
-    record = Path(recipe.output) / "run.json"
+    folder = Path(recipe.output_dir)
+    record = folder / "run.json"
     if not record.exists():
         return None
     if not resume:
-        raise ValueError(f"{recipe.output} holds a run; go on with it (--resume) or choose another output.")
+        raise ValueError(f"{folder} holds a run; go on with it (--resume) or choose another output_dir.")
     recorded = json.loads(record.read_text())
-    changed = changed_keys(recipe, recorded["recipe"])
+    changed = changed_options(recipe, recorded["recipe"])
     if changed:
-        raise ValueError(f"The run in {recipe.output} had another {', '.join(changed)}; see its run.json.")
-    if recorded["world_size"] != world_size:
+        raise ValueError(f"The run in {folder} had another {', '.join(changed)}; see its run.json.")
+    if recorded["world_size"] != recipe.world_size:
         raise ValueError(
-            f"The run in {recipe.output} had {recorded['world_size']} processes, now there are {world_size}."
+            f"The run in {folder} had {recorded['world_size']} processes, now there are {recipe.world_size}."
         )
-    return last_checkpoint(Path(recipe.output))
+    return last_checkpoint(folder)
 
 
 def check_materials(recorded: dict) -> None:
@@ -70,50 +64,49 @@ def check_materials(recorded: dict) -> None:
         raise ValueError(f"The run began with other words and fonts: {before}, here there are {here}.")
 
 
-def prepare(args: argparse.Namespace) -> tuple[FineTuner, Recipe, str, Path | None]:
-    """Everything up to the first step: trainer, recipe, the folder of the first model, the checkpoint to go on from."""
-    recipe = with_fast_types(read_recipe(args.recipe, args.set))
-    arguments = training_arguments(recipe)
-    checkpoint = begin(recipe, arguments.world_size, args.resume)
-    record = Path(recipe.output) / "run.json"
+def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
+    """Everything up to the first step: trainer, the folder of the first model, the checkpoint to go on from."""
+    checkpoint = begin(recipe, resume)
+    output = Path(recipe.output_dir)
+    record = output / "run.json"
     recorded = json.loads(record.read_text()) if record.exists() else {}
-    arguments.distributed_state.wait_for_everyone()  # nobody looks for the record after it is written
-    if arguments.should_save:
-        Path(recipe.output).mkdir(parents=True, exist_ok=True)
-        run = recorded | {"recipe": dataclasses.asdict(recipe), "world_size": arguments.world_size}
+    recipe.distributed_state.wait_for_everyone()  # nobody looks for the record after it is written
+    if recipe.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        run = recorded | {"recipe": recipe.to_dict(), "world_size": recipe.world_size}
         record.write_text(json.dumps(run, indent=2))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
 
-    with arguments.main_process_first():
+    with recipe.main_process_first():
         folder = model_folder(recipe)
     processor = load_processor(folder)
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_pretrained(folder)
+    config = MiniMonkeyConfig.from_pretrained(folder)
     encoder = Encoder(processor, config, recipe.grounding_tokens)
-    with arguments.main_process_first():  # the others find the checked lines in the cache
+    with recipe.main_process_first():  # the others find the checked lines in the cache
         sources = read_sources(recipe.data, Path(), recipe.tile_ranges, encoder)
         evaluation = recipe.eval_data and read_sources(recipe.eval_data, Path(), recipe.tile_ranges, encoder)
     if any(isinstance(source, SyntheticSource) for source in (*sources, *(evaluation or ()))):
         check_materials(recorded)
-        if arguments.should_save:
+        if recipe.should_save:
             record.write_text(json.dumps(run | {"materials": materials()}, indent=2))
     samples = Samples(sources, encoder, recipe)
-    set_steps(arguments, recipe, samples.steps)
+    recipe.set_steps(samples.steps)
     collator = Collator(
         processor.tokenizer.pad_token_id,
         config.image_token_id,
         processor.image_seq_length,
         config.tile_size,
-        always_with_tile=arguments.world_size > 1,
+        always_with_tile=recipe.world_size > 1,
     )
     trainer = FineTuner(
-        recipe,
         processor,
         model=load_model(folder, recipe),
-        args=arguments,
+        args=recipe,
         data_collator=collator,
         train_dataset=samples,
         eval_dataset=Samples(evaluation, encoder, recipe, is_evaluation=True) if evaluation else None,
     )
-    return trainer, recipe, folder, checkpoint
+    return trainer, folder, checkpoint
 
 
 def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
@@ -139,16 +132,24 @@ def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
     }
 
 
-def main() -> None:
-    parser, args = parse_arguments()
+def main(arguments: list[str] | None = None) -> None:
+    """Train as the command line says, or `arguments` in its place."""
+    parser = argparse.ArgumentParser(prog="finetune.py", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path, help="YAML file, see scripts/training/recipes")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="an option in place of the recipe's"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the recipe's output_dir")
+    args = parser.parse_args(arguments)
     try:
-        trainer, recipe, folder, checkpoint = prepare(args)
+        recipe = read_recipe(args.recipe, args.set)
+        trainer, folder, checkpoint = prepare(recipe, args.resume)
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     metrics = train(trainer, checkpoint)
-    written = save(trainer, recipe, folder)
-    if trainer.args.should_save:
-        (Path(recipe.output) / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    written = save(trainer, folder)
+    if recipe.should_save:
+        (Path(recipe.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2))
         print(f"Wrote {written}.")
 
 

@@ -37,10 +37,9 @@ from minimonkey.scripts.training.trainer import FineTuner, last_checkpoint
 LANGUAGE_MODEL = ("model.language_model.", "lm_head.")
 
 
-def train_here(monkeypatch, recipe, *options) -> None:
+def train_here(recipe, *options) -> None:
     """The command in this process."""
-    monkeypatch.setattr(sys, "argv", ["finetune.py", str(recipe), *map(str, options)])
-    script.main()
+    script.main([str(recipe), *map(str, options)])
 
 
 def changed(before: dict, after: dict) -> set[str]:
@@ -49,12 +48,12 @@ def changed(before: dict, after: dict) -> set[str]:
 
 
 @pytest.mark.parametrize("train", [["language_model"], ["projector", "vision"]], ids=str)
-def test_only_what_is_to_be_trained_changes(tmp_path, monkeypatch, train):
+def test_only_what_is_to_be_trained_changes(tmp_path, train):
     options = {"bf16": True, "gradient_checkpointing": True} if train == ["language_model"] else {}
     recipe = write_recipe(tmp_path, train=train, save_dtype="float32", **options)
     values = read_recipe(recipe)
     before = load_model(str(ROOT), values).state_dict()
-    train_here(monkeypatch, recipe)
+    train_here(recipe)
     model = AutoModel.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True, dtype=torch.float32)
     names = changed(before, model.state_dict())
     is_language_model = {name for name in before if name.startswith(LANGUAGE_MODEL)}
@@ -71,30 +70,30 @@ def test_only_what_is_to_be_trained_changes(tmp_path, monkeypatch, train):
     assert list((tmp_path / "out" / "logs").glob("events.*"))
 
 
-def test_lora_is_saved_as_adapter_and_merged(tmp_path, monkeypatch):
-    options = {"lora": {"r": 4}, "dtype": "bfloat16", "bf16": True, "save_dtype": "float32"}
+def test_lora_is_saved_as_adapter_and_merged(tmp_path):
+    options = {"lora_r": 4, "dtype": "bfloat16", "bf16": True, "save_dtype": "float32"}
     recipe = write_recipe(tmp_path, **options)
     base = load_model(str(ROOT), read_recipe(write_recipe(tmp_path, dtype="bfloat16")))
-    train_here(monkeypatch, write_recipe(tmp_path, **options))
+    train_here(write_recipe(tmp_path, **options))
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 7 * 2  # attention and MLP projections of one layer, two factors each
     assert all("language_model.layers.0" in name for name in adapter)
     merged = AutoModel.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True, dtype=torch.float32)
     names = changed(base.float().state_dict(), merged.state_dict())
     assert names == {f"{name.split('base_model.model.')[1].split('.lora_')[0]}.weight" for name in adapter}
-    assert read_recipe(recipe).lora.alpha is None
+    assert read_recipe(recipe).lora_alpha is None
     trained = metrics(tmp_path / "out")["trained_parameters"]
     assert trained == sum(tensor.numel() for tensor in adapter.values())
 
 
-def test_the_loss_is_the_mean_over_answers_and_evaluation_runs(tmp_path, monkeypatch):
+def test_the_loss_is_the_mean_over_answers_and_evaluation_runs(tmp_path):
     """However a batch is split in micro batches."""
     data = write_words(tmp_path, 8)
     losses = []
-    for micro_batch_size in (1, 4):
-        out = tmp_path / f"out{micro_batch_size}"
-        options = {"output": str(out), "micro_batch_size": micro_batch_size, "eval_data": data, "max_steps": 2}
-        train_here(monkeypatch, write_recipe(tmp_path, data=data, **options))
+    for size in (1, 4):
+        out = tmp_path / f"out{size}"
+        options = {"output_dir": str(out), "per_device_train_batch_size": size, "eval_data": data, "max_steps": 2}
+        train_here(write_recipe(tmp_path, data=data, **options))
         report = metrics(out)
         losses.append([*report["losses"].values(), report["eval_loss"]])
     assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-5)
@@ -105,7 +104,7 @@ def test_redrawn_documents_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("minimonkey.scripts.training.data.documents", stand_in_documents())
     data = {"a": {"synthetic": "word", "length": 4}}
     limits = {"too_long": "skip", "max_seq_length": 400}
-    train_here(monkeypatch, write_recipe(tmp_path, data=data, **limits))
+    train_here(write_recipe(tmp_path, data=data, **limits))
     assert metrics(tmp_path / "out")["redrawn_too_long"] == 1
 
 
@@ -114,17 +113,17 @@ def test_letters_are_a_loss_of_their_own(tmp_path, monkeypatch, only):
     monkeypatch.setattr("minimonkey.scripts.training.data.documents", stand_in_documents())
     data = {"a": {"synthetic": "word", "length": 4}}
     train = ["vision"] if only else ["vision", "projector", "language_model"]
-    options = {"letters": {"only": only}, "train": train, "data": data, "save_dtype": "float32"}
+    letters = {"letters_only": True} if only else {"letters_weight": 0.3}
+    options = {"train": train, "data": data, "save_dtype": "float32"}
     before = load_model(str(ROOT), read_recipe(write_recipe(tmp_path))).state_dict()
-    train_here(monkeypatch, write_recipe(tmp_path, **options))
+    train_here(write_recipe(tmp_path, **options, **letters))
     after = load_file(tmp_path / "out" / "model" / "model.safetensors")  # without the head
     assert {name.split(".")[1] for name in changed(before, after) if only} <= {"vision_tower"}
     assert any("vision_tower" in name for name in changed(before, after))
     checkpoint = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
     assert checkpoint.keys() - after.keys() == {"letters_head.weight", "letters_head.bias"}
     loss = metrics(tmp_path / "out")["losses"]["1"]
-    options = {**options, "letters": None, "output": str(tmp_path / "plain")}
-    train_here(monkeypatch, write_recipe(tmp_path, **options))
+    train_here(write_recipe(tmp_path, **options, output_dir=str(tmp_path / "plain")))
     assert loss != metrics(tmp_path / "plain")["losses"]["1"]
 
 
@@ -170,7 +169,7 @@ def test_layers_that_cannot_be_silenced_are_refused():
         deepen(model, 2)
 
 
-def test_new_layers_begin_without_effect_and_are_trained(tmp_path, monkeypatch, nano):
+def test_new_layers_begin_without_effect_and_are_trained(tmp_path, nano):
     model = load_model(str(ROOT), read_recipe(write_recipe(tmp_path, depth=None)))
     layers = model.config.text_config.num_hidden_layers
     inputs = {"input_ids": torch.arange(10, 40)[None]}
@@ -180,7 +179,7 @@ def test_new_layers_begin_without_effect_and_are_trained(tmp_path, monkeypatch, 
         after = model(**inputs).logits
     assert torch.equal(before, after)
     assert [layer.self_attn.layer_idx for layer in model.model.language_model.layers] == [*range(2 * layers + 1)]
-    train_here(monkeypatch, write_recipe(tmp_path, depth=None, language_layers=layers + 2, save_dtype="float32"))
+    train_here(write_recipe(tmp_path, depth=None, language_layers=layers + 2, save_dtype="float32"))
     trained = load_model(str(tmp_path / "out" / "model"), read_recipe(write_recipe(tmp_path, depth=None)))
     assert trained.config.text_config.num_hidden_layers == layers + 2
     added = [layer for layer in trained.model.language_model.layers if layer.mlp.down_proj.weight.abs().max() < 0.01]
@@ -195,14 +194,14 @@ def test_new_layers_begin_without_effect_and_are_trained(tmp_path, monkeypatch, 
         ({"depth": 9}, "depth 9 is more than"),
         ({"depth": None, "language_layers": 2}, "language_layers 2 is less than"),
         ({"depth": 1, "language_layers": 9}, "give one of them"),
-        ({"device": "auto", "bf16": True}, "device=cpu"),
+        ({"use_cpu": False, "bf16": True}, "use_cpu=true"),
         ({"max_seq_length": 20}, "do not fit max_seq_length 20"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-def test_what_is_wrong_is_said_before_training(tmp_path, monkeypatch, capsys, options, message):
+def test_what_is_wrong_is_said_before_training(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as exit_:
-        train_here(monkeypatch, write_recipe(tmp_path, **options))
+        train_here(write_recipe(tmp_path, **options))
     assert exit_.value.code == 1
     assert message in capsys.readouterr().err
 
@@ -223,7 +222,7 @@ def test_sharded_processes_run_the_vision_tower_equally_often(most, is_sharded, 
     source = type("S", (), {"ranges": [(1, most, 1, 1)]})
     trainer = FineTuner.__new__(FineTuner)
     trainer.is_fsdp_enabled, trainer.train_dataset = is_sharded, type("D", (), {"sources": [source]})
-    trainer.recipe = type("R", (), {"micro_batch_size": 1 if most == 7 else 2})
+    trainer.args = type("R", (), {"per_device_train_batch_size": 1 if most == 7 else 2})
     if fits:
         trainer._check_tiles()
     else:
@@ -269,14 +268,14 @@ def test_a_checkpoint_that_was_being_written_is_not_taken(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
 
 
-def test_a_killed_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
+def test_a_killed_run_goes_on_exactly(tmp_path, capsys):
     data = write_words(tmp_path, 10)
-    settings = {"data": data, "max_steps": 8, "save_every": 2, "optimizer": "muon", "order": "grouped"}
+    settings = {"data": data, "max_steps": 8, "save_steps": 2, "muon_learning_rate": 1e-4, "order": "grouped"}
     parts = ["language_model", "projector", "vision"]
     recipe = write_recipe(tmp_path, train=parts, learning_rate=1e-4, save_dtype="float32", **settings)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_here(monkeypatch, recipe, "--set", f"output={whole}")
-    process = subprocess.Popen(command(recipe, "--set", f"output={broken}"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    train_here(recipe, "--set", f"output_dir={whole}")
+    process = subprocess.Popen(command(recipe, "--set", f"output_dir={broken}"), cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (broken / "checkpoint-2" / "trainer_state.json").exists() and time.time() < deadline:
         time.sleep(0.005)
@@ -285,9 +284,9 @@ def test_a_killed_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
     assert not (broken / "metrics.json").exists()
     for options, message in (([], "--resume"), (["--resume", "--set", "seed=2"], "another seed")):
         with pytest.raises(SystemExit):
-            train_here(monkeypatch, recipe, "--set", f"output={broken}", *options)
+            train_here(recipe, "--set", f"output_dir={broken}", *options)
         assert message in capsys.readouterr().err
-    train_here(monkeypatch, recipe, "--set", f"output={broken}", "--resume")
+    train_here(recipe, "--set", f"output_dir={broken}", "--resume")
     assert metrics(whole)["losses"] == metrics(broken)["losses"]
     assert len(metrics(whole)["losses"]) == 8
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (whole, broken)]
@@ -317,8 +316,8 @@ def test_the_recipes_of_the_2b_model_take_a_step_at_reduced_depth(tmp_path, two_
     draw(tmp_path / "page.png", "page", (900, 600))
     data = {"page": {"root": str(tmp_path), "annotation": str(tmp_path / "lines.jsonl"), "max_dynamic_patch": 2}}
     write_lines(tmp_path, [line("<image>\nRead.", "page", "page.png")])
-    changes = {"model": two_billion, "output": tmp_path / "out", "depth": 1, "max_steps": 1, "batch_size": 1}
-    changes |= {"device": "cpu", "workers": 0, "data": json.dumps(data), "warmup_ratio": 0}
+    changes = {"model": two_billion, "output_dir": tmp_path / "out", "depth": 1, "max_steps": 1, "batch_size": 1}
+    changes |= {"use_cpu": "true", "dataloader_num_workers": 0, "data": json.dumps(data), "warmup_steps": 0}
     result = finetune(recipe, *(part for key, value in changes.items() for part in ("--set", f"{key}={value}")))
     assert result.returncode == 0, result.stderr
     report = metrics(tmp_path / "out")
@@ -333,7 +332,7 @@ def test_the_recipes_of_the_2b_model_take_a_step_at_reduced_depth(tmp_path, two_
 def test_train_nano_smoke(tmp_path):
     """The whole way by its commands: generator, training, evaluation."""
     recipe = ROOT / "scripts" / "training" / "recipes" / "nano-smoke.yaml"
-    result = finetune(recipe, "--set", f"output={tmp_path}/out")
+    result = finetune(recipe, "--set", f"output_dir={tmp_path}/out")
     assert result.returncode == 0, result.stderr
     losses = list(metrics(tmp_path / "out")["losses"].values())
     assert losses[-1] < 0.8 * losses[0]

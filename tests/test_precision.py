@@ -7,7 +7,7 @@ import torch
 
 from minimonkey.scripts import precision
 from minimonkey.scripts.training.optimizers import Muon
-from minimonkey.scripts.training.recipe import Recipe, with_fast_types
+from minimonkey.scripts.training.recipe import Recipe
 
 
 @pytest.fixture
@@ -79,17 +79,17 @@ def test_the_option_is_explained():
 
 
 def recipe(**fields) -> Recipe:
-    return Recipe(model=".", output="out", data={}, learning_rate=1e-3, device="cpu", **fields)
+    return Recipe(model=".", output_dir="out", data={}, learning_rate=1e-3, use_cpu=True, **fields)
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_recipes_choose_by_the_machine(processor_with, is_fast):
     processor_with(is_fast, is_fast)
-    automatic = with_fast_types(recipe(dtype="auto"))
+    automatic = recipe(dtype="auto")
     assert (automatic.dtype, automatic.bf16) == ("bfloat16" if is_fast else "float32", is_fast)
-    assert with_fast_types(recipe()).dtype == "float32"
+    assert recipe().dtype == "float32"
     given = recipe(dtype="bfloat16", bf16=False)
-    assert with_fast_types(given) == given
+    assert (given.dtype, given.bf16) == ("bfloat16", False)
 
 
 @pytest.mark.parametrize("is_fast", [True, False])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -135,11 +136,19 @@ def test_the_readme_has_no_placeholders():
 
 
 def test_training_and_evaluation_run(tmp_path):
-    steps = ["--letters-steps", 1, "--reading-steps", 2, "--batch-size", 2, "--workers", 0]
-    result = run("scripts/train_nano.py", tmp_path / "nano", *steps)
-    assert result.returncode == 0, result.stderr
-    assert "reading 2/2" in result.stderr
-    result = run("scripts/evaluate.py", "--model", tmp_path / "nano", "--items", 2, "--out", tmp_path / "out.jsonl")
+    recipes, letters, words = "scripts/training/recipes", tmp_path / "letters", tmp_path / "words"
+    few = {"use_cpu": "true", "batch_size": 2, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
+    few |= {"max_steps": 2, "warmup_steps": 0}
+    for name, options in (
+        ("nano-words-letters", {"output_dir": letters}),
+        ("nano-words", {"output_dir": words, "model": letters / "checkpoint-2"}),
+    ):
+        options = [part for key, value in (few | options).items() for part in ("--set", f"{key}={value}")]
+        result = run("scripts/finetune.py", f"{recipes}/{name}.yaml", *options)
+        assert result.returncode == 0, result.stderr
+        begins_with_new_head = re.search(r"letters_head.weight\s*\| MISSING", result.stderr) is not None
+        assert begins_with_new_head == (name == "nano-words-letters")  # the other goes on with this one's
+    result = run("scripts/evaluate.py", "--model", words / "model", "--items", 2, "--out", tmp_path / "out.jsonl")
     assert result.returncode == 0, result.stderr
     assert '"items": 2' in result.stdout
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2

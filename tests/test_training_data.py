@@ -14,7 +14,7 @@ from minimonkey.scripts.training.collator import Collator
 from minimonkey.scripts.training.data import IMAGE_PLACEHOLDER, picture_size, read_sources
 from minimonkey.scripts.training.encode import IGNORED, Conversation, Encoder, tile_options
 from minimonkey.scripts.training.letters import CHARACTER_CLASS, cell_labels
-from minimonkey.scripts.training.recipe import Recipe, read_recipe
+from minimonkey.scripts.training.recipe import Recipe, changed_options, read_recipe
 from minimonkey.scripts.training.samples import Samples
 from minimonkey.tiling import RANGE_NAMES
 
@@ -28,7 +28,8 @@ def encoder(processor, nano):
 
 
 def recipe(**values) -> Recipe:
-    return Recipe(**{"model": "m", "output": "o", "data": {}, "learning_rate": 1e-3, "batch_size": 2, **values})
+    required = {"model": "m", "output_dir": "o", "data": {}, "learning_rate": 1e-3}
+    return Recipe(**{**required, "batch_size": 2, "use_cpu": True, "bf16": False, **values})
 
 
 def samples(folder, encoder, entries: dict, ranges=ONE_TILE, **values) -> Samples:
@@ -188,6 +189,8 @@ def test_wrong_lines_are_named(tmp_path, encoder, entry, message):
         ({"synthetic": "novel", "length": 3}, "no synthetic documents 'novel'"),
         ({"synthetic": "word"}, "length"),
         ({"synthetic": "word", "length": 3, "difficulty": [1]}, "difficulty"),
+        ({"synthetic": "first-words", "length": 3, "difficulty": [0, 2]}, "difficulty"),
+        ({"synthetic": "first-words", "length": 3, "split": "held_out"}, "for training alone"),
         ({"synthetic": "word", "length": 3, "annotation": "a"}, "unknown annotation"),
         ({"synthetic": "word", "length": 3, "split": "other"}, "no split other"),
         ({"synthetic": "word", "length": 3, "turns": 0}, "turns"),
@@ -248,7 +251,7 @@ def test_a_picture_that_grew_raises(tmp_path, encoder):
 def test_long_documents_are_drawn_anew_and_counted(tmp_path, encoder, monkeypatch):
     monkeypatch.setattr("minimonkey.scripts.training.data.documents", stand_in_documents())
     entries = {"a": {"synthetic": "word", "length": 4, "difficulty": [0, 1], "seed": 5}}
-    values = {"order": "curriculum", "max_seq_length": 400, "epochs": 2}
+    values = {"order": "curriculum", "max_seq_length": 400, "num_train_epochs": 2}
     data = samples(tmp_path, encoder, entries, too_long="skip", **values)
     drawn = [data[position] for position in range(len(data))]
     assert [sample["redrawn"] for sample in drawn] == [0, 0, 1, 0, 1, 0, 0, 1]
@@ -271,13 +274,13 @@ def test_datasets_repeat_and_epochs_differ(tmp_path, encoder):
         "part": {"annotation": write_lines(tmp_path, [line("Hi", "x" * n) for n in range(1, 9)]), "repeat_time": 0.5},
         "again": {"annotation": write_lines(tmp_path, [line("Ho", "y")], "b.jsonl"), "repeat_time": 3},
     }
-    data = samples(tmp_path, encoder, entries, epochs=2)
+    data = samples(tmp_path, encoder, entries, num_train_epochs=2)
     assert (data.epoch_size, data.steps, len(data)) == (7, 7, 14)
     first, second = data.slots[:7].tolist(), data.slots[7:].tolist()
     assert sorted(first) == [*([0, i, 0] for i in range(4)), *([1, 0, r] for r in range(3))]
     assert sorted(second) == [*([0, i, 1] for i in range(4)), *([1, 0, r] for r in range(3, 6))]
     assert [slot[:2] for slot in first] != [slot[:2] for slot in second]
-    assert (samples(tmp_path, encoder, entries, epochs=2).slots == data.slots).all()
+    assert (samples(tmp_path, encoder, entries, num_train_epochs=2).slots == data.slots).all()
     assert len(samples(tmp_path, encoder, entries, max_steps=50)) == 100
 
 
@@ -327,6 +330,19 @@ def test_several_questions_share_a_picture_and_the_whole_text_comes_last(tmp_pat
         assert [IMAGE_PLACEHOLDER in question for question, _ in turns] == [True] + [False] * (len(turns) - 1)
         assert all("\n" not in answer for _, answer in turns[:-1])
     assert any("\n" in turns[-1][1] for turns in several)
+
+
+@pytest.mark.parametrize("kind", ["first-letters", "first-words"])
+def test_first_words_grow_harder(tmp_path, encoder, kind):
+    entries = {"a": {"synthetic": kind, "length": 300, "difficulty": [0, 1]}}
+    (source,) = read_sources(entries, tmp_path, ONE_TILE, encoder)
+    early, late = ([source.example(index + start, 0) for index in range(40)] for start in (0, 260))
+    assert early[3].pictures[0].tobytes() == source.example(3, 0).pictures[0].tobytes()
+    assert all(example.characters for example in (*early, *late))
+    asked = {example.conversation.turns[0][0] for example in (*early, *late)}
+    assert len(asked) > 5 and all(question.startswith(IMAGE_PLACEHOLDER) for question in asked)
+    lengths = [sum(len(example.conversation.turns[0][1]) for example in part) for part in (early, late)]
+    assert lengths[0] > lengths[1] if kind == "first-letters" else lengths[0] < lengths[1]  # from pages to words
 
 
 def test_a_dataset_without_thumbnails(tmp_path, encoder):
@@ -396,45 +412,118 @@ def test_batches_mask_letters_that_are_not_known():
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "scripts" / "training" / "recipes").glob("*.yaml")), ids=lambda p: p.stem
-)
+RECIPES = ROOT / "scripts" / "training" / "recipes"
+ON_CPU = "use_cpu=true"  # where there is no GPU, a recipe for one is refused
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path):
-    assert read_recipe(path).learning_rate > 0
+    recipe = read_recipe(path, [ON_CPU])
+    assert recipe.learning_rate > 0
+    assert recipe.gradient_accumulation_steps * recipe.per_device_train_batch_size == recipe.batch_size
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("nonsense=1", "unknown nonsense"),
-        ("nonsense", "key=value"),
-        ("lora.rank=1", "unknown rank"),
-        ("batch_size=two", "batch_size must be of type int"),
-        ("batch_size=0", "at least 1"),
-        ("bf16=1", "bf16 must be"),
-        ("order=random", "shuffled or grouped or curriculum"),
-        ("train=[head]", "language_model, projector, vision"),
+        ("nonsense", "name=value"),
+        ("data={a: [", "data=.* is not YAML"),
+        ("lora_rank=1", "unknown lora_rank; did you mean .*lora_r "),
+        ("micro_batch_size=1", "unknown micro_batch_size; did you mean batch_size"),
+        ("batch=1", "unknown batch"),  # no abbreviations
+        ("train_sampling_strategy=random", "unknown train_sampling_strategy"),
+        ("batch_size=two", "batch_size.*invalid int value: 'two'"),
+        ("batch_size=1.5", "batch_size.*invalid int value: '1.5'"),
+        ("batch_size=true", "batch_size.*invalid int value"),
+        ("batch_size=[1]", "batch_size.*invalid int value"),
+        ("batch_size=0", "batch_size must be at least 1"),
+        ("gradient_accumulation_steps=4", "give one of them"),
+        ("max_steps=0", "max_steps must be at least 1"),
+        ("max_steps=-2", "max_steps must be at least 1"),
+        ("num_train_epochs=0", "num_train_epochs must be more than 0"),
+        ("save_steps=0", "save_steps must be more than 0"),
+        ("bf16=2", "bf16"),
+        ("lora_merge=perhaps", "lora_merge"),
+        ("order=random", "order.*'shuffled', 'grouped', 'curriculum'"),
+        ("dtype=float16", "dtype.*'auto', 'float32', 'bfloat16'"),
+        ("train=[head]", "'language_model', 'projector', 'vision'"),
+        ("train=[]", "train"),
         ("tile_ranges=[[3, 1, 1, 1]]", "holds no grid"),
-        ("learning_rate=fast", "must be a number"),
-        ("matrix_learning_rate=1", "optimizer: muon"),
-        ("eval_every=2", "eval_data"),
-        ("letters.weight=1", "letters teach the vision tower"),
+        ("tile_ranges=[1, 8, 1, 4]", "tile_ranges must be a list of"),
+        ("tile_ranges=many", "tile_ranges must be a list of"),
+        ("learning_rate=fast", "learning_rate.*invalid float value: 'fast'"),
+        ("learning_rate=-1e-5", "learning_rate must be more than 0"),
+        ("lr_scheduler_type=steep", "steep"),
+        ("muon_learning_rate=1", "leave out muon_learning_rate"),
+        ("muon_learning_rate=0", "muon_learning_rate must be more than 0"),
+        ("eval_steps=2", "eval_data"),
+        ("eval_strategy=epoch", "eval_data"),
+        ("letters_weight=1", "letters teach the vision tower"),
+        ("letters_only=true", "letters teach the vision tower"),
+        ("lora_dropout=1", r"lora_dropout in \[0, 1\)"),
+        ("lora_r=null", "belong to lora_r"),
         ("decay_ratio=0.99", "decay_ratio"),
         ("language_layers=0", "at least 1"),
         ("language_layers=30", "without LoRA"),
+        ("data=null", "required: --data"),
+        ("learning_rate=null", "required: --learning_rate"),
+        ("use_cpu=false", "use_cpu=true"),
     ],
 )
-def test_recipes_say_what_is_wrong(override, message):
-    path = ROOT / "scripts" / "training" / "recipes" / "minimonkey-2b-lora.yaml"
-    with pytest.raises(ValueError, match=message):
-        read_recipe(path, [override])
+def test_recipes_say_what_is_wrong_in_a_line(override, message):
+    path = RECIPES / "minimonkey-2b-lora.yaml"
+    if override == "use_cpu=false" and torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=message) as raised:
+        read_recipe(path, [ON_CPU, override])
+    assert "\n" not in str(raised.value)
 
 
 def test_recipes_take_overrides():
-    path = ROOT / "scripts" / "training" / "recipes" / "minimonkey-2b-full.yaml"
-    changed = read_recipe(path, ["learning_rate=4e-9", "lora.r=4", "data={a: {annotation: b}}"])
-    assert (changed.learning_rate, changed.lora.r, changed.data) == (4e-9, 4, {"a": {"annotation": "b"}})
-    with pytest.raises(ValueError, match="adamw"):
-        read_recipe(path, ["lora.r=4", "optimizer=muon"])
+    path = RECIPES / "minimonkey-2b-full.yaml"
+    changed = read_recipe(path, [ON_CPU, "learning_rate=4e-9", "lora_r=4", "data={a: {annotation: 1e3, root: '2024'}}"])
+    assert (changed.learning_rate, changed.lora_r) == (4e-9, 4)
+    assert changed.data == {"a": {"annotation": "1e3", "root": "2024"}}  # left as YAML has them
+    assert read_recipe(path, [ON_CPU, "data=meta.json"]).data == "meta.json"
+    with pytest.raises(ValueError, match="muon_learning_rate"):
+        read_recipe(path, [ON_CPU, "lora_r=4", "muon_learning_rate=1e-3"])
     with pytest.raises(ValueError, match="no recipe"):
         read_recipe(path.with_name("other.yaml"))
+
+
+def test_recipes_take_what_trainer_takes(tmp_path):
+    """Values that YAML reads as text, lists, switches and nested options among them."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: m\noutput_dir: o\ndata: meta.json\nuse_cpu: true\nbf16: false\nlearning_rate: 4e-9\nmax_steps: -1\n"
+        "train: [vision, projector]\nlr_scheduler_kwargs: {min_lr_ratio: 0.02}\nlr_scheduler_type: warmup_stable_decay\n"
+        "gradient_checkpointing: true\nreport_to: none\nwarmup_steps: 7\nadam_epsilon: 1e-7\nlora_merge: true\n"
+    )
+    recipe = read_recipe(path, ["eval_data=meta.json", "eval_steps=3"])
+    assert (recipe.learning_rate, recipe.max_steps, recipe.adam_epsilon) == (4e-9, -1, 1e-7)
+    assert (recipe.train, recipe.report_to, recipe.eval_strategy) == (["vision", "projector"], [], "steps")
+    assert getattr(recipe, "activation_checkpointing", recipe.gradient_checkpointing)
+    recipe.set_steps(20)
+    assert (recipe.max_steps, recipe.warmup_steps) == (20, 7)
+    assert recipe.lr_scheduler_kwargs == {"num_decay_steps": 10, "decay_type": "linear", "min_lr_ratio": 0.02}
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("cosine", 6), ("warmup_stable_decay", 12)])
+def test_a_rate_rises_within_the_run(schedule, steps):
+    with pytest.raises(ValueError, match=f"warmup_steps 7 are too many for the {steps} steps"):
+        recipe(warmup_steps=7, lr_scheduler_type=schedule).set_steps(steps)
+    recipe(warmup_steps=7, lr_scheduler_type=schedule).set_steps(14)
+
+
+def test_a_batch_is_divided_or_counted():
+    assert recipe(batch_size=6, per_device_train_batch_size=2).gradient_accumulation_steps == 3
+    assert recipe(batch_size=None, per_device_train_batch_size=2, gradient_accumulation_steps=4).batch_size == 8
+
+
+def test_a_resumed_run_may_differ_in_what_decides_no_step():
+    recorded = json.loads(json.dumps(recipe().to_dict()))
+    free = {"output_dir": "elsewhere", "save_steps": 3, "logging_steps": 1, "dataloader_num_workers": 0}
+    assert not changed_options(recipe(**free), recorded)
+    other = {"seed": 2, "learning_rate": 1e-4, "max_steps": 9, "tile_ranges": MSAC, "train": ["vision"]}
+    assert set(changed_options(recipe(**other), recorded)) == other.keys()

@@ -43,20 +43,19 @@ def plain():
     return steps("plain")
 
 
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
+def test_two_processes_train_as_one(tmp_path):
     """DDP, with batches of text alone in one process while the other has pictures."""
     lines = [line("<image>\nRead.", f"word{i}", draw(tmp_path / f"{i}.png", f"word{i}")) for i in range(4)]
     lines = [entry for picture in lines for entry in (picture, line("Who are you?", "A monkey."))]
     data = {"mixed": {"root": str(tmp_path), "annotation": str(tmp_path / write_lines(tmp_path, lines))}}
-    options = {"data": data, "order": "curriculum", "micro_batch_size": 1, "batch_size": 2, "max_steps": 4}
+    options = {"data": data, "order": "curriculum", "per_device_train_batch_size": 1, "batch_size": 2, "max_steps": 4}
     parts = {"train": ["language_model", "projector", "vision"], "gradient_checkpointing": True}
-    recipe = write_recipe(tmp_path, **options, **parts, optimizer="muon", learning_rate=1e-4)
-    result = in_two_processes(ROOT / "scripts" / "finetune.py", recipe, "--set", f"output={tmp_path}/two")
+    recipe = write_recipe(tmp_path, **options, **parts, muon_learning_rate=1e-4, learning_rate=1e-4)
+    result = in_two_processes(ROOT / "scripts" / "finetune.py", recipe, "--set", f"output_dir={tmp_path}/two")
     assert result.returncode == 0, result.stderr
     report = metrics(tmp_path / "two")
     assert (report["wrapper"], report["world_size"], report["steps"]) == ("DistributedDataParallel", 2, 4)
-    monkeypatch.setattr(sys, "argv", ["finetune.py", str(recipe), "--set", f"output={tmp_path}/one"])
-    script.main()
+    script.main([str(recipe), "--set", f"output_dir={tmp_path}/one"])
     one = metrics(tmp_path / "one")
     assert one["world_size"] == 1
     assert list(report["losses"].values()) == pytest.approx(list(one["losses"].values()), rel=1e-4)
@@ -83,12 +82,12 @@ def test_deepspeed_trains_by_the_command(tmp_path, monkeypatch, stage):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     launch = ["-m", "accelerate.commands.launch", "--config_file", LAUNCH / f"zero{stage}.yaml"]
     command = [*launch, "--mixed_precision", "no", ROOT / "scripts" / "finetune.py", recipe]
-    command = [sys.executable, *map(str, command), "--set", f"output={tmp_path}/two"]
+    command = [sys.executable, *map(str, command), "--set", f"output_dir={tmp_path}/two"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     report = metrics(tmp_path / "two")
     assert (report["wrapper"], report["world_size"]) == ("DeepSpeedEngine", 2)
-    result = finetune(recipe, "--set", f"output={tmp_path}/one")
+    result = finetune(recipe, "--set", f"output_dir={tmp_path}/one")
     assert result.returncode == 0, result.stderr
     one = metrics(tmp_path / "one")["losses"]
     assert list(report["losses"].values()) == pytest.approx(list(one.values()), rel=1e-3)

@@ -49,17 +49,17 @@ def write_recipe(folder: Path, **values) -> Path:
     """A recipe of a few quick steps on words, beside them."""
     defaults = {
         "model": str(ROOT),
-        "output": str(folder / "out"),
+        "output_dir": str(folder / "out"),
         "depth": 1,
         "tile_ranges": ONE_TILE,
         "learning_rate": 1e-3,
         "batch_size": 4,
-        "micro_batch_size": 2,
-        "workers": 0,
+        "per_device_train_batch_size": 2,
+        "dataloader_num_workers": 0,
         "max_steps": 1,
-        "log_every": 1,
+        "logging_steps": 1,
         "bf16": False,
-        "device": "cpu",
+        "use_cpu": True,
     }
     recipe = folder / "recipe.yaml"
     values = {**defaults, **values}

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from training.encode import IGNORED
+from minimonkey.scripts.training.encode import IGNORED
 
 
 class Collator:

@@ -23,17 +23,15 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from datasets.fingerprint import Hasher
 from PIL import ExifTags, Image, UnidentifiedImageError
-from repository import root_class
 
-from synthetic import documents
-from synthetic.vocabulary import READ_ALL
-from training.encode import Conversation, Encoder
-from training.recipe import check_ranges
+from minimonkey.conversation import IMAGE_PLACEHOLDER
+from minimonkey.processing_minimonkey import check_placeholders
+from minimonkey.scripts.synthetic import documents, first_words
+from minimonkey.scripts.synthetic.vocabulary import READ_ALL
+from minimonkey.scripts.training.encode import Conversation, Encoder
+from minimonkey.scripts.training.recipe import check_ranges
+from minimonkey.tiling import RANGE_NAMES
 
-
-IMAGE_PLACEHOLDER = root_class("conversation.IMAGE_PLACEHOLDER")
-RANGE_NAMES = root_class("tiling.RANGE_NAMES")
-check_placeholders = root_class("processing_minimonkey.check_placeholders")
 
 TileRanges = tuple[int, int, int, int]
 PUBLISHED_NAMES = {"min_dynamic_patch": "min_tiles", "max_dynamic_patch": "max_tiles"}
@@ -104,9 +102,11 @@ class SyntheticSource(Source):
         """A conversation about one document; another document for every attempt."""
         number = index + self.size * (round_ * self.MOST_ATTEMPTS + attempt)
         low, high = self.difficulty
-        drawn = documents.document(
-            self.kind, number, self.seed, self.split, low + (high - low) * index / max(1, self.size - 1)
-        )
+        difficulty = low + (high - low) * index / max(1, self.size - 1)
+        if self.kind in first_words.KINDS:
+            drawn = first_words.KINDS[self.kind](number, self.seed, difficulty)
+        else:
+            drawn = documents.document(self.kind, number, self.seed, self.split, difficulty)
         rng = random.Random(f"{self.seed}/question/{number}")
         count = min(rng.randint(1, self.turns), len(drawn.questions))
         # The whole text comes last: what is asked after it would be copied from there, not from the picture.
@@ -190,16 +190,19 @@ def _synthetic_source(
     name: str, entry: dict, ranges: tuple[TileRanges, ...], use_thumbnail: bool, part: float, repeats: int
 ) -> SyntheticSource:
     kind, length, seed, turns = entry["synthetic"], entry.get("length"), entry.get("seed", 1), entry.get("turns", 1)
-    if kind not in documents.KINDS:
-        raise ValueError(
-            f"Dataset {name}: there are no synthetic documents {kind!r}; known are {', '.join(documents.KINDS)}."
-        )
+    known = (*documents.KINDS, *first_words.KINDS)
+    if kind not in known:
+        raise ValueError(f"Dataset {name}: there are no synthetic documents {kind!r}; known are {', '.join(known)}.")
+    if kind in first_words.KINDS and entry.get("split", "training") != "training":
+        raise ValueError(f"Dataset {name}: {kind} is for training alone, got split {entry['split']!r}.")
     if not isinstance(length, int) or length < 1 or not isinstance(seed, int):
         raise ValueError(f"Dataset {name}: length must be a number of documents, seed a number; got {entry}.")
     difficulty = entry.get("difficulty", 1.0)
     difficulty = difficulty if isinstance(difficulty, list) else [difficulty, difficulty]
-    if len(difficulty) != 2 or not all(isinstance(value, (int, float)) for value in difficulty):
-        raise ValueError(f"Dataset {name}: difficulty is a number or [from, to], got {entry['difficulty']!r}.")
+    if len(difficulty) != 2 or not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in difficulty):
+        raise ValueError(
+            f"Dataset {name}: difficulty is [from, to] or one number, 0 to 1, got {entry['difficulty']!r}."
+        )
     if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
         raise ValueError(f"Dataset {name}: turns must be a whole number of at least 1, got {turns!r}.")
     source = SyntheticSource(

@@ -8,20 +8,19 @@ answers and the separator that ends each; everything else is masked.
 from dataclasses import dataclass
 
 import torch
-from repository import root_class
 
+from minimonkey.conversation import (
+    IMAGE_PLACEHOLDER,
+    begins_with_bos,
+    build_prompt,
+    control_tokens,
+    encode,
+    get_template,
+    protect,
+)
+from minimonkey.processing_minimonkey import count_placeholders, expand_placeholders
+from minimonkey.tiling import RANGE_NAMES, share_tile_budget
 
-IMAGE_PLACEHOLDER = root_class("conversation.IMAGE_PLACEHOLDER")
-begins_with_bos = root_class("conversation.begins_with_bos")
-build_prompt = root_class("conversation.build_prompt")
-control_tokens = root_class("conversation.control_tokens")
-count_placeholders = root_class("processing_minimonkey.count_placeholders")
-encode = root_class("conversation.encode")
-expand_placeholders = root_class("processing_minimonkey.expand_placeholders")
-get_template = root_class("conversation.get_template")
-protect = root_class("conversation.protect")
-RANGE_NAMES = root_class("tiling.RANGE_NAMES")
-share_tile_budget = root_class("tiling.share_tile_budget")
 
 IGNORED = -100  # of torch's cross entropy
 # Tiles stay bytes until the model normalises them on its device: a quarter of the memory to hand over.

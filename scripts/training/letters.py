@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from training.encode import IGNORED
+from minimonkey.scripts.training.encode import IGNORED
 
 
 CELLS_PER_PATCH = 2  # characters are narrower than a patch, so each patch names two, side by side
@@ -56,8 +56,8 @@ def letters_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
-def with_letters(model_class: type, loss_weight: float, only: bool) -> type:
-    """The model's class with the head, whose loss is added to that of the answers or (`only`) replaces it.
+def with_letters(model_class: type, loss_weight: float | None) -> type:
+    """The model's class with the head, whose loss is added to that of the answers; without a weight it replaces it.
 
     It keeps name and module of the model's class: weights are converted and code is saved by these.
     """
@@ -79,7 +79,7 @@ def with_letters(model_class: type, loss_weight: float, only: bool) -> type:
                 self._patch_states.clear()
                 return super().forward(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
             self._patch_states.clear()
-            if only:
+            if loss_weight is None:
                 self.model.vision_tower(self._normalised(inputs["pixel_values"]))
                 output = None
             else:
@@ -88,7 +88,7 @@ def with_letters(model_class: type, loss_weight: float, only: bool) -> type:
             self._patch_states.clear()
             # The share of this micro batch in the step, by which the loss of the answers counts too.
             share = 1.0 if num_items_in_batch is None else (labels != IGNORED).sum() / num_items_in_batch
-            if only:
+            if loss_weight is None:
                 return {"loss": share * loss}
             output.loss = output.loss + loss_weight * share * loss
             return output

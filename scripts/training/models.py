@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from repository import root_class
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from importing.folder import finish, work_folder
-from training.letters import with_letters
-from training.nano import write_untrained
-from training.recipe import UNTRAINED_NANO, Recipe
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.importing.folder import finish, work_folder
+from minimonkey.scripts.training.letters import with_letters
+from minimonkey.scripts.training.nano import write_untrained
+from minimonkey.scripts.training.recipe import UNTRAINED_NANO, Recipe
 
 
 ADAPTED = r".*language_model\.layers\..*_proj"
@@ -27,7 +28,7 @@ def model_folder(recipe: Recipe) -> str:
         return recipe.model
     if is_deepspeed_zero3_enabled():
         raise ValueError("ZeRO-3 builds a model in all processes at once; start untrained-nano without it (torchrun).")
-    folder = Path(recipe.output) / UNTRAINED_NANO
+    folder = Path(recipe.output_dir) / UNTRAINED_NANO
     if not folder.exists():
         torch.manual_seed(recipe.seed)
         write_untrained(work_folder(folder))
@@ -41,25 +42,25 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
     Raises:
         ValueError: More depth than the model has, or fewer language layers.
     """
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-    if recipe.letters is not None:
-        model_class = with_letters(model_class, recipe.letters.weight, recipe.letters.only)
+    model_class = MiniMonkeyForConditionalGeneration
+    if recipe.names_letters:
+        model_class = with_letters(model_class, recipe.letters_weight)
     options = {} if recipe.depth is None else {"config": _config_of_depth(folder, recipe.depth)}
     if recipe.language_layers is not None:
         _check_language_layers(folder, recipe.language_layers)
-    if recipe.attention is not None:
-        options["attn_implementation"] = recipe.attention
+    if recipe.attn_implementation is not None:
+        options["attn_implementation"] = recipe.attn_implementation
     model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
     if recipe.language_layers is not None:
         deepen(model, recipe.language_layers)
     model.config.text_config.use_cache = False  # of no use in training
-    freeze(model, recipe.train if recipe.lora is None else [])
-    return model if recipe.lora is None else _with_adapters(model, recipe)
+    freeze(model, recipe.train if recipe.lora_r is None else [])
+    return model if recipe.lora_r is None else _with_adapters(model, recipe)
 
 
 def _config_of_depth(folder: str, depth: int):
     """The configuration with the first `depth` layers of vision tower and language model."""
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_pretrained(folder)
+    config = MiniMonkeyConfig.from_pretrained(folder)
     fields = {**config.to_dict(), "scm_layer": None}
     for name in ("vision_config", "text_config"):
         part = getattr(config, name).to_dict()
@@ -72,7 +73,7 @@ def _config_of_depth(folder: str, depth: int):
 
 def _check_language_layers(folder: str, layers: int) -> None:
     """Raise `ValueError` if the model has more layers already."""
-    text_config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_pretrained(folder).text_config
+    text_config = MiniMonkeyConfig.from_pretrained(folder).text_config
     if layers < text_config.num_hidden_layers:
         raise ValueError(
             f"language_layers {layers} is less than the {text_config.num_hidden_layers} layers that the model has."
@@ -132,26 +133,24 @@ def freeze(model: nn.Module, train: list[str]) -> None:
 
 
 def _with_adapters(model: nn.Module, recipe: Recipe) -> PeftModel:
-    lora = recipe.lora
-    alpha = 2 * lora.r if lora.alpha is None else lora.alpha
-    return get_peft_model(
-        model, LoraConfig(r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=ADAPTED)
-    )
+    alpha = 2 * recipe.lora_r if recipe.lora_alpha is None else recipe.lora_alpha
+    adapters = LoraConfig(r=recipe.lora_r, lora_alpha=alpha, lora_dropout=recipe.lora_dropout, target_modules=ADAPTED)
+    return get_peft_model(model, adapters)
 
 
-def save(trainer, recipe: Recipe, base: str) -> Path:
+def save(trainer, base: str) -> Path:
     """Write OUT/model (with LoRA OUT/adapter, and OUT/model if it is to be merged); the folder that was written last.
 
     The weights are read again on the way, in the type to save, whichever way the run had them split.
     """
-    output, arguments = Path(recipe.output), trainer.args
-    trained = output / ("adapter" if recipe.lora else "model.trained")
+    recipe, output = trainer.args, Path(trainer.args.output_dir)
+    trained = output / ("model.trained" if recipe.lora_r is None else "adapter")
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(trained))  # all processes: shards are gathered
-    is_wanted = recipe.lora is None or recipe.lora.merge
+    is_wanted = recipe.lora_r is None or recipe.lora_merge
     unset_hf_deepspeed_config()  # from here on one process builds whole models
-    if is_wanted and arguments.should_save:
+    if is_wanted and recipe.should_save:
         model = _whole_model(trained, recipe, base).to(getattr(torch, recipe.save_dtype))
         model.config.text_config.use_cache = True
         target = output / "model"
@@ -160,15 +159,15 @@ def save(trainer, recipe: Recipe, base: str) -> Path:
         model.save_pretrained(work_folder(target))
         trainer.processor.save_pretrained(work_folder(target))
         finish(target)
-        if recipe.lora is None:
+        if recipe.lora_r is None:
             shutil.rmtree(trained)
     return output / "model" if is_wanted else trained
 
 
 def _whole_model(trained: Path, recipe: Recipe, base: str) -> nn.Module:
     """The trained model; LoRA's adapters are added to the weights in float32, where little is lost."""
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-    if recipe.lora is None:
+    model_class = MiniMonkeyForConditionalGeneration
+    if recipe.lora_r is None:
         return model_class.from_pretrained(trained, dtype=getattr(torch, recipe.save_dtype))
     options = {} if recipe.depth is None else {"config": _config_of_depth(base, recipe.depth)}
     model = model_class.from_pretrained(base, dtype=torch.float32, **options)

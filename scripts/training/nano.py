@@ -4,24 +4,28 @@ import math
 from pathlib import Path
 
 import torch
-from repository import root_class
 from torch import nn
 from transformers import GenerationConfig
 
-from synthetic.byte_tokenizer import build_byte_tokenizer
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.conversation import DEFAULT_SYSTEM_MESSAGE, chat_template_jinja, get_template
+from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.processing_minimonkey import MiniMonkeyProcessor
+from minimonkey.scripts.synthetic.byte_tokenizer import build_byte_tokenizer
+from minimonkey.tiling import RANGE_NAMES
 
 
 TILE_SIZE, PATCH_SIZE = 112, 8
-RANGE_NAMES = root_class("tiling.RANGE_NAMES")
 ONE_TILE = (1, 1, 1, 1)
 
 
 def write_untrained(out: Path) -> None:
     """Configuration, tokenizer, processor and chat template of Nano, and weights to start from."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_byte_tokenizer(root_class("conversation.DEFAULT_SYSTEM_MESSAGE"))
-    template = root_class("conversation.chat_template_jinja")(root_class("conversation.get_template")("internlm2-chat"))
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig")(
+    tokenizer = build_byte_tokenizer(DEFAULT_SYSTEM_MESSAGE)
+    template = chat_template_jinja(get_template("internlm2-chat"))
+    config = MiniMonkeyConfig(
         vision_config={
             "hidden_size": 192,
             "num_hidden_layers": 3,
@@ -49,14 +53,14 @@ def write_untrained(out: Path) -> None:
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
     )
-    image_processor = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")(
+    image_processor = MiniMonkeyImageProcessor(
         size={"height": TILE_SIZE, "width": TILE_SIZE}, **dict(zip(RANGE_NAMES, ONE_TILE))
     )
-    processor = root_class("processing_minimonkey.MiniMonkeyProcessor")(
+    processor = MiniMonkeyProcessor(
         image_processor, tokenizer, image_seq_length=config.image_seq_length, chat_template=template
     )
     processor.save_pretrained(out)
-    model = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")(config)
+    model = MiniMonkeyForConditionalGeneration(config)
     initialize(model)
     model.generation_config = GenerationConfig(
         bos_token_id=config.text_config.bos_token_id,

@@ -1,8 +1,9 @@
 """Muon for the matrices of the layers and AdamW for the rest, as one optimizer."""
 
 import torch
-from precision import fast_dtype
 from torch import nn
+
+from minimonkey.scripts.precision import fast_dtype
 
 
 # Of the names of matrices inside vision tower, projector and language model; embeddings and the output layer are not.
@@ -106,5 +107,5 @@ def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
     matrices = [parameter for (_, parameter), matrix in zip(trained, is_matrix) if matrix]
     rest = [parameter for (_, parameter), matrix in zip(trained, is_matrix) if not matrix]
     if not matrices or not rest:
-        raise ValueError("optimizer: muon needs matrices of layers and other parameters to train; take adamw.")
+        raise ValueError("muon_learning_rate needs matrices of layers and other parameters to train; leave it out.")
     return matrices, rest

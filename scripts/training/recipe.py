@@ -1,22 +1,24 @@
-"""A recipe: everything that decides a training run, as a YAML file.
+"""A recipe: everything that decides a training run, as a YAML file with the options of transformers' Trainer and ours.
 
-    recipe = read_recipe(Path("scripts/training/recipes/nano-smoke.yaml"), ["batch_size=4", "lora.r=8"])
+    recipe = read_recipe(Path("scripts/training/recipes/nano-smoke.yaml"), ["batch_size=4", "lora_r=8"])
 
-A key that is unknown, or does not fit another, raises before anything is loaded. Paths count from the folder that the
-command runs in.
+transformers' HfArgumentParser reads it. An option that is unknown, of another type, or does not fit another, raises before
+anything is loaded. Paths count from the folder that the command runs in.
 """
 
-import dataclasses
-import types
-import typing
-from dataclasses import dataclass, field
+import difflib
+import json
+import os
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from precision import choose_dtype
-from repository import root_class
+from transformers import HfArgumentParser, TrainingArguments
+
+from minimonkey.scripts.precision import choose_dtype
+from minimonkey.tiling import check_tile_range
 
 
 PARTS = ("language_model", "projector", "vision")
@@ -24,52 +26,63 @@ UNTRAINED_NANO = "untrained-nano"
 PUBLISHED_TRAINING_RANGES = (1, 8, 1, 4)  # detailed up to 8 tiles, adaptive 1 to 4
 
 
-@dataclass
-class LoraRecipe:
-    """Low-rank adapters on every attention and MLP projection of the language model."""
-
-    r: int = 16
-    alpha: int | None = None
-    """2 r if not given."""
-    dropout: float = 0.0
-    merge: bool = True
-    """Also write the whole model with the adapters added to its weights."""
-
-
-@dataclass
-class LettersRecipe:
-    """A second loss on rendered documents: naming the character at every patch, see training/letters.py."""
-
-    weight: float = 0.3
-    only: bool = False
-    """Without answers, for the vision tower alone; for the first minutes of a fresh model."""
-
-
-@dataclass
-class Recipe:
-    """One run of scripts/finetune.py."""
+@dataclass(kw_only=True)
+class Recipe(TrainingArguments):
+    """One run of scripts/finetune.py: the arguments of its Trainer, some with other defaults, and what we add."""
 
     model: str
     """A MiniMonkey folder or Hub id, or `untrained-nano`."""
-    output: str
-    data: str | dict
+    data: dict[str, Any] | str | None = field()
     """A meta JSON in the InternVL format, or its content."""
-    learning_rate: float
-    eval_data: str | dict | None = None
-    """As `data`; its loss is measured at the end and every `eval_every` steps."""
+    eval_data: dict[str, Any] | str | None = None
+    """As `data`; its loss is measured at the end and every `eval_steps`."""
+
+    # Options of Trainer that have no default here, or another one
+    output_dir: str = field()
+    learning_rate: float = field()
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 1
+    per_device_eval_batch_size: int | None = None
+    """As for training if not given."""
+    weight_decay: float = 0.01
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+    """Below 1 a share of the steps."""
+    bf16: bool | None = None
+    """Compute in bfloat16; where the machine is fast in it if not given."""
+    logging_steps: float = 10
+    logging_first_step: bool = True
+    save_steps: float = 200
+    save_total_limit: int | None = 2
+    dataloader_num_workers: int = 2
+    report_to: str | None = "tensorboard"
+    seed: int = 1
+    # Not to be chosen: the samples are laid out in the order of the run, and hold more than the model takes.
+    train_sampling_strategy: str = field(default="sequential", init=False)
+    remove_unused_columns: bool = field(default=False, init=False)
+    prediction_loss_only: bool = field(default=True, init=False)
 
     # What is trained
-    train: list[str] = field(default_factory=lambda: ["language_model"])
-    """Of language_model, projector, vision; the rest stays as it is."""
-    lora: LoraRecipe | None = None
-    letters: LettersRecipe | None = None
+    train: list[str] = field(default_factory=lambda: ["language_model"], metadata={"choices": PARTS})
+    """The rest stays as it is."""
+    lora_r: int | None = None
+    """Train adapters of this rank on every attention and MLP projection of the language model in its place."""
+    lora_alpha: int | None = None
+    """2 lora_r if not given."""
+    lora_dropout: float = 0.0
+    lora_merge: bool = True
+    """Also write the whole model with the adapters added to its weights."""
+    letters_weight: float | None = None
+    """Of a second loss on rendered documents: naming the character at every patch, see letters.py."""
+    letters_only: bool = False
+    """That loss alone, without answers, for the vision tower; for the first minutes of a fresh model."""
     depth: int | None = None
     """Keep this many layers of vision tower and language model, to try a large model on a small machine."""
     language_layers: int | None = None
     """Deepen the language model to this many layers; the new ones begin without effect, see `models.deepen`."""
 
     # Data
-    tile_ranges: list[list[int]] = field(default_factory=lambda: [list(PUBLISHED_TRAINING_RANGES)])
+    tile_ranges: list[list[int]] | str | None = field(default_factory=lambda: [list(PUBLISHED_TRAINING_RANGES)])
     """(min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles); each sample takes one of them."""
     max_seq_length: int = 4096
     too_long: Literal["raise", "skip"] = "raise"
@@ -78,187 +91,218 @@ class Recipe:
     """`grouped`: shuffled, examples of like length in a batch. `curriculum`: each dataset in its own order."""
     grounding_tokens: bool = False
     """Whether <ref>, <box> and <quad> in the data are control tokens, as in `chat(..., grounding_tokens=True)`."""
-    workers: int = 2
 
     # Steps
-    epochs: float = 1.0
-    max_steps: int | None = None
-    """Instead of `epochs`."""
-    batch_size: int = 16
-    """Of an optimizer step, over all processes and accumulated micro batches."""
-    micro_batch_size: int = 1
-    """Of a forward pass on one device."""
-
-    # Optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for the matrices of the layers, AdamW for the rest."""
-    matrix_learning_rate: float | None = None
-    """Of Muon's matrices; `learning_rate` if not given."""
-    weight_decay: float = 0.01
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    max_grad_norm: float = 1.0
-    schedule: Literal["cosine", "linear", "constant_with_warmup", "warmup_stable_decay"] = "cosine"
-    warmup_ratio: float = 0.03
+    batch_size: int | None = None
+    """Of an optimizer step, over all processes and accumulated micro batches; in place of gradient_accumulation_steps."""
+    muon_learning_rate: float | None = None
+    """Train the matrices of the layers by Muon at this rate; the rest by AdamW at `learning_rate`."""
     decay_ratio: float = 0.5
     """Share of the steps in which the rate of `warmup_stable_decay` falls to zero."""
 
-    # Numbers and memory
+    # Numbers
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Of the weights while they are trained. AdamW's steps are mostly lost in bfloat16 weights; `auto`, bfloat16 where the
     machine is fast in it, suits those that are frozen under LoRA."""
-    bf16: bool | Literal["auto"] = "auto"
-    """Compute in bfloat16; `auto`: where the machine is fast in it."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    gradient_checkpointing: bool = False
-    attention: str | None = None
-    device: Literal["auto", "cpu"] = "auto"
-
-    # The run
-    seed: int = 1
-    save_every: int = 200
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    eval_every: int | None = None
+    attn_implementation: str | None = None
 
     def __post_init__(self):
-        _check_values(self)
+        self.data, self.eval_data, self.tile_ranges = map(_structure, (self.data, self.eval_data, self.tile_ranges))
+        _check(self)
+        self._choose_types()
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.eval_steps is not None:
+            self.eval_strategy = "steps"
+        if self.use_cpu and "WORLD_SIZE" in os.environ:
+            self.ddp_backend = self.ddp_backend or "gloo"
+        if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):  # its name from 5.23 on
+            self.activation_checkpointing, self.gradient_checkpointing = True, None
+        super().__post_init__()
+        self._divide_batch()
+
+    def _choose_types(self) -> None:
+        """Put in types that were left to the machine, which is said in a line."""
+        if self.bf16 is not False and not self.use_cpu and not torch.accelerator.is_available():
+            raise ValueError("There is no GPU here; train on the CPU with use_cpu: true (--set use_cpu=true).")
+        if self.bf16 is None or self.dtype == "auto":
+            device = "cpu" if self.use_cpu else torch.accelerator.current_accelerator()
+            fast = choose_dtype("auto", device or "cpu")
+            self.bf16 = fast == torch.bfloat16 if self.bf16 is None else self.bf16
+            self.dtype = str(fast).removeprefix("torch.") if self.dtype == "auto" else self.dtype
+
+    def _divide_batch(self) -> None:
+        share = self.per_device_train_batch_size * self.world_size
+        if self.batch_size is None:
+            self.batch_size = share * self.gradient_accumulation_steps
+        if self.batch_size % share:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide among {self.world_size} processes with "
+                f"per_device_train_batch_size {self.per_device_train_batch_size}; take a multiple of {share}."
+            )
+        self.gradient_accumulation_steps = self.batch_size // share
+
+    @property
+    def names_letters(self) -> bool:
+        """Whether there is a loss for naming characters."""
+        return self.letters_only or self.letters_weight is not None
+
+    def set_steps(self, steps: int) -> None:
+        """Put in the number of optimizer steps, which the data decide, and what follows from it.
+
+        Raises:
+            ValueError: The rate would still rise when the run ends or begins to decay.
+        """
+        self.max_steps = steps
+        decays = self.lr_scheduler_type == "warmup_stable_decay"
+        if self.warmup_steps < 1:
+            self.warmup_steps = round(self.warmup_steps * steps)
+        elif self.warmup_steps > steps * (1 - self.decay_ratio * decays):
+            raise ValueError(f"warmup_steps {self.warmup_steps:g} are too many for the {steps} steps of this run.")
+        if decays:
+            decay = {"num_decay_steps": max(1, round(self.decay_ratio * steps)), "decay_type": "linear"}
+            self.lr_scheduler_kwargs = decay | (self.lr_scheduler_kwargs or {})
 
 
-# Keys that may change between the parts of an interrupted run: they decide neither samples nor steps.
-FREE_ON_RESUME = ("output", "workers", "save_every", "keep_checkpoints", "log_every", "eval_every", "eval_data")
+class RecipeParser(HfArgumentParser):
+    """Reads recipes; what is wrong is raised, since recipes do not only come from a command."""
+
+    def __init__(self):
+        super().__init__(Recipe)
+
+    def error(self, message: str):
+        """Raise `ValueError` in place of leaving the program."""
+        raise ValueError(message)
 
 
 def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
-    """The recipe of a YAML file, with `key=value` (or `lora.r=value`) put in.
+    """The recipe of a YAML file, with `name=value` put in.
 
     Raises:
-        ValueError: No such file, or keys or values that a recipe does not have.
+        ValueError: No such file, or options or values that a recipe does not have.
     """
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}; see scripts/training/recipes.")
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}.")
+    options = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold names and values, got {type(options).__name__}.")
     for override in overrides:
-        _put(values, override)
-    return _build(Recipe, values, str(path))
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes name=value, got {override!r}.")
+        options[name] = _parse(text, f"--set {override}")
+    try:
+        _check_names(options)
+        arguments = [word for name, value in options.items() for word in _as_arguments(name, value)]
+        (recipe,) = RecipeParser().parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return recipe
 
 
-def _put(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError(f"--set takes key=value, got {override!r}.")
-    *outer, last = key.split(".")
-    for name in outer:
-        if values.get(name) is None:
-            values[name] = {}
-        values = values[name]
-        if not isinstance(values, dict):
-            raise ValueError(f"--set {override}: {name} is a value and holds no keys.")
-    values[last] = yaml.safe_load(text)
+def _parse(text: str, where: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _build(kind: type, values: dict[str, Any], where: str):
-    """A dataclass from a mapping, every value checked against the type of its field."""
-    types_of = typing.get_type_hints(kind)
-    unknown = values.keys() - types_of.keys()
-    if unknown:
-        raise ValueError(f"{where}: unknown {', '.join(sorted(unknown))}; known are {', '.join(types_of)}.")
-    required = [
-        entry.name
-        for entry in dataclasses.fields(kind)
-        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} is missing.")
-    return kind(**{name: _fit(value, types_of[name], f"{where}: {name}") for name, value in values.items()})
+def _check_names(options: dict) -> None:
+    known = [entry.name for entry in fields(Recipe) if entry.init]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see scripts/training/recipe.py."
+            raise ValueError(f"unknown {name}; {hint}")
 
 
-def _fit(value, kind, where: str):
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        options = typing.get_args(kind)
-        if value is None and type(None) in options:
-            return None
-        options = [option for option in options if option is not type(None)]
-        fitting = [option for option in options if _is_of(value, option)]
-        return _fit(value, (fitting or options)[0], where)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _build(kind, value, where)
-    if kind is float and isinstance(value, str):  # YAML reads 4e-9 as text, 4.0e-9 as a number
-        try:
-            return float(value)
-        except ValueError as error:
-            raise ValueError(f"{where} must be a number, got {value!r}.") from error
-    if not _is_of(value, kind):
-        raise ValueError(f"{where} must be {_describe(kind)}, got {value!r}.")
-    return float(value) if kind is float else value
+def _as_arguments(name: str, value) -> list[str]:
+    """An option as on a command line, where the parser checks types; null leaves its default."""
+    if value is None:
+        return []
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return [f"--{name}", *value]
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"]
 
 
-def _is_of(value, kind) -> bool:
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if typing.get_origin(kind) is list:
-        (item,) = typing.get_args(kind)
-        return isinstance(value, list) and all(_is_of(entry, item) for entry in value)
-    if dataclasses.is_dataclass(kind):
-        return isinstance(value, dict)
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if kind is float else kind)
+def _structure(value):
+    """Lists and objects of what the parser left as JSON."""
+    return json.loads(value) if isinstance(value, str) and value.startswith(("{", "[")) else value
 
 
-def _describe(kind) -> str:
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(map(str, typing.get_args(kind)))
-    return str(kind) if typing.get_origin(kind) else f"of type {kind.__name__}"
-
-
-def _check_values(recipe: Recipe) -> None:
-    whole = ("max_seq_length", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "log_every")
-    for name in (*whole, "max_steps", "depth", "language_layers", "eval_every"):
+def _check(recipe: Recipe) -> None:
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "gradient_accumulation_steps")
+    for name in (*sizes, "max_seq_length", "depth", "language_layers", "save_total_limit"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    if recipe.epochs <= 0 or recipe.learning_rate <= 0 or recipe.workers < 0:
-        raise ValueError("epochs and learning_rate must be more than 0, workers at least 0.")
-    if not 0 <= recipe.warmup_ratio < 1 or not 0 < recipe.decay_ratio <= 1 - recipe.warmup_ratio:
-        raise ValueError("warmup_ratio must be in [0, 1), decay_ratio more than 0, and both together at most 1.")
-    if not recipe.train or set(recipe.train) - set(PARTS):
-        raise ValueError(f"train must name one or more of {', '.join(PARTS)}, got {recipe.train}.")
+    if recipe.max_steps < 1 and recipe.max_steps != -1:
+        raise ValueError(f"max_steps must be at least 1, or -1 to count epochs, got {recipe.max_steps}.")
+    for name in (
+        "num_train_epochs",
+        "learning_rate",
+        "muon_learning_rate",
+        "save_steps",
+        "logging_steps",
+        "eval_steps",
+    ):
+        value = getattr(recipe, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be more than 0, got {value}.")
+    if recipe.dataloader_num_workers < 0:
+        raise ValueError(f"dataloader_num_workers must be at least 0, got {recipe.dataloader_num_workers}.")
+    warmup_ratio = recipe.warmup_steps if recipe.warmup_steps < 1 else 0
+    if warmup_ratio < 0 or not 0 < recipe.decay_ratio <= 1 - warmup_ratio:
+        raise ValueError(
+            "warmup_steps must not be negative, decay_ratio more than 0, and both shares together at most 1."
+        )
+    if recipe.batch_size is not None and recipe.gradient_accumulation_steps != 1:
+        raise ValueError("batch_size decides gradient_accumulation_steps; give one of them.")
+    if not recipe.train:
+        raise ValueError(f"train must name one or more of {', '.join(PARTS)}.")
     check_ranges(recipe.tile_ranges, "tile_ranges")
-    if recipe.language_layers is not None and (recipe.lora is not None or "language_model" not in recipe.train):
+    if recipe.eval_data is None and (recipe.eval_steps is not None or recipe.eval_strategy != "no"):
+        raise ValueError("eval_steps and eval_strategy need eval_data.")
+    if recipe.language_layers is not None and (recipe.lora_r is not None or "language_model" not in recipe.train):
         raise ValueError("language_layers adds layers that have to be trained: train the language_model, without LoRA.")
     if recipe.language_layers is not None and recipe.depth is not None:
         raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
-    if len(recipe.betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {recipe.betas}.")
-    if recipe.matrix_learning_rate is not None and recipe.optimizer != "muon":
-        raise ValueError("matrix_learning_rate belongs to optimizer: muon.")
-    if recipe.eval_every is not None and recipe.eval_data is None:
-        raise ValueError("eval_every needs eval_data.")
-    if recipe.lora is not None:
-        _check_lora(recipe)
-    if recipe.letters is not None and ("vision" not in recipe.train or recipe.lora is not None):
-        raise ValueError(f"letters teach the vision tower, but train is {recipe.train} (with LoRA it stays as it is).")
-    if recipe.letters is not None and recipe.letters.only and recipe.train != ["vision"]:
-        raise ValueError(f"With letters.only nothing but the vision tower is trained; train is {recipe.train}.")
+    _check_lora(recipe)
+    _check_letters(recipe)
 
 
 def _check_lora(recipe: Recipe) -> None:
+    if recipe.lora_r is None:
+        if recipe.lora_alpha is not None or recipe.lora_dropout or not recipe.lora_merge:
+            raise ValueError("lora_alpha, lora_dropout and lora_merge belong to lora_r, the rank of the adapters.")
+        return
     if recipe.train != ["language_model"]:
         raise ValueError(f"LoRA trains adapters of the language model alone; train is {recipe.train}, leave it out.")
-    if recipe.optimizer != "adamw":
-        raise ValueError("LoRA's factors are no square updates for Muon to orthogonalise; take optimizer: adamw.")
-    if recipe.lora.r < 1 or not 0 <= recipe.lora.dropout < 1:
-        raise ValueError(f"lora.r must be at least 1 and lora.dropout in [0, 1), got {recipe.lora}.")
+    if recipe.muon_learning_rate is not None:
+        raise ValueError(
+            "LoRA's factors are no square updates for Muon to orthogonalise; leave out muon_learning_rate."
+        )
+    if recipe.lora_r < 1 or not 0 <= recipe.lora_dropout < 1:
+        raise ValueError(
+            f"lora_r must be at least 1 and lora_dropout in [0, 1), got {recipe.lora_r}, {recipe.lora_dropout}."
+        )
+
+
+def _check_letters(recipe: Recipe) -> None:
+    if recipe.names_letters and ("vision" not in recipe.train or recipe.lora_r is not None):
+        raise ValueError(f"letters teach the vision tower, but train is {recipe.train} (with LoRA it stays as it is).")
+    if recipe.letters_only and (recipe.train != ["vision"] or recipe.letters_weight is not None):
+        raise ValueError(
+            f"With letters_only nothing but the vision tower is trained, by one loss; train is {recipe.train}, "
+            f"letters_weight {recipe.letters_weight}."
+        )
 
 
 def check_ranges(ranges, where: str) -> None:
     """Raise `ValueError` unless these are one or more (min, max, adaptive min, adaptive max)."""
     if not isinstance(ranges, list) or not ranges or any(not isinstance(r, list) or len(r) != 4 for r in ranges):
         raise ValueError(f"{where} must be a list of [min, max, adaptive min, adaptive max], got {ranges!r}.")
-    check_tile_range = root_class("tiling.check_tile_range")
     for least, most, adaptive_least, adaptive_most in ranges:
         try:
             check_tile_range(least, most, "detailed tile")
@@ -267,26 +311,31 @@ def check_ranges(ranges, where: str) -> None:
             raise ValueError(f"{where}: {error}") from error
 
 
-def with_fast_types(recipe: Recipe) -> Recipe:
-    """The recipe with types in place of `auto`, by what the machine can, which is said in a line.
+# Options that may change between the parts of an interrupted run, by how they begin: they decide neither samples nor steps.
+FREE_ON_RESUME = (
+    *(
+        "output_dir",
+        "eval_",
+        "do_",
+        "per_device_eval_",
+        "save_",
+        "logging_",
+        "log_",
+        "dataloader_",
+        "report_to",
+        "run_name",
+    ),
+    *("disable_tqdm", "local_rank", "hub_", "push_to_hub", "project", "trackio_"),
+)
 
-    Raises:
-        ValueError: It wants to compute in bfloat16 on a GPU (`device: auto`), and there is none.
+
+def changed_options(recipe: Recipe, recorded: dict[str, Any]) -> list[str]:
+    """Names of options in which a recipe differs from the recorded one of the run that it is to go on with.
+
+    Those that only one of two releases of transformers knows are left aside.
     """
-    if recipe.bf16 and recipe.device == "auto" and not torch.accelerator.is_available():
-        raise ValueError("There is no GPU here; train on the CPU with device: cpu (--set device=cpu).")
-    if "auto" not in (recipe.dtype, recipe.bf16):
-        return recipe
-    device = "cpu" if recipe.device == "cpu" else torch.accelerator.current_accelerator()
-    dtype = choose_dtype("auto", device or "cpu")
-    types_ = {"dtype": str(dtype).removeprefix("torch."), "bf16": dtype == torch.bfloat16}
-    return dataclasses.replace(
-        recipe, **{name: value for name, value in types_.items() if getattr(recipe, name) == "auto"}
-    )
-
-
-def changed_keys(recipe: Recipe, recorded: dict[str, Any]) -> list[str]:
-    """Keys in which a recipe differs from the recorded one of the run that it is to go on with."""
-    now = dataclasses.asdict(recipe)
-    names = [name for name in now if name not in FREE_ON_RESUME]
-    return [name for name in names if now[name] != recorded.get(name)]
+    return [
+        name
+        for name, value in json.loads(json.dumps(recipe.to_dict())).items()
+        if not name.startswith(FREE_ON_RESUME) and name in recorded and value != recorded[name]
+    ]

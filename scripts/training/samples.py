@@ -8,16 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from repository import root_class
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from training.data import Example, FileSource, Source
-from training.encode import Encoder
-from training.letters import cell_labels
-from training.recipe import Recipe
-
-
-layer_grids = root_class("tiling.layer_grids")
+from minimonkey.scripts.training.data import Example, FileSource, Source
+from minimonkey.scripts.training.encode import Encoder
+from minimonkey.scripts.training.letters import cell_labels
+from minimonkey.scripts.training.recipe import Recipe
+from minimonkey.tiling import layer_grids
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,8 @@ class Samples(torch.utils.data.Dataset):
         if is_evaluation:
             self.slots = self._epoch(0)
         else:
-            total = self.epoch_size * recipe.epochs
-            self.steps = recipe.max_steps or max(1, -(-int(total) // recipe.batch_size))
+            total = int(self.epoch_size * recipe.num_train_epochs)
+            self.steps = recipe.max_steps if recipe.max_steps > 0 else max(1, -(-total // recipe.batch_size))
             self.slots = self._lay_out(self.steps * recipe.batch_size)
 
     def _fitting(self, source: Source) -> np.ndarray:
@@ -136,7 +133,7 @@ class Samples(torch.utils.data.Dataset):
 
     def _with_letters(self, sample: dict, example: Example, use_thumbnail: bool) -> dict:
         grids = sample.pop("tile_grids", None)
-        if self.recipe.letters is None or not example.characters:
+        if not self.recipe.names_letters or not example.characters:
             return sample
         columns, rows, adaptive_columns, adaptive_rows = grids[0].tolist()
         layers = layer_grids((columns, rows), (adaptive_columns, adaptive_rows), use_thumbnail)
