@@ -14,17 +14,15 @@ from torch import nn
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.scripts.importing.folder import check_free, new_folder
 from minimonkey.scripts.repository import load_processor
-
-from training.trainer import complete_checkpoints
+from minimonkey.scripts.training.trainer import complete_checkpoints
 
 
 def mean_model(folders: list[Path]) -> nn.Module:
     """The model whose weights are the mean of those in `folders`, in float32."""
-    model_class = MiniMonkeyForConditionalGeneration
-    mean = model_class.from_pretrained(folders[0], dtype=torch.float32)
+    mean = MiniMonkeyForConditionalGeneration.from_pretrained(folders[0], dtype=torch.float32)
     with torch.no_grad():
         for count, folder in enumerate(folders[1:], start=2):
-            other = model_class.from_pretrained(folder, dtype=torch.float32)
+            other = MiniMonkeyForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
             for parameter, value in zip(mean.parameters(), other.parameters(), strict=True):
                 parameter.lerp_(value, 1 / count)
     mean.config.text_config.use_cache = True
@@ -50,13 +48,13 @@ def average(run: Path, last: int, output: Path, dtype: str = "bfloat16") -> list
     return folders
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="output folder of a recipe")
     parser.add_argument("--last", type=int, default=12, help="how many checkpoints")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the written weights")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         taken = average(args.run, args.last, args.output, args.dtype)
     except (ValueError, OSError) as error:

@@ -12,9 +12,8 @@ Prints a table for people and one JSON line for machines. Runs anywhere: weights
 import argparse
 import sys
 
-from precision import choose_dtype
-
-from benchmarking import compression, conversation, decode, load, preprocessing, stages, vision
+from minimonkey.scripts.benchmarking import compression, conversation, decode, load, preprocessing, stages, vision
+from minimonkey.scripts.precision import choose_dtype
 
 
 SUBJECTS = {
@@ -28,7 +27,7 @@ SUBJECTS = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, module in SUBJECTS.items():
@@ -37,7 +36,7 @@ def main() -> int:
         )
         module.add_arguments(subject)
         subject.set_defaults(run=module.run)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if "dtype" in args:
         args.dtype = str(choose_dtype(args.dtype, args.device)).removeprefix("torch.")
     try:

@@ -15,8 +15,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from precision import add_dtype_argument, choose_dtype
-from repository import add_model_arguments, add_tile_arguments, load_model, load_processor, tile_options
+
+from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
+from minimonkey.scripts.repository import (
+    add_model_arguments,
+    add_tile_arguments,
+    load_model,
+    load_processor,
+    tile_options,
+)
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -37,7 +44,7 @@ def is_medium(text: str) -> bool:
     )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="FILE ... QUESTION", help="pictures and videos, then the question")
     add_model_arguments(parser)
@@ -52,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
     parser.add_argument("--interactive", action="store_true", help="go on asking after the first question")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     has_question = bool(args.inputs) and not is_medium(args.inputs[-1])
     args.question = args.inputs[-1] if has_question else None
     args.media = args.inputs[:-1] if has_question else args.inputs
@@ -131,10 +138,10 @@ def converse(processor, model, args: argparse.Namespace) -> None:
             args.media = shown  # what was added since the last answer may be what is wrong
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    args = parse_arguments()
+    args = parse_arguments(arguments)
     try:
         processor, model = load(args)
         if args.question and not args.interactive:

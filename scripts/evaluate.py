@@ -20,15 +20,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from precision import add_dtype_argument, choose_dtype
-from repository import add_model_arguments, add_tile_arguments, load_model, load_processor, tile_options
 
-from evaluation.dropping import DROPS
-from evaluation.metrics import METRICS
-from evaluation.predictions import Predictions, read_predictions, weights_digest
-from evaluation.report import compare, describe, describe_comparison, score
-from evaluation.runner import Answering, answer_suite
-from evaluation.suites import (
+from minimonkey.scripts.evaluation.dropping import DROPS
+from minimonkey.scripts.evaluation.metrics import METRICS
+from minimonkey.scripts.evaluation.predictions import Predictions, read_predictions, weights_digest
+from minimonkey.scripts.evaluation.report import compare, describe, describe_comparison, score
+from minimonkey.scripts.evaluation.runner import Answering, answer_suite
+from minimonkey.scripts.evaluation.suites import (
     DEFAULT_METRIC,
     PRESET_METRICS,
     QUESTIONS,
@@ -37,15 +35,23 @@ from evaluation.suites import (
     read_benchmark,
     synthetic_suite,
 )
-from synthetic.materials import materials
-from synthetic.sheet import sheet
+from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
+from minimonkey.scripts.repository import (
+    add_model_arguments,
+    add_tile_arguments,
+    load_model,
+    load_processor,
+    tile_options,
+)
+from minimonkey.scripts.synthetic.materials import materials
+from minimonkey.scripts.synthetic.sheet import sheet
 
 
 DEFAULT_ITEMS = 1000
 SHEET_ITEMS, SHEET_COLUMNS = 9, 3
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group()
@@ -74,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="JSONL file for the predictions")
     parser.add_argument("--resume", action="store_true", help="go on with the predictions in --out")
     parser.add_argument("--sheet", type=Path, default=None, help="PNG of the first items with question and answers")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     _check(parser, args)
     args.dtype = str(choose_dtype(args.dtype, args.device)).removeprefix("torch.")
     return args
@@ -181,7 +187,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def compare_files(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="evaluate.py compare", description="Two predictions files, item by item.")
+    program = f"{Path(sys.argv[0]).name} compare"
+    parser = argparse.ArgumentParser(prog=program, description="Two predictions files, item by item.")
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     args = parser.parse_args(arguments)
@@ -190,12 +197,13 @@ def compare_files(arguments: list[str]) -> None:
     print(json.dumps(result))
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if sys.argv[1:2] == ["compare"]:
-            compare_files(sys.argv[2:])
+        if arguments[:1] == ["compare"]:
+            compare_files(arguments[1:])
         else:
-            evaluate(parse_arguments())
+            evaluate(parse_arguments(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

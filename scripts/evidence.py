@@ -18,16 +18,17 @@ from pathlib import Path
 
 import torch
 import transformers
-from precision import add_dtype_argument, choose_dtype
-from repository import add_model_arguments, load_model, load_processor, root_class
 
-from evaluation.figure import draw
-from evaluation.predictions import Predictions, weights_digest
-from evaluation.runner import Answering, answer_suite
-from evaluation.suites import Suite, synthetic_suite
-from evaluation.tables import Comparison, markdown
-from evaluation.ways import KEEP_RATIOS, Way, droppings, tilings
-from synthetic.materials import materials
+from minimonkey.scripts.evaluation.figure import draw
+from minimonkey.scripts.evaluation.predictions import Predictions, weights_digest
+from minimonkey.scripts.evaluation.runner import Answering, answer_suite
+from minimonkey.scripts.evaluation.suites import Suite, synthetic_suite
+from minimonkey.scripts.evaluation.tables import Comparison, markdown
+from minimonkey.scripts.evaluation.ways import KEEP_RATIOS, Way, droppings, tilings
+from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
+from minimonkey.scripts.repository import add_model_arguments, load_model, load_processor
+from minimonkey.scripts.synthetic.materials import materials
+from minimonkey.tiling import PRESETS
 
 
 # Kind of document, its questions, the metric that ways are compared by.
@@ -41,7 +42,7 @@ SUITES = {
 COMPRESSED = ("receipts", "seams")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for predictions, tables and figure")
     add_model_arguments(parser)
@@ -57,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_dtype_argument(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.compressed is None:
         args.compressed = [name for name in args.suites if name in COMPRESSED]
     args.suites = list(dict.fromkeys(args.suites))
@@ -65,8 +66,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--items must be at least 2, --batch-size at least 1")
     if not all(0 < ratio < 1 for ratio in args.keep_ratios):
         parser.error("--keep-ratios must be between 0 and 1")
-    if args.preset not in root_class("tiling.PRESETS"):
-        parser.error(f"there is no preset {args.preset!r}; known are {', '.join(root_class('tiling.PRESETS'))}")
+    if args.preset not in PRESETS:
+        parser.error(f"there is no preset {args.preset!r}; known are {', '.join(PRESETS)}")
     if set(args.compressed) - set(args.suites):
         parser.error("--compressed names suites that are not among --suites")
     args.dtype = str(choose_dtype(args.dtype, args.device)).removeprefix("torch.")
@@ -89,7 +90,7 @@ def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
     Raises:
         ValueError: Predictions in the folder that were made with other weights or settings, or no fonts.
     """
-    ranges = root_class("tiling.PRESETS")[args.preset]
+    ranges = PRESETS[args.preset]
     args.out.mkdir(parents=True, exist_ok=True)
     names = ("model", "subfolder", "difficulty", "seed", "batch_size", "device", "dtype")
     shared = {name: getattr(args, name) for name in names}
@@ -145,8 +146,8 @@ def compare_ways(args: argparse.Namespace) -> list[Comparison]:
     ]
 
 
-def main() -> int:
-    args = parse_arguments()
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

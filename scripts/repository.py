@@ -1,4 +1,4 @@
-"""Where the repository is, how scripts reach its code, and the options that several of them have.
+"""Where the repository is, how scripts load a model by its code alone, and the options that several of them have.
 
 Scripts run the code of this repository alone: of a Hub id or folder they read configuration, tokenizer and weights, and
 the Python files beside them are never executed.
@@ -10,15 +10,18 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.processing_minimonkey import MiniMonkeyProcessor
+from minimonkey.tiling import RANGE_NAMES
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def root_class(name: str):
-    """A class, function or constant of the repository's code, `"module.name"`, loaded as `trust_remote_code` loads it.
-
-    Each call looks at the files again, so it belongs outside loops.
-    """
+    """A class, function or constant of the repository's code, `"module.name"`."""
     return get_class_from_dynamic_module(name, str(ROOT))
 
 
@@ -28,17 +31,15 @@ def load_processor(source: str | Path):
     Raises:
         ValueError: There is no MiniMonkey processor, or a tokenizer that needs code of its own.
     """
-    processor_class = root_class("processing_minimonkey.MiniMonkeyProcessor")
-    image_processor_class = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")
     try:
-        image_processor = image_processor_class.from_pretrained(source)
+        image_processor = MiniMonkeyImageProcessor.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        settings, options = processor_class.get_processor_dict(source)
+        settings, options = MiniMonkeyProcessor.get_processor_dict(source)
     except OSError as error:
         raise ValueError(
             f"{source} holds no MiniMonkey processor; published weights come through import_checkpoint.py."
         ) from error
-    return processor_class.from_args_and_dict([image_processor, tokenizer], settings, **options)
+    return MiniMonkeyProcessor.from_args_and_dict([image_processor, tokenizer], settings, **options)
 
 
 def load_model(source: str | Path, **options):
@@ -50,15 +51,13 @@ def load_model(source: str | Path, **options):
     Raises:
         ValueError: The model is of another kind.
     """
-    config_class = root_class("configuration_minimonkey.MiniMonkeyConfig")
-    settings, _ = config_class.get_config_dict(source, subfolder=options.get("subfolder", ""))
-    if settings.get("model_type") != config_class.model_type:
+    settings, _ = MiniMonkeyConfig.get_config_dict(source, subfolder=options.get("subfolder", ""))
+    if settings.get("model_type") != MiniMonkeyConfig.model_type:
         raise ValueError(
-            f"{source} holds a model of type {settings.get('model_type')!r}; the scripts take {config_class.model_type!r} "
+            f"{source} holds a model of type {settings.get('model_type')!r}; the scripts take {MiniMonkeyConfig.model_type!r} "
             "and the published checkpoints that import_checkpoint.py knows."
         )
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-    return model_class.from_pretrained(source, **options).eval()
+    return MiniMonkeyForConditionalGeneration.from_pretrained(source, **options).eval()
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +71,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_tile_arguments(parser: argparse.ArgumentParser, preset: str | None = None) -> None:
     """`--preset`, and the four tile ranges by themselves."""
     parser.add_argument("--preset", default=preset, help="tile ranges of a published benchmark, e.g. docvqa")
-    for name in root_class("tiling.RANGE_NAMES"):
+    for name in RANGE_NAMES:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=None)
 
 
 def tile_options(args: argparse.Namespace) -> dict[str, int | str]:
     """What was given for `add_tile_arguments`, as options of the image processor."""
-    names = ("preset", *root_class("tiling.RANGE_NAMES"))
+    names = ("preset", *RANGE_NAMES)
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image, ImageDraw
-from precision import add_dtype_argument, choose_dtype
-from repository import (
+
+from minimonkey.image_processing_minimonkey import load_picture
+from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
+from minimonkey.scripts.repository import (
     add_model_arguments,
     add_tile_arguments,
     load_model,
     load_processor,
-    root_class,
     tile_options,
 )
 
@@ -85,7 +86,7 @@ def lit_tokens(
     return tiles.transpose(1, 2).reshape(rows * side, columns * side).tolist()
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", help="path or URL")
     parser.add_argument("question")
@@ -97,14 +98,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-ratio", type=float, default=None, help="default: the model's")
     parser.add_argument("--layer", type=int, default=None, help="default: the model's")
     parser.add_argument("--queries", choices=("all", "visual"), default=None, help="default: the model's")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def run(args: argparse.Namespace) -> None:
     if not args.out.parent.is_dir():
         raise ValueError(f"There is no folder {args.out.parent} to write {args.out.name} into.")
     processor = load_processor(args.model)
-    picture = root_class("image_processing_minimonkey.load_picture")(args.image)
+    picture = load_picture(args.image)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": args.question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -142,11 +143,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"written: {args.out}")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        run(parse_arguments())
+        run(parse_arguments(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from repository import root_class
+
+from minimonkey.checkpoint import fuse_wqkv
 
 
 # Ours to published, each applied wherever it fits, in this order.
@@ -37,14 +38,14 @@ _VISION = (
 
 def save_published(model: torch.nn.Module, folder: Path, shard_size: str = "3GB") -> None:
     """The weights of a model whose language model is a Llama, under InternLM2's names."""
-    fuse, weights = root_class("checkpoint.fuse_wqkv"), {}
+    weights = {}
     state = model.state_dict()
     for name, tensor in state.items():
         parts = name.rsplit("q_proj.", 1)
         if len(parts) == 2:
             q, k, v = (state[f"{letter}_proj.".join(parts)] for letter in "qkv")
             is_text = ".self_attn." in name
-            tensor = fuse(q, k, v, model.config.text_config) if is_text else torch.cat([q, k, v])
+            tensor = fuse_wqkv(q, k, v, model.config.text_config) if is_text else torch.cat([q, k, v])
             name = name.replace(".self_attn.q_proj.", ".attention.wqkv.").replace(".attention.q_proj.", ".attn.qkv.")
         elif ".k_proj." in name or ".v_proj." in name:
             continue

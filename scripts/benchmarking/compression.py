@@ -8,13 +8,14 @@ import re
 from functools import partial
 
 import torch
-from precision import DTYPES, add_dtype_argument
-from repository import root_class
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from benchmarking.measure import free_bytes, median_seconds, megabytes, peak_extra_bytes, report
-from benchmarking.models import SIZES, random_config, random_model, random_tiles
+from minimonkey.attention_probe import attention_inputs
+from minimonkey.compression import CompressionSettings, find_images, kept_positions, pack
+from minimonkey.scripts.benchmarking.measure import free_bytes, median_seconds, megabytes, peak_extra_bytes, report
+from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model, random_tiles
+from minimonkey.scripts.precision import DTYPES, add_dtype_argument
 
 
 TEXT_BEFORE, TEXT_AFTER = 40, 30  # tokens of a prompt around its image
@@ -101,22 +102,20 @@ class Prompt:
         generator = torch.Generator(model.device).manual_seed(1)
         shape = (1, self.tokens, config.text_config.hidden_size)
         self.embeddings = torch.empty(shape, device=model.device, dtype=model.dtype).normal_(generator=generator)
-        self.settings = root_class("compression.CompressionSettings")(keep_ratio, 1, len(language_model.layers))
-        self.images = root_class("compression.find_images")(
+        self.settings = CompressionSettings(keep_ratio, 1, len(language_model.layers))
+        self.images = find_images(
             self.input_ids, self.mask, tile_counts, config.image_token_id, config.image_seq_length, self.settings
         )
-        attention_inputs = root_class("attention_probe.attention_inputs")
         self.probe = lambda sequence, is_image: attention_inputs(language_model, sequence, layer=1)
-        self.tile_counts, self._keep = tile_counts, root_class("compression.kept_positions")
-        self._pack = root_class("compression.pack")
+        self.tile_counts = tile_counts
 
     def kept_positions(self) -> torch.Tensor:
         """As `generate` finds them."""
-        return self._keep(self.embeddings, self.mask, self.images, self.settings, self.probe)[0]
+        return kept_positions(self.embeddings, self.mask, self.images, self.settings, self.probe)[0]
 
     def compressed(self) -> torch.Tensor:
         """The shorter prompt (1, M, D), scoring included."""
-        return self._pack((self.embeddings,), [self.kept_positions()])[0][0]
+        return pack((self.embeddings,), [self.kept_positions()])[0][0]
 
 
 @torch.no_grad()

@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 import torch
-from precision import add_dtype_argument
-from repository import ROOT, root_class
 from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList
 
-from benchmarking.measure import megabytes, report, synchronize
-from benchmarking.models import SIZES, random_config, random_model
-from benchmarking.preprocessing import photograph
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.benchmarking.measure import megabytes, report, synchronize
+from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
+from minimonkey.scripts.benchmarking.preprocessing import photograph
+from minimonkey.scripts.precision import add_dtype_argument
+from minimonkey.scripts.repository import ROOT
 
 
 QUESTIONS = ("What is the total?", "Who wrote it?", "And the date?", "Read the second line.", "Is it signed?")
@@ -65,8 +66,7 @@ def load(args: argparse.Namespace):
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     if args.size == "Nano" and args.layers is None:
-        model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-        return processor, model_class.from_pretrained(ROOT, dtype=dtype).to(device).eval()
+        return processor, MiniMonkeyForConditionalGeneration.from_pretrained(ROOT, dtype=dtype).to(device).eval()
     config = random_config(args.size, args.layers)
     config.image_token_id = processor.image_token_id
     processor.image_processor.size = {"height": config.tile_size, "width": config.tile_size}

@@ -8,11 +8,11 @@ import argparse
 from functools import partial
 
 import torch
-from precision import add_dtype_argument
 from torch import nn
 
-from benchmarking.measure import median_seconds, report
-from benchmarking.models import SIZES, random_config, random_model
+from minimonkey.scripts.benchmarking.measure import median_seconds, report
+from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
+from minimonkey.scripts.precision import add_dtype_argument
 
 
 COPIED_BYTES = 2**29

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from import_checkpoint import import_checkpoint
-from repository import root_class
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from benchmarking.checkpoints import published_config, save_published
-from benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
-from benchmarking.models import random_config, random_model
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.benchmarking.checkpoints import published_config, save_published
+from minimonkey.scripts.benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
+from minimonkey.scripts.benchmarking.models import random_config, random_model
+from minimonkey.scripts.import_checkpoint import import_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,11 +67,10 @@ def rows(args: argparse.Namespace, folder: Path) -> list[dict]:
     image_token_id = model.config.image_token_id
     del model
     import_checkpoint(str(published), imported, image_token_id)
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
     options = {"dtype": torch.bfloat16, "image_token_id": image_token_id}
     ways = {
         "plain read": (published, lambda: list(read_plain(published).values())),
-        "published": (published, lambda: model_class.from_pretrained(published, **options)),
+        "published": (published, lambda: MiniMonkeyForConditionalGeneration.from_pretrained(published, **options)),
         "imported": (
             imported,
             lambda: AutoModel.from_pretrained(imported, trust_remote_code=True, dtype=torch.bfloat16),

@@ -2,8 +2,11 @@
 
 import torch
 from accelerate import init_empty_weights
-from repository import ROOT, root_class
 from torch import nn
+
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts.repository import ROOT
 
 
 _VISION = {
@@ -56,24 +59,24 @@ SIZES = {
 
 def random_config(size: str, layers: int | None = None):
     """The configuration of a published size ("Nano": this repository's), its language model cut to `layers` layers."""
-    config_class = root_class("configuration_minimonkey.MiniMonkeyConfig")
     if size == "Nano":
-        config = config_class.from_pretrained(ROOT)
+        config = MiniMonkeyConfig.from_pretrained(ROOT)
     else:
-        config = config_class(vision_config=dict(_VISION), text_config={**SIZES[size], "tie_word_embeddings": False})
+        config = MiniMonkeyConfig(
+            vision_config=dict(_VISION), text_config={**SIZES[size], "tie_word_embeddings": False}
+        )
     if layers is not None:
         fields = {**config.to_dict(), "scm_layer": None}
         fields["text_config"] = {**config.text_config.to_dict(), "num_hidden_layers": layers}
         fields["text_config"].pop("layer_types", None)
-        config = config_class(**fields)
+        config = MiniMonkeyConfig(**fields)
     return config
 
 
 def random_model(config, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A model of this configuration whose weights are drawn at random, directly on the device and in the type asked for."""
-    model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
     with init_empty_weights(include_buffers=False):
-        model = model_class(config)
+        model = MiniMonkeyForConditionalGeneration(config)
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):

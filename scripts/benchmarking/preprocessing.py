@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from repository import root_class
 from torchvision.transforms import v2
 
-from benchmarking.measure import median_seconds, report
+from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor, MiniMonkeyImageProcessorPil
+from minimonkey.scripts.benchmarking.measure import median_seconds, report
+from minimonkey.tiling import PRESETS, msac_grids
 
 
 FORMATS = ("jpeg", "png", "webp")
@@ -71,11 +72,10 @@ def levels_apart(first: torch.Tensor, second: torch.Tensor) -> float:
 def rows(args: argparse.Namespace) -> list[dict]:
     picture = photograph(args.width, args.height)
     processors = {
-        backend: root_class(f"image_processing_minimonkey.{name}")(size={"height": TILE_SIZE, "width": TILE_SIZE})
-        for backend, name in (("torchvision", "MiniMonkeyImageProcessor"), ("pil", "MiniMonkeyImageProcessorPil"))
+        "torchvision": MiniMonkeyImageProcessor(size={"height": TILE_SIZE, "width": TILE_SIZE}),
+        "pil": MiniMonkeyImageProcessorPil(size={"height": TILE_SIZE, "width": TILE_SIZE}),
     }
-    presets, msac_grids = root_class("tiling.PRESETS"), root_class("tiling.msac_grids")
-    grids = msac_grids(*picture.size, *presets[args.preset], TILE_SIZE)
+    grids = msac_grids(*picture.size, *PRESETS[args.preset], TILE_SIZE)
     results = []
     for name, source in sources(picture, args.formats):
 

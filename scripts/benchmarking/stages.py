@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from precision import add_dtype_argument
-from repository import root_class
 
-from benchmarking.compression import Prompt
-from benchmarking.measure import median_seconds, report
-from benchmarking.models import SIZES, random_config, random_model
-from benchmarking.preprocessing import photograph
+from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor, load_picture
+from minimonkey.scripts.benchmarking.compression import Prompt
+from minimonkey.scripts.benchmarking.measure import median_seconds, report
+from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
+from minimonkey.scripts.benchmarking.preprocessing import photograph
+from minimonkey.scripts.precision import add_dtype_argument
 
 
 COLOURS = {
@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> None:
 def rows(args: argparse.Namespace, device: torch.device) -> list[dict]:
     model = random_model(random_config(args.size, args.layers), device, getattr(torch, args.dtype))
     size = model.config.tile_size
-    processor = root_class("image_processing_minimonkey.MiniMonkeyImageProcessor")(size={"height": size, "width": size})
-    load_picture = root_class("image_processing_minimonkey.load_picture")
+    processor = MiniMonkeyImageProcessor(size={"height": size, "width": size})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.jpg"
         photograph(args.width, args.height).save(path, quality=90)

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from precision import add_dtype_argument
 from torch import nn
 
-from benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
-from benchmarking.models import SIZES, random_config, random_model, random_tiles
+from minimonkey.scripts.benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
+from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model, random_tiles
+from minimonkey.scripts.precision import add_dtype_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

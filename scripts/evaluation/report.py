@@ -1,6 +1,6 @@
 """What predictions add up to: a line or table for a person, and a dict for programs."""
 
-from evaluation.intervals import mean_interval, paired_difference
+from minimonkey.scripts.evaluation.intervals import mean_interval, paired_difference
 
 
 TITLES = {

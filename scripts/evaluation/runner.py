@@ -7,10 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from evaluation.dropping import selection
-from evaluation.metrics import METRICS, nearest_reference
-from evaluation.predictions import Predictions
-from evaluation.suites import Item, Suite
+from minimonkey.scripts.evaluation.dropping import selection
+from minimonkey.scripts.evaluation.metrics import METRICS, nearest_reference
+from minimonkey.scripts.evaluation.predictions import Predictions
+from minimonkey.scripts.evaluation.suites import Item, Suite
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from evaluation.metrics import METRICS
-from synthetic.documents import document
-from synthetic.text_images import held_out_word
-from synthetic.vocabulary import READ_ALL
+from minimonkey.scripts.evaluation.metrics import METRICS
+from minimonkey.scripts.synthetic.documents import document
+from minimonkey.scripts.synthetic.text_images import held_out_word
+from minimonkey.scripts.synthetic.vocabulary import READ_ALL
 
 
 PRESET_METRICS = {"docvqa": "anls", "infovqa": "anls", "chartqa": "relaxed_accuracy", "ocrbench": "ocrbench"}

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from evaluation.report import compare, score
-from evaluation.ways import Way
+from minimonkey.scripts.evaluation.report import compare, score
+from minimonkey.scripts.evaluation.ways import Way
 
 
 DIFFERENCE = ("difference", "difference_low", "difference_high", "better", "worse")

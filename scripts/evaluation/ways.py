@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from repository import root_class
+from minimonkey.scripts.evaluation.dropping import DROPS
+from minimonkey.tiling import RANGE_NAMES
 
-from evaluation.dropping import DROPS
 
-
-RANGE_NAMES = root_class("tiling.RANGE_NAMES")
 KEEP_RATIOS = (0.75, 0.5, 0.25)
 
 

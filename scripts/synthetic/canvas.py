@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from synthetic.materials import load_font
-from synthetic.text_images import CharacterBox, character_boxes, no_ligatures
+from minimonkey.scripts.synthetic.materials import load_font
+from minimonkey.scripts.synthetic.text_images import CharacterBox, character_boxes, no_ligatures
 
 
 TILE_SIZE = 112  # of MiniMonkey-Nano; pictures are about a whole number of tiles wide

@@ -10,9 +10,21 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
-from synthetic.canvas import CENTRE, LEFT, RIGHT, TILE_SIZE, Box, Canvas, Colour, Document, Question, Style, blend
-from synthetic.damage import finish
-from synthetic.vocabulary import TITLE, ask, distinct_words, document_style, some
+from minimonkey.scripts.synthetic.canvas import (
+    CENTRE,
+    LEFT,
+    RIGHT,
+    TILE_SIZE,
+    Box,
+    Canvas,
+    Colour,
+    Document,
+    Question,
+    Style,
+    blend,
+)
+from minimonkey.scripts.synthetic.damage import finish
+from minimonkey.scripts.synthetic.vocabulary import TITLE, ask, distinct_words, document_style, some
 
 
 VALUE = ("What is the value of {label}?", "How much is {label}?", "What value does {label} have?")

@@ -5,8 +5,8 @@ import random
 import numpy as np
 from PIL import Image
 
-from synthetic.canvas import Canvas, Document, Question
-from synthetic.text_images import CharacterBox, degrade
+from minimonkey.scripts.synthetic.canvas import Canvas, Document, Question
+from minimonkey.scripts.synthetic.text_images import CharacterBox, degrade
 
 
 def finish(

@@ -17,15 +17,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as for the scripts in the folder above
 
-from synthetic.canvas import Document, Question
-from synthetic.charts import chart
-from synthetic.forms import form
-from synthetic.pages import line, page, word
-from synthetic.receipts import receipt
-from synthetic.scenes import scene
-from synthetic.seams import seam
-from synthetic.sheet import sheet
-from synthetic.tables import table
+from minimonkey.scripts.synthetic.canvas import Document, Question
+from minimonkey.scripts.synthetic.charts import chart
+from minimonkey.scripts.synthetic.forms import form
+from minimonkey.scripts.synthetic.pages import line, page, word
+from minimonkey.scripts.synthetic.receipts import receipt
+from minimonkey.scripts.synthetic.scenes import scene
+from minimonkey.scripts.synthetic.seams import seam
+from minimonkey.scripts.synthetic.sheet import sheet
+from minimonkey.scripts.synthetic.tables import table
 
 
 __all__ = ["KINDS", "SPLITS", "Document", "Question", "document"]
@@ -66,7 +66,7 @@ def document(kind: str, index: int, seed: int, split: str = "training", difficul
     return KINDS[kind](random.Random(f"{seed}/{split}/{kind}/{index}"), split, difficulty)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a sheet of documents with their questions, to look at.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--kind", choices=KINDS, default="page")
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--items", type=int, default=12)
     parser.add_argument("--columns", type=int, default=4)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.items < 1 or args.columns < 1:
         parser.error("--items and --columns must be at least 1")
     try:

@@ -2,9 +2,9 @@
 
 import random
 
-from synthetic.canvas import CENTRE, LEFT, TILE_SIZE, Canvas, Document, Style
-from synthetic.damage import finish
-from synthetic.vocabulary import FORM_FIELDS, FORM_TITLES, READ_ALL, TITLE, ask, document_style, some
+from minimonkey.scripts.synthetic.canvas import CENTRE, LEFT, TILE_SIZE, Canvas, Document, Style
+from minimonkey.scripts.synthetic.damage import finish
+from minimonkey.scripts.synthetic.vocabulary import FORM_FIELDS, FORM_TITLES, READ_ALL, TITLE, ask, document_style, some
 
 
 VALUE = ("What is the {key}?", "What is written for {key}?", "Read the {key}.", "What does the field {key} say?")

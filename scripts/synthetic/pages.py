@@ -2,10 +2,10 @@
 
 import random
 
-from synthetic.canvas import CENTRE, LEFT, TILE_SIZE, Canvas, Document, Style
-from synthetic.damage import finish
-from synthetic.text_images import any_font, random_word, render
-from synthetic.vocabulary import (
+from minimonkey.scripts.synthetic.canvas import CENTRE, LEFT, TILE_SIZE, Canvas, Document, Style
+from minimonkey.scripts.synthetic.damage import finish
+from minimonkey.scripts.synthetic.text_images import any_font, random_word, render
+from minimonkey.scripts.synthetic.vocabulary import (
     READ_ALL,
     TITLE,
     ask,

@@ -4,9 +4,9 @@ import random
 
 from PIL import ImageFont
 
-from synthetic.canvas import CENTRE, LEFT, RIGHT, Canvas, Document, Question, Style, line_height
-from synthetic.damage import finish
-from synthetic.vocabulary import (
+from minimonkey.scripts.synthetic.canvas import CENTRE, LEFT, RIGHT, Canvas, Document, Question, Style, line_height
+from minimonkey.scripts.synthetic.damage import finish
+from minimonkey.scripts.synthetic.vocabulary import (
     READ_ALL,
     RECEIPT_LABELS,
     VALUE_OF,

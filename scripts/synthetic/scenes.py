@@ -5,11 +5,11 @@ import random
 import numpy as np
 from PIL import Image
 
-from synthetic.canvas import TILE_SIZE, Colour, Document
-from synthetic.damage import light, warp
-from synthetic.materials import load_font
-from synthetic.text_images import CharacterBox, any_font, colours, degrade, draw_lines, random_word
-from synthetic.vocabulary import READ_ALL, ask, ask_line
+from minimonkey.scripts.synthetic.canvas import TILE_SIZE, Colour, Document
+from minimonkey.scripts.synthetic.damage import light, warp
+from minimonkey.scripts.synthetic.materials import load_font
+from minimonkey.scripts.synthetic.text_images import CharacterBox, any_font, colours, degrade, draw_lines, random_word
+from minimonkey.scripts.synthetic.vocabulary import READ_ALL, ask, ask_line
 
 
 SIGN = ("What does the sign say?", "What is written on the sign?", "Read the sign.")

@@ -6,17 +6,14 @@ A model that reads them uses what the adaptive tiles show whole; whoever sees on
 import random
 from dataclasses import dataclass
 
-from repository import root_class
+from minimonkey.scripts.synthetic.canvas import TILE_SIZE, Box, Canvas, Document, Style
+from minimonkey.scripts.synthetic.damage import finish
+from minimonkey.scripts.synthetic.text_images import any_font
+from minimonkey.scripts.synthetic.vocabulary import READ_ALL, ask, ask_line, distinct_words, document_style, some
+from minimonkey.tiling import PRESETS, msac_grids
 
-from synthetic.canvas import TILE_SIZE, Box, Canvas, Document, Style
-from synthetic.damage import finish
-from synthetic.text_images import any_font
-from synthetic.vocabulary import READ_ALL, ask, ask_line, distinct_words, document_style, some
 
-
-msac_grids = root_class("tiling.msac_grids")
-
-DEFAULT_RANGES = root_class("tiling.PRESETS")["default"]
+DEFAULT_RANGES = PRESETS["default"]
 MOST_TRIES = 600
 
 

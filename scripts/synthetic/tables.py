@@ -2,9 +2,9 @@
 
 import random
 
-from synthetic.canvas import CENTRE, LEFT, RIGHT, TILE_SIZE, Canvas, Document, Style, blend
-from synthetic.damage import finish
-from synthetic.vocabulary import READ_ALL, ask, distinct_words, document_style, price, some
+from minimonkey.scripts.synthetic.canvas import CENTRE, LEFT, RIGHT, TILE_SIZE, Canvas, Document, Style, blend
+from minimonkey.scripts.synthetic.damage import finish
+from minimonkey.scripts.synthetic.vocabulary import READ_ALL, ask, distinct_words, document_style, price, some
 
 
 CELL = ("What is the {column} of {row}?", "What is the {column} in the row {row}?", "Read the {column} of {row}.")

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as for the scripts in the folder above
 
-from synthetic.materials import font_families, load_font, words
+from minimonkey.scripts.synthetic.materials import font_families, load_font, words
 
 
 CHARACTERS = string.ascii_letters + string.digits + ".,:;-!?'\"()/&%$#@+*="
@@ -216,13 +216,13 @@ def held_out_word(index: int, seed: int = 0, strength: float = 1.0) -> TextImage
     return render([word], any_font(rng, "held_out"), rng, strength)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a sheet of samples, to look at.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--split", choices=("training", "held_out"), default="training")
     parser.add_argument("--progress", type=float, default=1.0, help="point of the training curriculum, 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     sheet = Image.new("RGB", (5 * 240, 10 * 100), "white")
     for i in range(50):
         held_out = args.split == "held_out"

@@ -7,9 +7,9 @@ questions belong to both splits.
 import random
 import string
 
-from synthetic.canvas import Question, Style
-from synthetic.materials import monospaced_fonts
-from synthetic.text_images import any_font, colours, random_word
+from minimonkey.scripts.synthetic.canvas import Question, Style
+from minimonkey.scripts.synthetic.materials import monospaced_fonts
+from minimonkey.scripts.synthetic.text_images import any_font, colours, random_word
 
 
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")

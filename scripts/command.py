@@ -1,0 +1,48 @@
+"""The command `minimonkey`: one sub-command for each script, which does what the script run as a file does.
+
+minimonkey chat picture.png "Read the text."
+minimonkey train --help
+"""
+
+import importlib
+import sys
+
+
+# sub-command: (module of scripts/, what it does)
+COMMANDS = {
+    "chat": ("chat", "ask a model about images and videos"),
+    "import": ("import_checkpoint", "turn a published checkpoint into a folder that loads with AutoModel"),
+    "assemble": ("assemble", "join a vision tower and a language model into a new MiniMonkey"),
+    "train": ("finetune", "train a model by a recipe"),
+    "average": ("average", "average the last checkpoints of a training run"),
+    "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
+    "evidence": ("evidence", "measure what multi-scale cropping and scale compression are worth"),
+    "visualize": ("visualize", "draw the grids of an image and the tokens that scale compression keeps"),
+    "benchmark": ("benchmark", "measure speed and memory"),
+    "documents": ("synthetic.documents", "draw a sheet of the rendered documents that training reads"),
+}
+
+
+def usage() -> str:
+    """List the sub-commands, one a line."""
+    lines = [f"    {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(["usage: minimonkey COMMAND ...", "", *lines, "", "minimonkey COMMAND --help says more."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a sub-command and return its exit status; 2 if there is no such sub-command."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"minimonkey: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[name]
+    sys.argv[:] = [f"minimonkey {name}", *rest]  # argparse names the program by it
+    # Only the script that runs is imported, so that the list comes at once and optional packages are not asked for.
+    return importlib.import_module(f"minimonkey.scripts.{module}").main(rest) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
