@@ -563,7 +563,7 @@ def _check_media(processor, images, videos, tiles, images_kwargs, videos_kwargs,
 
 def _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order: str, use_scm: bool) -> None:
     """Raise `ValueError` for what is said of tiles and does not fit."""
-    if num_patches_list is not None and tiles is None:
+    if num_patches_list and tiles is None:
         raise ValueError("num_patches_list belongs to tiles; pictures are counted when they are cut.")
     if tile_order not in TILE_ORDERS:
         raise ValueError(f"tile_order is 'detailed_first' or 'adaptive_first', got {tile_order!r}.")

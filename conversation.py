@@ -348,6 +348,25 @@ class RenderedPrompt:
     answers: list[tuple[int, int]] | None
 
 
+def write_turns(
+    template: ChatTemplate, turns: Sequence[tuple[str, str | None]], system_message: str | None = None
+) -> list[str]:
+    """Write turns of (question, answer): prompts and answers by turns, an answer with the separator that ends it.
+
+    Args:
+        turns: The last answer may be None.
+        system_message: None means the template's, "" an empty one.
+    """
+    parts: list[str] = []
+    for question, answer in turns:
+        beginning = template.gap if parts else _system_part(template, system_message)
+        asked = template.user_header + question + template.separator + template.gap
+        parts.append(beginning + asked + template.assistant_header)
+        if answer is not None:
+            parts.append(answer + template.separator)
+    return parts
+
+
 def render(
     tokenizer,
     template: ChatTemplate,
@@ -375,24 +394,12 @@ def render(
     """
     spellings = control_tokens(tokenizer, grounding_tokens)
     words = [*spellings, IMAGE_PLACEHOLDER]
-    questions = [protect(question, spellings) for question, _ in turns]
-    questions = expand_placeholders(questions, list(tiles), tokens_per_tile)
-    system = template.system_message if system_message is None else system_message
-    beginning = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
-    if system is not None:
-        beginning += template.system_header + protect(system, words) + template.separator + template.gap
-    parts = []  # prompts and answers by turns
-    for question, (_, answer) in zip(questions, turns):
-        parts.append(
-            (template.gap if parts else beginning)
-            + template.user_header
-            + question
-            + template.separator
-            + template.gap
-            + template.assistant_header
-        )
-        if answer is not None:
-            parts.append(protect(answer, words) + template.separator)
+    questions = expand_placeholders([protect(text, spellings) for text, _ in turns], list(tiles), tokens_per_tile)
+    answers = [None if answer is None else protect(answer, words) for _, answer in turns]
+    system = None if system_message is None else protect(system_message, words)
+    parts = write_turns(template, list(zip(questions, answers)), system)
+    if begins_with_bos(tokenizer):
+        parts[0] = tokenizer.bos_token + parts[0]
     token_ids, offsets, ends = _encode_parts(tokenizer, parts)
     if offsets is None:
         return RenderedPrompt(token_ids, None)

@@ -224,11 +224,11 @@ class GenerateMixin:
             kwargs["input_ids"] = inputs
         if logits_processor is not None:
             kwargs["logits_processor"] = logits_processor
-        if OTHER_CACHE_NAME in kwargs:
-            kwargs = with_one_cache_name(kwargs)
         turn = kwargs.pop(CACHE_NAME) if isinstance(kwargs.get(CACHE_NAME), Turn) else None
         has_images = pixel_values is not None or bool(turn is not None and turn.keys)
         self._check_what_fits(generation_config, kwargs, has_images, use_scm)
+        if OTHER_CACHE_NAME in kwargs:
+            kwargs = with_one_cache_name(kwargs)
         check_generation_options(self, generation_config, kwargs)
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
         input_ids = kwargs.get("input_ids")

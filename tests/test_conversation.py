@@ -11,19 +11,19 @@ from transformers import PreTrainedTokenizerFast
 
 from minimonkey.conversation import (
     TEMPLATES,
-    build_prompt,
     chat_template_jinja,
     check_history,
     check_text,
     control_tokens,
     encode,
+    expand_placeholders,
     get_template,
     has_protected_text,
     protect,
     protect_messages,
     unprotect,
+    write_turns,
 )
-from minimonkey.processing_minimonkey import expand_placeholders
 
 
 RECORDED = json.loads((FIXTURES / "prompts" / "prompts.json").read_text(encoding="utf-8"))
@@ -54,6 +54,10 @@ CASES = {
     "batch_chat": [case("<image>\nQ one", [2]), case("<image>\nQ two", [1])],
 }
 EVERY_PROMPT = [(template, name) for template in RECORDED for name in RECORDED[template]]
+
+
+def build_prompt(template, question, history, system=None) -> str:
+    return "".join(write_turns(template, [*history, (question, None)], system))
 
 
 def recorded(template: str, name: str) -> list[str]:

@@ -12,7 +12,7 @@ from conftest import ROOT
 from PIL import Image, ImageDraw
 
 from minimonkey.scripts import evaluate
-from minimonkey.scripts.evaluation.dropping import choose, dropping
+from minimonkey.scripts.evaluation.dropping import choose, selection
 from minimonkey.scripts.evaluation.intervals import (
     bootstrap_interval,
     mean_interval,
@@ -400,8 +400,8 @@ def test_choosing_evenly_and_by_chance():
 
 
 def kept(model, inputs, drop: str, names: list[str]) -> list[list[int]]:
-    with dropping(model, drop, names):
-        return [row.tolist() for row in model.kept_positions(**inputs, scm_keep_ratio=0.3)]
+    options = {"scm_keep_ratio": 0.3, "scm_select": selection(drop, names)}
+    return [row.tolist() for row in model.kept_positions(**inputs, **options)]
 
 
 def test_every_way_of_dropping_drops_as_many(nano, processor):
@@ -429,10 +429,9 @@ def test_every_way_of_dropping_drops_as_many(nano, processor):
     for row, (counts, mask) in enumerate(zip(inputs["tile_counts"], inputs["attention_mask"])):
         lost = int(mask.sum()) - len(rows["uniform"][row])
         assert lost == 49 * counts[0] - int(49 * counts[0] * 0.3)
-    with pytest.raises(ValueError, match="3 names for 2 rows"):
-        kept(nano, inputs, "random", ["a", "b", "c"])
-    with dropping(nano, "random", ["a"]), pytest.raises(ValueError, match="1 names for 2 rows"):  # chat goes there too
-        nano.batch_chat(processor, pictures, ["Read."] * 2, use_scm=True, images_kwargs=TILES, max_new_tokens=1)
+    scm = {"use_scm": True, "scm_select": selection("random", ["a"]), "images_kwargs": TILES, "max_new_tokens": 1}
+    with pytest.raises(ValueError, match="1 names for more rows"):  # chat goes there too
+        nano.batch_chat(processor, pictures, ["Read."] * 2, **scm)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, synthetic_picture
 from transformers import AutoProcessor, AutoTokenizer
 
-from minimonkey.processing_minimonkey import expand_placeholders
+from minimonkey.conversation import expand_placeholders
 
 
 RANGES = {"min_tiles": 2, "max_tiles": 4, "adaptive_min_tiles": 1, "adaptive_max_tiles": 2}

@@ -24,7 +24,7 @@ from datasets import Dataset, load_dataset
 from datasets.fingerprint import Hasher
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from minimonkey.conversation import IMAGE_PLACEHOLDER, check_placeholders
+from minimonkey.conversation import IMAGE_PLACEHOLDER, begins_with_bos, check_placeholders, control_tokens
 from minimonkey.scripts.synthetic import documents, first_words
 from minimonkey.scripts.synthetic.vocabulary import READ_ALL
 from minimonkey.scripts.training.encode import Conversation, Encoder
@@ -261,7 +261,13 @@ class LineReader:
     def key(self) -> list:
         """Everything but the lines that decides the rows."""
         encoder = self.encoder
-        spelled = [str(self.root), encoder.bos, str(encoder.template), encoder.system_message, encoder._spellings]
+        spelled = [
+            str(self.root),
+            begins_with_bos(encoder.tokenizer),
+            str(encoder.template),
+            encoder.system_message,
+            *control_tokens(encoder.tokenizer, encoder.grounding_tokens),
+        ]
         return [*spelled, encoder.tokenizer.backend_tokenizer.to_str()]
 
     def __call__(self, row: dict, index: int) -> dict:
