@@ -43,7 +43,7 @@ from .processing_minimonkey import (
     video_options,
     with_pages,
 )
-from .prompt_memory import PromptMemory, Turn, find_memory, forget_all, forget_the_oldest, picture_key
+from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, picture_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
 from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
 from .transformers_bridge import CACHE_NAME
@@ -226,12 +226,13 @@ class ChatMixin:
         else:
             request.conversations = [_read_tiles(tiles, num_patches_list, question, turns)]
         keys = None
-        if remember and self.remembered_conversations > 0:
-            keys = _picture_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
-            if is_listed or return_history or return_dict or stream or hasattr(history, "memory"):
-                request.memory = self._memory(history, request.conversations[0], system_message, keys, is_listed)
-        else:
+        if not remember or self.remembered_conversations < 1:
             forget_the_oldest(self)
+        elif is_listed or return_history or return_dict or stream or hasattr(history, "memory"):
+            keys = _picture_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
+            beginning = _beginning(request.conversations[0], system_message, keys) if is_listed else None
+            keeps_history = return_history or return_dict or stream
+            request.memory = recall(self, getattr(history, "memory", None), beginning, keeps_history)
         cut = self._cut(processor, request, target_aspect_ratio if use_scm else None, keys)
         self._prepare(
             request, cut, system_message, max_prompt_tokens, tile_order if use_scm else None, videos is not None
@@ -316,21 +317,6 @@ class ChatMixin:
     def forget_conversations(self) -> None:
         """Free the key/value caches and image features of all conversations that are remembered."""
         forget_all(self)
-
-    def _memory(
-        self, history, conversation: Conversation, system_message: str | None, keys: list[bytes], is_listed: bool
-    ) -> PromptMemory:
-        """Return the memory that came with the history, that of the messages which these begin with, or a fresh one."""
-        memory = getattr(history, "memory", None)
-        if memory is not None and memory.belongs_to(self):
-            return memory
-        if not is_listed:
-            return PromptMemory(self)
-        remaining, beginning = iter(keys), [("system", system_message)]
-        for question, answer in [*conversation.history, (conversation.question, None)]:
-            pictures = tuple(next(remaining) for _ in range(question.count(IMAGE_PLACEHOLDER)))
-            beginning += [("user", question, pictures), ("assistant", answer)]
-        return find_memory(self, beginning[:-1])
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -513,7 +499,8 @@ class ChatMixin:
             text = request.decode(ids)
             for end in request.ends:
                 text = text.partition(end)[0]
-            history = ChatHistory([*conversation.history, (unprotect(conversation.question), text.strip())])
+            asked = [(unprotect(question), answered) for question, answered in conversation.history]
+            history = ChatHistory([*asked, (unprotect(conversation.question), text.strip())])
             history.memory = request.memory
             answer = ChatAnswer(text.strip(), history, ids)
             if probabilities is not None:
@@ -755,6 +742,15 @@ def _picture_keys(processor, conversation: Conversation, tile_order: str, use_sc
         return [picture_key(tiles, (tile_order, count)) for (tiles, _), count in zip(pictures, counts)]
     settings = processor.image_processor.to_json_string() if pictures else ""
     return [picture_key(source, (settings, options)) for source, options in pictures]
+
+
+def _beginning(conversation: Conversation, system_message: str | None, keys: list[bytes]) -> list[tuple]:
+    """Return what was said so far, a tuple for each message, for `recall`."""
+    remaining, beginning = iter(keys), [("system", system_message)]
+    for question, answer in conversation.turns:
+        pictures = tuple(next(remaining) for _ in range(question.count(IMAGE_PLACEHOLDER)))
+        beginning += [("user", question, pictures), ("assistant", answer)]
+    return beginning[:-1]
 
 
 def _query_ends(conversations: list[Conversation], prompts: list[RenderedPrompt]) -> list[int]:

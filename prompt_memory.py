@@ -259,12 +259,19 @@ _holding: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref]]" = weakref.We
 _found_by_messages: "weakref.WeakKeyDictionary[nn.Module, list[PromptMemory]]" = weakref.WeakKeyDictionary()
 
 
-def find_memory(model: nn.Module, beginning: list[tuple]) -> PromptMemory:
-    """Return the memory of the conversation that has most messages in common with this one, a fresh one if there is none.
+def recall(
+    model: nn.Module, memory: PromptMemory | None, beginning: list[tuple] | None, keeps_history: bool
+) -> PromptMemory | None:
+    """Return what a turn goes on from: the memory of its history, or of the messages that these begin with, or a fresh one.
 
     Args:
-        beginning: What was said so far, the question last: a tuple for each message, images by their keys.
+        memory: That of the history, which may be another model's.
+        beginning: Of a list of messages what was said so far, the question last: a tuple for each, images by their keys.
+        keeps_history: Whether the history of the turn is returned; without it a turn by itself needs no memory.
     """
+    if beginning is None:
+        is_ours = memory is not None and memory.belongs_to(model)
+        return memory if is_ours else PromptMemory(model) if keeps_history else None
     with _holding_lock:
         known = [memory for memory in _found_by_messages.get(model, []) if memory.belongs_to(model)]
         shared = [common_length(memory._beginning, beginning) for memory in known]
