@@ -25,6 +25,7 @@ from .conversation import (
     IMAGE_PLACEHOLDER,
     IMAGE_TOKEN,
     VIDEO_PLACEHOLDER,
+    ChatTemplate,
     RenderedPrompt,
     check_history,
     check_placeholders,
@@ -77,6 +78,7 @@ class _Cut:
 
     pixel_values: torch.Tensor | None = None
     tile_counts: torch.Tensor | None = None
+    tokens_per_tile: int = 0
     turn: Turn | None = None
 
 
@@ -85,6 +87,7 @@ class _Request:
     """What `generate` is called with, and what its answers are read with."""
 
     tokenizer: Any
+    template: ChatTemplate
     grounding_tokens: bool
     skip_special_tokens: bool
     options: dict[str, Any] = field(default_factory=dict)
@@ -212,14 +215,26 @@ class ChatMixin:
             raise ValueError(f"`question` must be text that is not empty, got {question!r}.")
         if stream and generation.get("streamer") is not None:
             raise ValueError("stream=True makes a streamer of its own; leave out streamer, or stream.")
-        tiles = images if _is_tiles(images) else None
-        _check_media(processor, images, videos, tiles, images_kwargs, videos_kwargs, tile_budget)
-        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
-        _check_prompt_options(system_message, max_prompt_tokens)
+        tiles = images if isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point() else None
+        _check_call(
+            processor,
+            None if tiles is not None else images,
+            videos,
+            tiles,
+            images_kwargs=images_kwargs,
+            videos_kwargs=videos_kwargs,
+            tile_budget=tile_budget,
+            num_patches_list=num_patches_list,
+            target_aspect_ratio=target_aspect_ratio,
+            tile_order=tile_order,
+            use_scm=use_scm,
+            system_message=system_message,
+            max_prompt_tokens=max_prompt_tokens,
+        )
         tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
-        request = _Request(tokenizer, grounding_tokens, skip_special_tokens)
-        request.options = self._generation_options(tokenizer, generation_config, generation, return_dict)
-        turns = check_history(history)
+        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
+        request.options = self._generation_options(request, generation_config, generation, return_dict)
+        turns = [] if history is None else check_history(history)
         if tiles is None:
             media = (images, videos, images_kwargs or {}, videos_kwargs or {}, tile_budget)
             request.conversations = [_read(processor, question, turns, *media, is_placed=is_listed)]
@@ -289,13 +304,26 @@ class ChatMixin:
         given = [name for name in ("stream", "return_dict", "messages", "remember") if generation.pop(name, None)]
         if given:
             raise ValueError(f"{' and '.join(given)} works with chat, one conversation at a time, not with batch_chat.")
-        tiles, count = images if _is_tiles(images) else None, len(questions)
-        _check_media(processor, images, videos, tiles, images_kwargs, videos_kwargs, tile_budget)
-        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
-        _check_prompt_options(system_message, max_prompt_tokens)
+        count = len(questions)
+        tiles = images if isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point() else None
+        _check_call(
+            processor,
+            None if tiles is not None else images,
+            videos,
+            tiles,
+            images_kwargs=images_kwargs,
+            videos_kwargs=videos_kwargs,
+            tile_budget=tile_budget,
+            num_patches_list=num_patches_list,
+            target_aspect_ratio=target_aspect_ratio,
+            tile_order=tile_order,
+            use_scm=use_scm,
+            system_message=system_message,
+            max_prompt_tokens=max_prompt_tokens,
+        )
         tokenizer = getattr(processor, "tokenizer", processor)
-        request = _Request(tokenizer, grounding_tokens, skip_special_tokens)
-        request.options = self._generation_options(tokenizer, generation_config, generation, return_dict=False)
+        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
+        request.options = self._generation_options(request, generation_config, generation, return_dict=False)
         histories = [check_history(one) for one in _rows(history or None, count, "`history`", "history")]
         if tiles is None:
             shared = (images_kwargs or {}, videos_kwargs or {}, tile_budget)
@@ -347,15 +375,18 @@ class ChatMixin:
                 # uint8 tiles are normalised by the model, see encode_images.
                 dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
                 pixel_values = pixel_values.to(self.device, dtype)
+            tokens_per_tile = self.tokens_per_tile(pixel_values)
             if turn is None:
-                return _Cut(pixel_values, counts)
+                return _Cut(pixel_values, counts, tokens_per_tile)
             known |= {keys[i]: count for i, count in zip(new, counts.tolist())}
-        return _Cut(pixel_values, torch.tensor([known[key] for key in keys]), turn)
+        else:
+            tokens_per_tile = len(turn.features[keys[0]]) // sum(turn.tile_counts[keys[0]])
+        return _Cut(pixel_values, torch.tensor([known[key] for key in keys]), tokens_per_tile, turn)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
     def _generation_options(
-        self, tokenizer, config: GenerationConfig | dict | None, generation: dict[str, Any], return_dict: bool
+        self, request: _Request, config: GenerationConfig | dict | None, generation: dict[str, Any], return_dict: bool
     ) -> dict[str, Any]:
         """Return the caller's settings in a fresh dict, checked; an answer ends with the template's separator, whatever other
         ends it has."""
@@ -377,7 +408,8 @@ class ChatMixin:
             misplaced = [name for name in names if name in options]
             if misplaced:
                 raise ValueError(f"{', '.join(misplaced)} goes into {where}: {where}={{{misplaced[0]!r}: ...}}.")
-        end = tokenizer.convert_tokens_to_ids(get_template(self.config.template).separator)
+        tokenizer = request.tokenizer
+        end = tokenizer.convert_tokens_to_ids(request.template.separator)
         ends = options.get("eos_token_id")
         others = {*_token_ids(self.generation_config.eos_token_id if ends is None else ends, "eos_token_id")} - {end}
         options["eos_token_id"] = [end, *sorted(others)] if others else end
@@ -403,27 +435,25 @@ class ChatMixin:
         has_videos: bool,
     ) -> None:
         """Render the prompts into the request's options for `generate`, and what its answers end with."""
-        tokenizer, options = request.tokenizer, request.options
-        template = get_template(self.config.template)
-        per_tile, tiles = (
-            self._tokens_per_tile(cut),
-            iter([] if cut.tile_counts is None else cut.tile_counts.sum(dim=1).tolist()),
-        )
-        if (
-            cut.tile_counts is not None
-            and (known := tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != self.config.image_token_id
-        ):
+        tokenizer, template, options = request.tokenizer, request.template, request.options
+        tiles = iter([] if cut.tile_counts is None else cut.tile_counts.sum(dim=1).tolist())
+        known = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if cut.tile_counts is not None and known != self.config.image_token_id:
             raise ValueError(
                 f"{IMAGE_TOKEN} has id {known} in the tokenizer, but the model's image_token_id is "
                 f"{self.config.image_token_id}; they belong to different checkpoints."
             )
         system = self.config.system_message if system_message is None else system_message
         prompts = []
+        longest = getattr(self.config.text_config, "max_position_embeddings", None) or 0
         for conversation in request.conversations:
             own = [next(tiles) for _ in conversation.pictures]
-            prompt = render(tokenizer, template, conversation.turns, system, own, per_tile, request.grounding_tokens)
-            can_cut_less = not has_videos and all(options is not None for _, options in conversation.pictures)
-            self._check_length(len(prompt.token_ids), own, per_tile, max_prompt_tokens, can_cut_less)
+            prompt = render(
+                tokenizer, template, conversation.turns, system, own, cut.tokens_per_tile, request.grounding_tokens
+            )
+            if len(prompt.token_ids) > (longest if max_prompt_tokens is None else max_prompt_tokens):
+                can_cut_less = not has_videos and all(options is not None for _, options in conversation.pictures)
+                self._check_length(len(prompt.token_ids), own, cut.tokens_per_tile, max_prompt_tokens, can_cut_less)
             prompts.append(prompt)
         rows = {"input_ids": [prompt.token_ids for prompt in prompts]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.device)
@@ -440,20 +470,10 @@ class ChatMixin:
             ids = [index for index in _token_ids(options["eos_token_id"], "eos_token_id") if index < len(tokenizer)]
             request.ends += tokenizer.convert_ids_to_tokens(ids)
 
-    def _tokens_per_tile(self, cut: _Cut) -> int:
-        if cut.pixel_values is not None:
-            return self.tokens_per_tile(cut.pixel_values)
-        if cut.turn is None or not cut.turn.keys:
-            return self.config.image_seq_length
-        first = cut.turn.keys[0]
-        return len(cut.turn.features[first]) // sum(cut.turn.tile_counts[first])
-
     def _check_length(
         self, length: int, tiles: list[int], per_tile: int, max_prompt_tokens: int | None, can_cut_less: bool
     ) -> None:
         """Raise `ValueError` for a prompt that is too long, with a tile budget that would fit."""
-        if max_prompt_tokens is None and length <= getattr(self.config.text_config, "max_position_embeddings", 0):
-            return
         limit = self.config.context_length if max_prompt_tokens is None else max_prompt_tokens
         if limit is None or length <= limit:
             return
@@ -499,8 +519,7 @@ class ChatMixin:
             text = request.decode(ids)
             for end in request.ends:
                 text = text.partition(end)[0]
-            asked = [(unprotect(question), answered) for question, answered in conversation.history]
-            history = ChatHistory([*asked, (unprotect(conversation.question), text.strip())])
+            history = ChatHistory([*conversation.history, (conversation.question, text.strip())])
             history.memory = request.memory
             answer = ChatAnswer(text.strip(), history, ids)
             if probabilities is not None:
@@ -514,13 +533,23 @@ class ChatMixin:
 # --- reading a call --------------------------------------------------------------------------------------------------
 
 
-def _is_tiles(candidate) -> bool:
-    """Whether this is a tensor of normalised tiles, cut by the caller, and not a picture."""
-    return isinstance(candidate, torch.Tensor) and candidate.ndim == 4 and candidate.is_floating_point()
-
-
-def _check_media(processor, images, videos, tiles, images_kwargs, videos_kwargs, tile_budget) -> None:
-    """Raise `ValueError` for images, videos and their options that do not go together; none is opened."""
+def _check_call(
+    processor,
+    images,
+    videos,
+    tiles: torch.Tensor | None,
+    *,
+    images_kwargs,
+    videos_kwargs,
+    tile_budget,
+    num_patches_list,
+    target_aspect_ratio,
+    tile_order,
+    use_scm,
+    system_message,
+    max_prompt_tokens,
+) -> None:
+    """Raise `ValueError` for arguments that do not go together; nothing is opened for that."""
     if processor is None:
         raise ValueError("chat needs a processor (or, for tiles or text alone, a tokenizer) as its first argument.")
     for name, options in (("images_kwargs", images_kwargs), ("videos_kwargs", videos_kwargs)):
@@ -529,7 +558,7 @@ def _check_media(processor, images, videos, tiles, images_kwargs, videos_kwargs,
     if not hasattr(processor, "image_processor"):
         if videos is not None:
             raise ValueError("A bare tokenizer cannot read videos: pass the processor as the first argument.")
-        if images is not None and tiles is None:
+        if images is not None:
             is_tensor = isinstance(images, torch.Tensor)
             what = f"a {images.dtype} tensor of {tuple(images.shape)}" if is_tensor else type(images).__name__
             raise ValueError(
@@ -542,14 +571,11 @@ def _check_media(processor, images, videos, tiles, images_kwargs, videos_kwargs,
         video_options({}, videos_kwargs)
     if videos is not None and tiles is not None:
         raise ValueError("videos go with pictures (images), not with tiles; pass their frames as tiles instead.")
-    if tile_budget is not None:
-        if images is None or tiles is not None:
-            raise ValueError("tile_budget is shared by pictures; there are none here.")
-        _check_count("tile_budget", tile_budget)
-
-
-def _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order: str, use_scm: bool) -> None:
-    """Raise `ValueError` for what is said of tiles and does not fit."""
+    if tile_budget is not None and images is None:
+        raise ValueError("tile_budget is shared by pictures; there are none here.")
+    for name, count in (("tile_budget", tile_budget), ("max_prompt_tokens", max_prompt_tokens)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
     if num_patches_list and tiles is None:
         raise ValueError("num_patches_list belongs to tiles; pictures are counted when they are cut.")
     if tile_order not in TILE_ORDERS:
@@ -561,18 +587,8 @@ def _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order: str, 
             "use_scm=True needs to know which tiles are detailed: pass target_aspect_ratio=(columns, rows) of the detailed "
             "grid, a list of them for several pictures, or pass the pictures themselves and a processor."
         )
-
-
-def _check_prompt_options(system_message: str | None, max_prompt_tokens: int | None) -> None:
     if system_message is not None and not isinstance(system_message, str):
         raise ValueError(f"system_message must be text, got {type(system_message).__name__}.")
-    if max_prompt_tokens is not None:
-        _check_count("max_prompt_tokens", max_prompt_tokens)
-
-
-def _check_count(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
 def _rows(values, count: int, name: str, what: str) -> list:
@@ -605,14 +621,14 @@ def _read(
     Raises:
         ValueError: Placeholders and images or videos of different number, a video that cannot be read.
     """
-    images, videos = flatten_pictures(images), list_videos(videos)
+    images, videos = flatten_pictures(images), [] if videos is None else list_videos(videos)
     asked = [text for text, _ in history]
     if images:
         images = with_pages(images, [*asked, question], processor.image_processor, images_kwargs)
     if not is_placed:
         question = _placed(question, asked, images, videos)
     for given, placeholder in ((images, IMAGE_PLACEHOLDER), (videos, VIDEO_PLACEHOLDER)):
-        if given or any(placeholder in text for text in (question, *asked)):
+        if sum(text.count(placeholder) for text in (question, *asked)) != len(given):
             _check(asked, question, len(given), subject, placeholder)
     options = images_kwargs
     if tile_budget is not None and images:
@@ -622,7 +638,10 @@ def _read(
         sampling = {"untrusted_sources": processor.image_processor.untrusted_sources, **videos_kwargs}
         texts, pictures = place_frames(texts, images, options, videos, sampling)
     answers = [*(answer for _, answer in history), None]
-    return Conversation(history, question, list(zip(texts, answers)), pictures)
+    turns = list(zip(texts, answers))
+    if is_placed:  # what spells a placeholder in messages is marked for the prompt alone
+        history, question = [(unprotect(text), answer) for text, answer in history], unprotect(question)
+    return Conversation(history, question, turns, pictures)
 
 
 def _placed(question: str, asked: list[str], images: list, videos: list) -> str:

@@ -203,9 +203,13 @@ def protect(text: str, spellings: list[str]) -> str:
     Raises:
         ValueError: A lone surrogate in the text.
     """
-    marked = _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], check_text(text))
+    if _LONE_SURROGATE.search(text):
+        check_text(text)
+    marked = _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
+    if marked != text or getattr(next(iter(spellings), None), "normalizer", None) is None:
+        return marked
     # One mark, wherever it stands, has the whole prompt encoded with spellings that no text can be normalized to.
-    return marked + _MARK if marked == text and _arises_in(text, spellings) else marked
+    return marked + _MARK if _arises_in(text, spellings) else marked
 
 
 def _arises_in(text: str, spellings: list[str]) -> bool:
@@ -322,7 +326,8 @@ def expand_placeholders(texts: list[str], tiles_of_image: list[int], tokens_per_
     Raises:
         ValueError: The number of placeholders is not that of the images.
     """
-    check_placeholders(texts, len(tiles_of_image))
+    if sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(tiles_of_image):
+        check_placeholders(texts, len(tiles_of_image))
     tiles = iter(tiles_of_image)
     return [
         "".join(

@@ -288,7 +288,8 @@ class GenerateMixin:
         if settings is None and turn is None:
             is_usual = attention_mask is not None and attention_mask.ndim == 2
             kept = [row.nonzero().squeeze(1) for row in attention_mask] if is_usual else None
-            return _Embedded(self.encode_images(input_ids, pixel_values), kept)
+            features = self._features_for(input_ids, pixel_values, None)
+            return _Embedded(self.place_features(input_ids, features), kept)
         mask = _whole_mask(attention_mask, input_ids)
         if turn is not None and (len(input_ids) != 1 or not bool(mask.all())):
             raise ValueError("A turn is of one conversation: pass one row without padding.")
@@ -376,8 +377,12 @@ class GenerateMixin:
         input_ids, embeddings = options["input_ids"], embedded.embeddings
         is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
         mask = options.get("attention_mask")
-        mask = _whole_mask(mask, input_ids) if embedded.kept is not None else mask
-        repacked = embedded.kept is not None and _needs_packing(mask, embedded.kept)
+        if embedded.kept is not None and (mask is None or mask.shape != input_ids.shape):
+            mask = _whole_mask(mask, input_ids)
+        # Tokens were left out, or rows end with padding, where generation would go on.
+        repacked = embedded.kept is not None and (
+            sum(map(len, embedded.kept)) < int(mask.sum()) or not bool(mask[:, -1].all())
+        )
         if repacked:
             generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
             self._move_padding_left(generation_config, options, mask)
@@ -495,8 +500,3 @@ def _with_prompt(output, prompt_ids: torch.Tensor):
         return sequences
     output.sequences = sequences
     return output
-
-
-def _needs_packing(attention_mask: torch.Tensor, kept: list[torch.Tensor]) -> bool:
-    """Whether tokens were left out, or rows end with padding, where generation would go on."""
-    return sum(map(len, kept)) < int(attention_mask.sum()) or not bool(attention_mask[:, -1].all())

@@ -12,8 +12,9 @@ it is decoded, so that only a few are in memory at a time.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,6 @@ from transformers.image_utils import (
 from .picture_decoding import (
     array_to_rgb,
     load_picture,
-    pages_of,
     resize_picture,
     resizing_steps,
     tensor_to_rgb,
@@ -43,7 +43,8 @@ from .picture_decoding import (
 from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_grids, msac_grids, tile_counts
 
 
-CHECKED = (*RANGE_NAMES, "size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
+CHECKED = ("size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
+SOURCES = (str, os.PathLike)
 KINDS = {
     "device": torch.device,
     "input_data_format": ChannelDimension,
@@ -107,7 +108,7 @@ class _MsacMixin:
 
     def __init__(self, **kwargs):
         super().__init__(**expand_preset(kwargs))
-        self._check_settings(**{name: getattr(self, name) for name in CHECKED})
+        self.check_options({})
 
     def preprocess(self, images: ImageInput, *args, **kwargs) -> BatchFeature:
         """Cut pictures into tiles.
@@ -149,21 +150,12 @@ class _MsacMixin:
                 _ = None if options.get(name) is None else kind(options[name])
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{name}={options[name]!r} is none: {error}") from error
-        self._check_settings(**{name: options.get(name, getattr(self, name)) for name in CHECKED})
-
-    @staticmethod
-    def _check_settings(
-        min_tiles,
-        max_tiles,
-        adaptive_min_tiles,
-        adaptive_max_tiles,
-        size,
-        do_resize,
-        use_thumbnail,
-        resample,
-        image_mean,
-        image_std,
-    ) -> None:
+        min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = (
+            options.get(name, getattr(self, name)) for name in RANGE_NAMES
+        )
+        size, do_resize, use_thumbnail, resample, image_mean, image_std = (
+            options.get(name, getattr(self, name)) for name in CHECKED
+        )
         check_tile_range(min_tiles, max_tiles, "detailed tile")
         check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
         side = _tile_side(size)
@@ -193,28 +185,19 @@ class _MsacMixin:
         """Read every path, URL and data URI in a picture or a (nested) list of pictures; leave the rest as it is."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        _check_picture(image_url_or_urls)
-        if _is_source(image_url_or_urls):
+        _ = list(_flat(image_url_or_urls))  # which raises for what is no picture
+        if isinstance(image_url_or_urls, SOURCES):
             return load_picture(image_url_or_urls, self.untrusted_sources)
         return image_url_or_urls
 
     def process_image(self, image, input_data_format=None, untrusted_sources=False, **kwargs) -> Image.Image:
         """One picture of any accepted type as upright 8-bit RGB."""
-        if _is_source(image):
+        if isinstance(image, SOURCES):
             return load_picture(image, untrusted_sources)
         if isinstance(image, Image.Image):
             return to_rgb(image)
         convert = tensor_to_rgb if isinstance(image, torch.Tensor) else array_to_rgb
         return convert(image, input_data_format)
-
-    def split_pages(self, pictures: list, options: Mapping[str, Any]) -> list:
-        """Pictures with the pages of TIFF files as pictures of their own.
-
-        Raises:
-            ValueError: A path, where sources are untrusted.
-        """
-        untrusted = options.get("untrusted_sources", self.untrusted_sources)
-        return [page for picture in pictures for page in pages_of(picture, untrusted)]
 
     def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list:
         """The pictures in one list, as they were given; `_decoded` opens each when its turn comes."""
@@ -226,9 +209,17 @@ class _MsacMixin:
     def _decoded(self, pictures: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
         """The pictures one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
         options = {name: settings.get(name) for name in ("input_data_format", "untrusted_sources")}
-        read = _ahead(lambda source: self.process_image(source, **options), filter(_is_source, pictures))
-        for picture in pictures:  # a PIL image may be there twice, and must not be decoded by two threads
-            yield next(read) if _is_source(picture) else self.process_image(picture, **options)
+        sources = iter([picture for picture in pictures if isinstance(picture, SOURCES)])
+        with ThreadPoolExecutor(DECODED_AHEAD) as threads:  # Pillow and the network let go of the interpreter meanwhile
+            read = deque(
+                threads.submit(self.process_image, source, **options) for source in islice(sources, DECODED_AHEAD)
+            )
+            for picture in pictures:
+                if not isinstance(picture, SOURCES):  # it may be there twice, and must not be decoded by two threads
+                    yield self.process_image(picture, **options)
+                    continue
+                yield read.popleft().result()
+                read.extend(threads.submit(self.process_image, source, **options) for source in islice(sources, 1))
 
     def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
         """The four tile ranges that a call with these options uses."""
@@ -238,16 +229,13 @@ class _MsacMixin:
         check_tile_range(*ranges[2:], "adaptive tile")
         return ranges
 
-    @staticmethod
-    def _grids(size: tuple[int, int], settings: dict[str, Any], tile_size: int) -> tuple:
-        return msac_grids(*size, *(settings[name] for name in RANGE_NAMES), tile_size)
-
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
         """How many detailed, adaptive and thumbnail tiles a picture of this size gives, without its pixels."""
         own = {name: getattr(self, name) for name in (*RANGE_NAMES, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
-        return tile_counts(*self._grids((width, height), settings, tile_size), settings["use_thumbnail"])
+        ranges = (settings[name] for name in RANGE_NAMES)
+        return tile_counts(*msac_grids(width, height, *ranges, tile_size), settings["use_thumbnail"])
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """How many tiles a picture of this size gives, all three kinds together, without its pixels."""
@@ -301,40 +289,20 @@ def _tile_side(size) -> int:
     return sides[0]
 
 
-def _is_source(picture) -> bool:
-    return isinstance(picture, (str, os.PathLike))
-
-
-def _check_picture(picture) -> None:
-    if not (_is_source(picture) or isinstance(picture, (Image.Image, np.ndarray, torch.Tensor))):
-        raise ValueError(
-            f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(picture).__name__}."
-        )
-
-
 def _flat(images) -> Iterator:
     """The pictures of lists within lists, in order; an array of four dimensions is a batch."""
     if isinstance(images, (list, tuple)):
         for image in images:
             yield from _flat(image)
         return
-    _check_picture(images)
+    if not isinstance(images, (*SOURCES, Image.Image, np.ndarray, torch.Tensor)):
+        raise ValueError(
+            f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(images).__name__}."
+        )
     if getattr(images, "ndim", 3) == 4:
         yield from images
     else:
         yield images
-
-
-def _ahead(function: Callable, items: Iterable) -> Iterator:
-    """`map` by threads that are a few items ahead, so that no more results than those wait."""
-    with ThreadPoolExecutor(DECODED_AHEAD) as threads:  # Pillow and the network let go of the interpreter meanwhile
-        waiting = deque()
-        for item in items:
-            waiting.append(threads.submit(function, item))
-            if len(waiting) == DECODED_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _batch(tiles, grids: list[tuple], use_thumbnail: bool, return_tensors) -> BatchFeature:
@@ -364,8 +332,9 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         **settings,
     ) -> BatchFeature:
         tile_size, grids, layers = size.height, [], []
+        ranges = [settings[name] for name in RANGE_NAMES]
         for image in self._decoded(images, settings):
-            grids.append(self._grids(image.size, settings, tile_size))
+            grids.append(msac_grids(*image.size, *ranges, tile_size))
             layers += [self._cut(image, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)]
         tiles = np.concatenate(layers)  # (T, 3, S, S) uint8
         if do_rescale and rescale_factor == 1 / 255:
@@ -405,8 +374,9 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         **settings,
     ) -> BatchFeature:
         tile_size, grids, layers = size.height, [], []
+        ranges = [settings[name] for name in RANGE_NAMES]
         for image in self._decoded(images, settings):
-            grids.append(self._grids(image.size, settings, tile_size))
+            grids.append(msac_grids(*image.size, *ranges, tile_size))
             pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
             layers += [
                 self._cut(image, pixels, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)

@@ -204,7 +204,8 @@ class MiniMonkeyForConditionalGeneration(
         self._check_pixel_values(pixel_values)
         if not len(pixel_values):
             return pixel_values.new_empty(0, self.tokens_per_tile(pixel_values), self.config.text_config.hidden_size)
-        chunks = map(self._normalised, pixel_values.split(VISION_CHUNK_TILES))
+        chunks = pixel_values.split(VISION_CHUNK_TILES)
+        chunks = map(self._normalised, chunks) if pixel_values.dtype == torch.uint8 else chunks
         return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
 
     def place_features(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -219,8 +220,6 @@ class MiniMonkeyForConditionalGeneration(
         return int(pixel_values.shape[-1] // patch_size * ratio) ** 2
 
     def _normalised(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.dtype != torch.uint8:
-            return pixel_values
         mean, std = (
             torch.tensor(values, device=pixel_values.device).view(-1, 1, 1)
             for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -243,16 +242,6 @@ class MiniMonkeyForConditionalGeneration(
                 f"pixel_values are on {pixel_values.device}, the model is on {self.device}; "
                 "move the inputs with inputs.to(model.device)."
             )
-
-    @extends(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, input_ids, *, visual_token_mask: torch.Tensor | None = None, **kwargs):
-        """Return the inputs of the next step, as in transformers; image tokens are only in the prompt, so no later step is told
-        where they are."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        embeddings = inputs.get("inputs_embeds")
-        if visual_token_mask is not None and embeddings is not None:
-            inputs["visual_token_mask"] = visual_token_mask[:, -embeddings.shape[1] :]  # what is not cached yet
-        return inputs
 
     @can_return_tuple
     @extends(InternVLForConditionalGeneration.forward)
@@ -299,7 +288,9 @@ class MiniMonkeyForConditionalGeneration(
         elif input_ids is not None and input_ids.shape[-1] > 1 and not torch.compiler.is_compiling():
             self._check_no_image_tokens(input_ids)  # no later step of a generation waits for the device here
         if self.config.visual_experts:
-            kwargs["visual_token_mask"] = visual_token_mask
+            # A generation gives the mask of the whole prompt in every step; later steps read ids, none of them an image's.
+            is_prompt = visual_token_mask is not None and inputs_embeds is not None
+            kwargs["visual_token_mask"] = visual_token_mask[:, -inputs_embeds.shape[1] :] if is_prompt else None
         if OTHER_CACHE_NAME in kwargs:
             kwargs = with_one_cache_name(kwargs)
         kwargs |= {"attention_mask": attention_mask, "return_dict": True}

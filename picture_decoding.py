@@ -167,7 +167,12 @@ def pages_of(source, untrusted: bool = False) -> list:
         return [source]
     if untrusted:
         refuse_path(source)
-    if not _start(source, untrusted).startswith(PAGED_STARTS):
+    try:
+        is_file = not untrusted and os.path.isfile(source)
+        start = _first_bytes(source, 4) if is_file else _start(source, untrusted)
+    except OSError:  # whoever reads the picture says so
+        return [source]
+    if not start.startswith(PAGED_STARTS):
         return [source]
     with _opened(source, untrusted) as image:
         try:
@@ -183,12 +188,7 @@ def _start(source: str | os.PathLike, untrusted: bool) -> bytes:
     """The first bytes of a file, data URI or base64 text; none of what is not there."""
     path = None if untrusted else path_of(source)
     if path is not None:
-        if not os.path.isfile(path):
-            return b""
-        try:
-            return _first_bytes(path, 4)
-        except OSError:  # whoever reads the picture says so
-            return b""
+        return _first_bytes(path, 4) if os.path.isfile(path) else b""
     text = os.fsdecode(source)
     text = text[:2000].partition(",")[2] if text[:5].lower() == "data:" else text
     try:

@@ -40,6 +40,7 @@ from .conversation import (
 from .grounding import draw_boxes, parse_boxes
 from .image_processing_minimonkey import MiniMonkeyImageProcessorKwargs
 from .multi_view import stitch_views
+from .picture_decoding import pages_of
 from .tiling import RANGE_NAMES
 from .transformers_bridge import MultiModalData, custom_object_save
 from .video_frames import load_frames
@@ -144,7 +145,7 @@ def cut_pictures(image_processor, pictures: list[tuple[Any, dict[str, Any]]], **
         image_processor([picture for picture, _ in group], **{**own, **options})
         for own, group in groupby(pictures, key=lambda picture: picture[1])
     ]
-    return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+    return dict(parts[0]) if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
 
 def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) -> tuple[dict, dict]:
@@ -186,8 +187,10 @@ def with_pages(pictures: list, texts: list[str], image_processor, options: dict[
     Raises:
         ValueError: A path, where sources are untrusted.
     """
-    pages = image_processor.split_pages(pictures, options)
-    return pictures if count_placeholders(texts) == len(pictures) else pages
+    untrusted = options.get("untrusted_sources", image_processor.untrusted_sources)
+    pages = [page for picture in pictures for page in pages_of(picture, untrusted)]
+    has_pages = len(pages) > len(pictures)
+    return pages if has_pages and count_placeholders(texts) != len(pictures) else pictures
 
 
 def list_videos(videos) -> list:
@@ -216,13 +219,11 @@ def flatten_pictures(images) -> list:
     Raises:
         ValueError: A list of nothing: None or an empty list in it, or an array of no pictures.
     """
-    return [] if _is_none(images) else _flattened_pictures(images)
-
-
-def _flattened_pictures(images) -> list:
-    images = _not_empty(images, "images")
+    if images is None or (isinstance(images, (list, tuple)) and not images):
+        return []
+    _not_empty(images, "images")
     if isinstance(images, (list, tuple)):
-        return [picture for row in images for picture in _flattened_pictures(row)]
+        return [picture for row in images for picture in flatten_pictures(_not_empty(row, "images"))]
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
@@ -233,8 +234,8 @@ def _is_none(media) -> bool:
 
 def _not_empty(media, name: str):
     """`media`, if there is something in it: what was to be shown and got lost must not become an answer without it."""
-    is_empty = _is_none(media) or (hasattr(media, "shape") and not math.prod(media.shape))
-    if is_empty:
+    is_nothing = media is None or (isinstance(media, (list, tuple)) and not media)
+    if is_nothing or (hasattr(media, "shape") and not math.prod(media.shape)):
         what = f"an array of shape {tuple(media.shape)}" if hasattr(media, "shape") else repr(media)
         raise ValueError(f"{name} hold {what}, which shows nothing; pass {name}=None to ask without any.")
     return media

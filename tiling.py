@@ -138,11 +138,8 @@ def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> l
 def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> tuple[int, int, int]:
     """Number of detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none."""
     grids = layer_grids(detailed, adaptive, use_thumbnail)
-
-    def count(grid: Grid) -> int:
-        return 0 if grid == SINGLE_TILE else grid[0] * grid[1]
-
-    return count(detailed), count(adaptive), int(SINGLE_TILE in grids)
+    cut = [0 if grid == SINGLE_TILE else grid[0] * grid[1] for grid in (detailed, adaptive)]
+    return cut[0], cut[1], int(SINGLE_TILE in grids)
 
 
 def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges, use_thumbnail: bool = True) -> TileRanges:

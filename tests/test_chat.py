@@ -346,7 +346,7 @@ def test_generation_options_are_checked_before_vision(nano, processor, picture, 
     work = []
     monkeypatch.setattr(nano, "encode_tiles", lambda *_: work.append("vision"))
     monkeypatch.setattr(type(nano), "_cut", lambda *_: work.append("cut"))
-    monkeypatch.setattr(type(processor.image_processor), "split_pages", lambda *_: work.append("opened"))
+    monkeypatch.setattr(type(processor.image_processor), "preprocess", lambda *_, **__: work.append("opened"))
     with pytest.raises(ValueError, match=message):
         nano.generate(**inputs, **options)
     for stream in (False, True):
