@@ -375,7 +375,8 @@ class ChatMixin:
                 # uint8 tiles are normalised by the model, see encode_images.
                 dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
                 pixel_values = pixel_values.to(self.device, dtype)
-            tokens_per_tile = self.tokens_per_tile(pixel_values)
+            is_usual = pixel_values.shape[-1] == self.config.tile_size
+            tokens_per_tile = self.config.image_seq_length if is_usual else self.tokens_per_tile(pixel_values)
             if turn is None:
                 return _Cut(pixel_values, counts, tokens_per_tile)
             known |= {keys[i]: count for i, count in zip(new, counts.tolist())}
@@ -478,7 +479,7 @@ class ChatMixin:
         if limit is None or length <= limit:
             return
         what = "the context length of the model" if max_prompt_tokens is None else "max_prompt_tokens"
-        budget = (limit - length) // per_tile + sum(tiles)
+        budget = (limit - length) // per_tile + sum(tiles) if tiles else 0
         can_cut_less = can_cut_less and len(tiles) <= budget < sum(tiles)
         fewer = f"fewer tiles (tile_budget={budget}, or another preset in images_kwargs), " if can_cut_less else ""
         raise ValueError(

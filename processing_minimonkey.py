@@ -219,11 +219,11 @@ def flatten_pictures(images) -> list:
     Raises:
         ValueError: A list of nothing: None or an empty list in it, or an array of no pictures.
     """
-    if images is None or (isinstance(images, (list, tuple)) and not images):
+    if images is None:
         return []
-    _not_empty(images, "images")
     if isinstance(images, (list, tuple)):
         return [picture for row in images for picture in flatten_pictures(_not_empty(row, "images"))]
+    images = _not_empty(images, "images") if hasattr(images, "shape") else images
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
