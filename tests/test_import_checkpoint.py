@@ -15,10 +15,9 @@ from transformers import AutoModel, AutoProcessor
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from import_checkpoint import import_checkpoint, main  # noqa: E402
-from test_import_tokenizer import write_internlm2_folder  # noqa: E402
-
 from importing import weights  # noqa: E402
 from importing.folder import new_folder  # noqa: E402
+from test_import_tokenizer import write_internlm2_folder  # noqa: E402
 
 
 IMAGE_TOKEN = 500
