@@ -13,6 +13,7 @@ FLOOR_TRANSFORMERS = $(shell grep '^transformers==' $(LOWEST))
 CORE = -m pytest -q -m core
 VERSION = import importlib.metadata; print(importlib.metadata.version('transformers'))
 
+TYPECHECK = build/typecheck
 NANO_SMOKE = runs/nano-smoke
 
 .PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-all lint lock clean
@@ -76,6 +77,8 @@ test-all: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/minimonkey && cp -r *.py scripts $(TYPECHECK)/minimonkey
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 # The versions for every Python and system that we support, from pyproject.toml. What is locked stays as far as it still fits;
 # `make lock UPGRADE=--upgrade` moves all of it to the newest, `UPGRADE="--upgrade-package transformers"` one package.

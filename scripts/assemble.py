@@ -196,14 +196,14 @@ def check_same_logits(model: nn.Module, language_model: nn.Module) -> None:
         )
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vision", metavar="VISION", help="Hub id or folder")
     parser.add_argument("language", metavar="LANGUAGE", help="Hub id or folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     parser.add_argument("--template", default="chatml", help="chat template, see conversation.TEMPLATES (chatml)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     try:
         assemble(args.vision, args.language, args.out, args.template, getattr(torch, args.dtype))

@@ -134,7 +134,7 @@ def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train as the command line says, or `arguments` in its place."""
-    parser = argparse.ArgumentParser(prog="finetune.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path, help="YAML file, see scripts/training/recipes")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option in place of the recipe's"

@@ -171,12 +171,12 @@ def write_settings(work: Path, config, tokenizer, with_bos: bool) -> None:
         shutil.copy(code, work)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="Hub id or folder with config.json and safetensors")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     parser.add_argument("--image-token-id", type=int, metavar="N", help="id of <IMG_CONTEXT>, if SRC has no tokenizer")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         import_checkpoint(args.source, args.out, args.image_token_id)
     except (ValueError, OSError) as error:

@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor
@@ -18,11 +17,6 @@ from minimonkey.tiling import RANGE_NAMES
 
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def root_class(name: str):
-    """A class, function or constant of the repository's code, `"module.name"`."""
-    return get_class_from_dynamic_module(name, str(ROOT))
 
 
 def load_processor(source: str | Path):

@@ -20,7 +20,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import AutoModel, AutoProcessor  # noqa: E402
-from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,11 +52,6 @@ def recorded(path: str) -> Path:
     """A recorded file or folder, of the fixtures or of --goldens; the test is skipped where there is none."""
     found = [folder / path for folder in RECORDED if (folder / path).exists()]
     return found[0] if found else pytest.skip(f"{path} is not in the fixtures; pass --goldens FOLDER")
-
-
-def root_class(name: str):
-    """A class, function or constant of the repository's code, `"module.name"`, loaded as remote code is."""
-    return get_class_from_dynamic_module(name, str(ROOT))
 
 
 def synthetic_picture(width: int, height: int, seed: int) -> Image.Image:

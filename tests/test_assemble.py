@@ -24,9 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from assemble import assemble, check_same_logits  # noqa: E402
+from minimonkey.scripts.assemble import assemble, check_same_logits
 
 
 TINY = {

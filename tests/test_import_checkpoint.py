@@ -10,15 +10,12 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT
 from safetensors.torch import load_file, save_file
+from test_import_tokenizer import write_internlm2_folder  # noqa: E402
 from transformers import AutoModel, AutoProcessor
 
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from import_checkpoint import import_checkpoint, main  # noqa: E402
-from test_import_tokenizer import write_internlm2_folder  # noqa: E402
-
-from importing import weights  # noqa: E402
-from importing.folder import new_folder  # noqa: E402
+from minimonkey.scripts.import_checkpoint import import_checkpoint, main
+from minimonkey.scripts.importing import weights
+from minimonkey.scripts.importing.folder import new_folder
 
 
 IMAGE_TOKEN = 500

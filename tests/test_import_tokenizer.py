@@ -1,17 +1,15 @@
 """Published tokenizers become fast ones that give the ids of sentencepiece itself."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, pre_tokenizers, processors
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 sentencepiece = pytest.importorskip("sentencepiece")
 
-from importing.tokenizer import build_from_sentencepiece, convert_tokenizer  # noqa: E402
+from minimonkey.scripts.importing.tokenizer import build_from_sentencepiece, convert_tokenizer  # noqa: E402
 
 
 CORPUS = [
