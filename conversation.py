@@ -535,12 +535,12 @@ def read_messages(messages: list[dict]) -> tuple[str | None, list[tuple[str, str
     check_messages(messages)
     roles = [message.get("role") if isinstance(message, dict) else "list" for message in messages]
     turns = messages[roles[0] == "system" :]
-    if [message.get("role") for message in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+    if roles[roles[0] == "system" :] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise ValueError(
             "messages of chat are one conversation: a system message or none, then user and assistant by turns, a user last; "
             f"the roles are {', '.join(roles)}."
         )
-    system = None if turns is messages or len(turns) == len(messages) else _written(messages[0], {})
+    system = _written(messages[0], {}) if roles[0] == "system" else None
     media: dict[str, list] = {"image": [], "video": []}
     texts = [_written(message, media) for message in turns]
     history = list(zip(texts[:-1:2], texts[1::2]))
