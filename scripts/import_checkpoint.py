@@ -18,17 +18,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from repository import ROOT, root_class
 
-from importing.config import check_config, read_json
+from importing.config import WRONG_VALUES, check_config, one_line, read_json
 from importing.folder import check_free, generation_config, image_processor, new_folder, save_processor
 from importing.tokenizer import convert_tokenizer, has_tokenizer
 from importing.weights import Shard, check_against_model, convert_shards, read_shards
 
 
-# What configuration classes raise for values that cannot be.
-WRONG_VALUES = (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
 
 
@@ -60,6 +57,8 @@ def import_checkpoint(source: str, out: Path, image_token_id: int | None = None)
 
 def resolve_source(source: str) -> Path:
     """A local folder, or the snapshot of a Hub repository."""
+    if not source:
+        raise ValueError("SRC is empty; give a Hub id or a folder.")
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -93,11 +92,6 @@ def make_config(config_dict: dict):
         return root_class("configuration_minimonkey.MiniMonkeyConfig").from_dict(config_dict)
     except WRONG_VALUES as error:
         raise ValueError(f"config.json does not describe a model of this family: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_layers(config_dict: dict, shards: list[Shard]) -> None:
