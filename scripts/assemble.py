@@ -25,8 +25,8 @@ from minimonkey.checkpoint import convert_tensor
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig, vision_config_from_published
 from minimonkey.conversation import IMAGE_TOKEN, IMAGE_TOKENS, get_template
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
-from minimonkey.scripts.import_checkpoint import WRONG_VALUES, make_config, one_line, resolve_source
-from minimonkey.scripts.importing.config import check_config, read_json
+from minimonkey.scripts.import_checkpoint import make_config, resolve_source
+from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, read_json
 from minimonkey.scripts.importing.folder import check_free, generation_config, new_folder, save_processor
 from minimonkey.scripts.importing.tokenizer import convert_tokenizer
 from minimonkey.scripts.importing.weights import check_finite, read_shards

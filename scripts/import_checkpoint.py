@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 
 from minimonkey.checkpoint import convert_tensor
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.conversation import IMAGE_TOKENS, get_template
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
-from minimonkey.scripts.importing.config import check_config, read_json
+from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, read_json
 from minimonkey.scripts.importing.folder import (
     check_free,
     generation_config,
@@ -37,8 +36,6 @@ from minimonkey.scripts.importing.weights import Shard, check_against_model, con
 from minimonkey.scripts.repository import ROOT
 
 
-# What configuration classes raise for values that cannot be.
-WRONG_VALUES = (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
 
 
@@ -69,6 +66,8 @@ def import_checkpoint(source: str, out: Path, image_token_id: int | None = None)
 
 def resolve_source(source: str) -> Path:
     """A local folder, or the snapshot of a Hub repository."""
+    if not source:
+        raise ValueError("SRC is empty; give a Hub id or a folder.")
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -102,11 +101,6 @@ def make_config(config_dict: dict):
         return MiniMonkeyConfig.from_dict(config_dict)
     except WRONG_VALUES as error:
         raise ValueError(f"config.json does not describe a model of this family: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_layers(config_dict: dict, shards: list[Shard]) -> None:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 
 # The most that any of these may be; models of this family are far below. What is above would fill the memory.
 LARGEST = {
@@ -19,22 +21,60 @@ LARGEST = {
     "patch_size": 10**5,
     "num_channels": 10**3,
 }
+# What configuration classes raise for values that cannot be.
+WRONG_VALUES = (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 SECTIONS = ("vision_config", "llm_config", "text_config")
 
 
-def read_json(path: Path) -> dict:
-    """Return the object that a JSON file holds.
+def own_file(path: Path) -> Path:
+    """Return the path of a checkpoint's file, of which nothing has been read yet.
+
+    Links may lead to other files of its folder, and from a snapshot of the Hub's cache to the blobs of that cache.
 
     Raises:
-        ValueError: It cannot be read, is no JSON or holds something else.
+        ValueError: It is no regular file, or a link that leads elsewhere.
     """
+    folder = path.parent.resolve()
+    allowed = [folder] if folder.parent.name != "snapshots" else [folder, folder.parent.parent / "blobs"]
+    if path.is_symlink() and path.resolve().parent not in allowed:
+        raise ValueError(f"{path} is a link to {path.resolve()}, out of the checkpoint; put the file itself there.")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file.")
+    return path
+
+
+def read_json(path: Path, unique: bool = False) -> dict:
+    """Return the object that a JSON file of a checkpoint holds.
+
+    Args:
+        unique: Refuse a key that is there twice, of which the last would count.
+
+    Raises:
+        ValueError: It cannot be read, is no JSON, holds something else, or lies outside the folder.
+    """
+    own_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_doubles if unique else None)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, {{...}}, but holds a {type(value).__name__}.")
     return value
+
+
+def without_doubles(pairs: list[tuple[str, object]]) -> dict:
+    """Make the object of `json.loads`, as its `object_pairs_hook`; raises `ValueError` for a key that is there twice."""
+    found: dict = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r:.200} is there twice")
+        found[key] = value
+    return found
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_config(config: dict, path: Path) -> None:

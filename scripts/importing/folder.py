@@ -104,11 +104,11 @@ def _finish(work: Path, out: Path) -> None:
     if missing:
         raise ValueError(f"{work} lacks {', '.join(missing)}; something took them away. Start again.")
     check_free(out)
-    (work / RECORD_NAME).unlink()
     if out.exists():
         out.rmdir()
     work.replace(out)
-    (out / LOCK_NAME).unlink()
+    for name in (RECORD_NAME, LOCK_NAME):  # after the rename: a run that is killed before it can be gone on with
+        (out / name).unlink()
 
 
 def image_processor(config):

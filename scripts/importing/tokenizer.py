@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from minimonkey.scripts.importing.config import read_json
+from minimonkey.scripts.importing.config import WRONG_VALUES, one_line, own_file, read_json
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -33,7 +33,10 @@ def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
     """
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}).")
-    settings = _read_json(folder / "tokenizer_config.json")
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            own_file(folder / name)
+    settings = _read_settings(folder)
     added = read_added_tokens(folder)
     roles = {}
     if (folder / "tokenizer.json").is_file():
@@ -43,7 +46,7 @@ def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
         backend, roles = build_from_sentencepiece(folder / "tokenizer.model", added, is_legacy(settings))
         with_bos = settings.get("add_bos_token", True)
     else:
-        backend = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
+        backend = _read_vocabulary(folder)
         with_bos = False  # a vocabulary with merges is Qwen2's
     backend.post_processor = processors.Sequence([])  # the chat template writes bos_token
     tokenizer = _wrap(backend, roles, added, settings)
@@ -61,9 +64,9 @@ def read_added_tokens(folder: Path) -> dict[int, AddedToken]:
     tokens: dict[int, AddedToken] = {}
     for content, index in _read_json(folder / "added_tokens.json").items():
         tokens[_token_id(index)] = AddedToken(content, special=True, normalized=False)
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = _read_settings(folder)
     try:
-        for index, token in settings.get("added_tokens_decoder", {}).items():
+        for index, token in (settings.get("added_tokens_decoder") or {}).items():
             # All are control tokens here, also those that some checkpoints do not mark as special.
             tokens[_token_id(index)] = AddedToken(
                 token["content"],
@@ -217,6 +220,42 @@ def _read_fast_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{path} is not a tokenizer, or it is damaged: {error}") from error
+
+
+def _read_vocabulary(folder: Path) -> Tokenizer:
+    """A byte-level BPE of vocab.json and merges.txt."""
+    read_json(folder / "vocab.json")
+    if not (folder / "merges.txt").is_file():
+        raise ValueError(f"{folder} holds vocab.json without merges.txt; download it again.")
+    own_file(folder / "merges.txt")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
+    except (*WRONG_VALUES, OSError, ImportError) as error:
+        raise ValueError(f"The tokenizer of {folder} cannot be made of its files: {one_line(error)}") from error
+
+
+def _read_settings(folder: Path) -> dict:
+    """The tokenizer_config.json; raises `ValueError` for values of the wrong type."""
+    path = folder / "tokenizer_config.json"
+    settings = _read_json(path)
+    for name in SPECIAL_ROLES:
+        token = settings.get(name)
+        if token is not None and not isinstance(token.get("content") if isinstance(token, dict) else token, str):
+            raise ValueError(f"{path}: {name} must be a token, got {token!r:.80}.")
+    kinds = {
+        "tokenizer_class": str,
+        "auto_map": dict,
+        "added_tokens_decoder": dict,
+        "legacy": bool,
+        "add_bos_token": bool,
+    }
+    for name, kind in kinds.items():
+        if settings.get(name) is not None and not isinstance(settings[name], kind):
+            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {settings[name]!r:.80}.")
+    length = settings.get("model_max_length", 1)
+    if isinstance(length, bool) or not isinstance(length, (int, float)) or not length >= 1:
+        raise ValueError(f"{path}: model_max_length must be a number of tokens, got {length!r:.80}.")
+    return settings
 
 
 def _content(token: str | dict | None) -> str | None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from minimonkey.scripts.importing.config import read_json
+from minimonkey.scripts.importing.config import own_file, read_json, without_doubles
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -39,11 +39,15 @@ def read_shards(folder: Path) -> list[Shard]:
     elif (folder / SINGLE_NAME).is_file():
         weight_map, names = None, [SINGLE_NAME]
     else:
-        raise ValueError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.")
+        raise ValueError(
+            f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; weights in other files (.bin, which can run code) are "
+            "not read, save them as safetensors first."
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names.")
-    shards = [_read_header(folder / name) for name in names]
+    paths = [own_file(folder / name) for name in names]  # all of them, before the first is read
+    shards = [_read_header(path) for path in paths]
     if weight_map is not None:
         _check_index(weight_map, shards)
     return shards
@@ -55,7 +59,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     Raises:
         ValueError: It is none, or a name that leads out of the folder.
     """
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_json(path, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{path} must have a weight_map from tensors' names to files' names.")
     for name in sorted(set(weight_map.values())):
@@ -82,8 +86,12 @@ def _read_header(path: Path) -> Shard:
                 shapes[name] = tuple(part.get_shape())
                 if part.get_dtype() not in READABLE_TYPES and not name.endswith(IGNORED_SUFFIXES):
                     unreadable[name] = part.get_dtype()
+            _check_names(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or truncated: {error}. Download it again.") from error
+    empty = {name for name, shape in shapes.items() if not shape or 0 in shape}
+    if empty:
+        raise ValueError(f"{path} holds tensors without values: {_few(empty)}.")
     if unreadable:
         name, kind = next(iter(unreadable.items()))
         raise ValueError(
@@ -91,6 +99,16 @@ def _read_header(path: Path) -> Shard:
             f"{', '.join(READABLE_TYPES)}; quantised checkpoints are not imported, take the original."
         )
     return Shard(path, shapes)
+
+
+def _check_names(path: Path) -> None:
+    """Raise `ValueError` if the header, found valid, names a tensor twice: safetensors takes the last."""
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    try:
+        json.loads(header, object_pairs_hook=without_doubles)
+    except ValueError as error:
+        raise ValueError(f"The header of {path} is damaged: {error}.") from error
 
 
 def _check_index(weight_map: dict[str, str], shards: list[Shard]) -> None:
@@ -156,7 +174,7 @@ def convert_shards(shards: list[Shard], out: Path, convert) -> None:
     """
     weight_map, total = {}, 0
     count = sum(len(shard.shapes) for shard in shards)
-    with tqdm(total=count, unit="tensor", desc="Converting") as progress:
+    with tqdm(total=count, unit="tensor", desc="Converting", disable=None) as progress:
         for number, shard in enumerate(shards, start=1):
             name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             if not (out / name).is_file():
