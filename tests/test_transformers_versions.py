@@ -61,7 +61,6 @@ def test_overrides_show_the_signature_of_their_parents():
     for override, parent, added in (
         (model.forward, InternVLForConditionalGeneration.forward, "tile_counts"),
         (model.generate, GenerationMixin.generate, "use_scm"),
-        (model.prepare_inputs_for_generation, GenerationMixin.prepare_inputs_for_generation, "visual_token_mask"),
     ):
         shown, inherited = list(inspect.signature(override).parameters), list(inspect.signature(parent).parameters)
         assert [name for name in shown if name in inherited] == inherited[1:]
