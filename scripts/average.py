@@ -6,10 +6,11 @@ Takes runs that train whole weights, not LoRA adapters. The recipe's keep_checkp
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from repository import load_processor, root_class
+from repository import load_processor, readable, reports_errors, root_class
 from torch import nn
 
 from importing.folder import check_free, new_folder
@@ -19,10 +20,12 @@ from training.trainer import complete_checkpoints
 def mean_model(folders: list[Path]) -> nn.Module:
     """The model whose weights are the mean of those in `folders`, in float32."""
     model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-    mean = model_class.from_pretrained(folders[0], dtype=torch.float32)
+    with readable(folders[0]):
+        mean = model_class.from_pretrained(folders[0], dtype=torch.float32)
     with torch.no_grad():
         for count, folder in enumerate(folders[1:], start=2):
-            other = model_class.from_pretrained(folder, dtype=torch.float32)
+            with readable(folder):
+                other = model_class.from_pretrained(folder, dtype=torch.float32)
             for parameter, value in zip(mean.parameters(), other.parameters(), strict=True):
                 parameter.lerp_(value, 1 / count)
     mean.config.text_config.use_cache = True
@@ -48,6 +51,7 @@ def average(run: Path, last: int, output: Path, dtype: str = "bfloat16") -> list
     return folders
 
 
+@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="output folder of a recipe")
@@ -55,12 +59,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the written weights")
     args = parser.parse_args()
-    try:
-        taken = average(args.run, args.last, args.output, args.dtype)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+    taken = average(args.run, args.last, args.output, args.dtype)
     print(f"Wrote {args.output}: the mean of {', '.join(folder.name for folder in taken)}.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ import argparse
 import sys
 
 from precision import choose_dtype
+from repository import reports_errors
 
 from benchmarking import compression, conversation, decode, load, preprocessing, stages, vision
 
@@ -28,6 +29,7 @@ SUBJECTS = {
 }
 
 
+@reports_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
@@ -40,11 +42,7 @@ def main() -> int:
     args = parser.parse_args()
     if "dtype" in args:
         args.dtype = str(choose_dtype(args.dtype, args.device)).removeprefix("torch.")
-    try:
-        args.run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args.run(args)
     return 0
 
 

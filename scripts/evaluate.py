@@ -18,10 +18,17 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 from precision import add_dtype_argument, choose_dtype
-from repository import add_model_arguments, add_tile_arguments, load_model, load_processor, tile_options
+from repository import (
+    add_device_argument,
+    add_model_arguments,
+    add_tile_arguments,
+    load_model,
+    load_processor,
+    reports_errors,
+    tile_options,
+)
 
 from evaluation.dropping import DROPS
 from evaluation.metrics import METRICS
@@ -69,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         "--max-new-tokens", type=int, default=None, help="default: enough for the suite; 128 of a benchmark"
     )
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     add_dtype_argument(parser)
     parser.add_argument("--out", type=Path, default=None, help="JSONL file for the predictions")
     parser.add_argument("--resume", action="store_true", help="go on with the predictions in --out")
@@ -190,15 +197,12 @@ def compare_files(arguments: list[str]) -> None:
     print(json.dumps(result))
 
 
+@reports_errors
 def main() -> int:
-    try:
-        if sys.argv[1:2] == ["compare"]:
-            compare_files(sys.argv[2:])
-        else:
-            evaluate(parse_arguments())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if sys.argv[1:2] == ["compare"]:
+        compare_files(sys.argv[2:])
+    else:
+        evaluate(parse_arguments())
     return 0
 
 

@@ -16,10 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import transformers
 from precision import add_dtype_argument, choose_dtype
-from repository import add_model_arguments, load_model, load_processor, root_class
+from repository import add_device_argument, add_model_arguments, load_model, load_processor, reports_errors, root_class
 
 from evaluation.figure import draw
 from evaluation.predictions import Predictions, weights_digest
@@ -55,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--difficulty", type=float, default=0.5, help="of the documents, 0 to 1 (default 0.5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     add_dtype_argument(parser)
     args = parser.parse_args()
     if args.compressed is None:
@@ -145,15 +144,12 @@ def compare_ways(args: argparse.Namespace) -> list[Comparison]:
     ]
 
 
+@reports_errors
 def main() -> int:
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        comparisons = compare_ways(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    comparisons = compare_ways(args)
     rows = [row for comparison in comparisons for row in comparison.rows()]
     (args.out / "evidence.json").write_text(json.dumps(rows, indent=1) + "\n")
     text = markdown(rows)

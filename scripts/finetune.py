@@ -19,10 +19,12 @@ logs/ for TensorBoard, checkpoint-N/ for --resume. Needs the `training` extra.
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
-from repository import load_processor, root_class
+from repository import load_processor, readable, reports_errors, root_class
 
+from importing.config import read_json
 from synthetic.materials import materials
 from training.collator import Collator
 from training.data import SyntheticSource, read_sources
@@ -33,12 +35,12 @@ from training.samples import Samples
 from training.trainer import FineTuner, last_checkpoint, set_steps, training_arguments
 
 
-def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path, help="YAML file, see scripts/training/recipes")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the recipe's output folder")
-    return parser, parser.parse_args()
+    return parser.parse_args()
 
 
 def begin(recipe: Recipe, world_size: int, resume: bool) -> Path | None:
@@ -52,7 +54,9 @@ def begin(recipe: Recipe, world_size: int, resume: bool) -> Path | None:
         return None
     if not resume:
         raise ValueError(f"{recipe.output} holds a run; go on with it (--resume) or choose another output.")
-    recorded = json.loads(record.read_text())
+    recorded = read_json(record)
+    if not isinstance(recorded.get("recipe"), dict) or "world_size" not in recorded:
+        raise ValueError(f"{record} is no record of a run; choose another output.")
     changed = changed_keys(recipe, recorded["recipe"])
     if changed:
         raise ValueError(f"The run in {recipe.output} had another {', '.join(changed)}; see its run.json.")
@@ -76,7 +80,7 @@ def prepare(args: argparse.Namespace) -> tuple[FineTuner, Recipe, str, Path | No
     arguments = training_arguments(recipe)
     checkpoint = begin(recipe, arguments.world_size, args.resume)
     record = Path(recipe.output) / "run.json"
-    recorded = json.loads(record.read_text()) if record.exists() else {}
+    recorded = read_json(record) if record.exists() else {}
     arguments.distributed_state.wait_for_everyone()  # nobody looks for the record after it is written
     if arguments.should_save:
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,8 @@ def prepare(args: argparse.Namespace) -> tuple[FineTuner, Recipe, str, Path | No
     with arguments.main_process_first():
         folder = model_folder(recipe)
     processor = load_processor(folder)
-    config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_pretrained(folder)
+    with readable(folder):
+        config = root_class("configuration_minimonkey.MiniMonkeyConfig").from_pretrained(folder)
     encoder = Encoder(processor, config, recipe.grounding_tokens)
     with arguments.main_process_first():  # the others find the checked lines in the cache
         sources = read_sources(recipe.data, Path(), recipe.tile_ranges, encoder)
@@ -139,12 +144,10 @@ def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
     }
 
 
+@reports_errors
 def main() -> None:
-    parser, args = parse_arguments()
-    try:
-        trainer, recipe, folder, checkpoint = prepare(args)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+    args = parse_arguments()
+    trainer, recipe, folder, checkpoint = prepare(args)
     metrics = train(trainer, checkpoint)
     written = save(trainer, recipe, folder)
     if trainer.args.should_save:
@@ -153,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ import functools
 import json
 import logging
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from precision import add_dtype_argument, choose_dtype
-from repository import load_processor, root_class
+from repository import add_device_argument, load_processor, reports_errors, root_class, whole_number
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -225,15 +226,16 @@ def run_stage(learner: Learner, processor, stage: Stage, args: argparse.Namespac
             checkpoint.with_suffix(".tmp").replace(checkpoint)
 
 
+@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the new model")
-    parser.add_argument("--letters-steps", type=int, default=2000)
-    parser.add_argument("--reading-steps", type=int, default=2600)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--letters-steps", type=whole_number(0), default=2000)
+    parser.add_argument("--reading-steps", type=whole_number(0), default=2600)
+    parser.add_argument("--batch-size", type=whole_number(1), default=32)
+    parser.add_argument("--workers", type=whole_number(0), default=1)
+    parser.add_argument("--seed", type=whole_number(0), default=1)
+    add_device_argument(parser, "cpu")
     add_dtype_argument(parser, "of computation; ")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in OUT")
     args = parser.parse_args()
@@ -242,12 +244,9 @@ def main() -> None:
         parser.error("--dtype float16 needs its losses scaled; take bfloat16 or float32")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(args.seed)
-    try:
-        if not (args.resume and (args.out / "model.safetensors").exists()):
-            write_untrained(args.out)
-        (args.out / "materials.json").write_text(json.dumps(materials(), indent=1) + "\n")
-    except OSError as error:
-        parser.exit(1, f"error: {error}\n")
+    if not (args.resume and (args.out / "model.safetensors").exists()):
+        write_untrained(args.out)
+    (args.out / "materials.json").write_text(json.dumps(materials(), indent=1) + "\n")
     model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
     processor = load_processor(args.out)
     learner = Learner(model_class.from_pretrained(args.out, dtype=torch.float32)).to(args.device).train()
@@ -258,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from precision import DTYPES, add_dtype_argument
-from repository import root_class
+from repository import add_device_argument, root_class, whole_number
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
@@ -37,9 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="float32 (default) makes the order of scores definite",
     )
     add_dtype_argument(parser, "of prefill and generate; ")
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model for prefill")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--layers", type=whole_number(1), default=None, help="fewer layers of the language model for prefill"
+    )
+    parser.add_argument("--repeats", type=whole_number(1), default=3)
+    add_device_argument(parser)
 
 
 def tile_counts(text: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from import_checkpoint import import_checkpoint
-from repository import root_class
+from repository import root_class, whole_number
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -25,7 +25,7 @@ from benchmarking.models import random_config, random_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="2B", choices=("2B", "Nano"), help="dimensions")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are written (default: temporary)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=whole_number(1), default=5)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from repository import root_class
+from repository import root_class, whole_number
 from torchvision.transforms import v2
 
 from benchmarking.measure import median_seconds, report
@@ -25,12 +25,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--width", type=int, default=4000)
-    parser.add_argument("--height", type=int, default=3000)
+    parser.add_argument("--width", type=whole_number(1), default=4000)
+    parser.add_argument("--height", type=whole_number(1), default=3000)
     parser.add_argument("--formats", nargs="+", default=["jpeg"], choices=FORMATS)
     parser.add_argument("--preset", default="default", help="tile ranges")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch", type=whole_number(1), default=1, help="pictures at a time")
+    parser.add_argument("--repeats", type=whole_number(1), default=9)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,6 +75,8 @@ def rows(args: argparse.Namespace) -> list[dict]:
         for backend, name in (("torchvision", "MiniMonkeyImageProcessor"), ("pil", "MiniMonkeyImageProcessorPil"))
     }
     presets, msac_grids = root_class("tiling.PRESETS"), root_class("tiling.msac_grids")
+    if args.preset not in presets:
+        raise ValueError(f"There is no preset {args.preset!r}; known are {', '.join(presets)}.")
     grids = msac_grids(*picture.size, *presets[args.preset], TILE_SIZE)
     results = []
     for name, source in sources(picture, args.formats):

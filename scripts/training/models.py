@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from repository import root_class
+from repository import readable, root_class
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
@@ -49,7 +49,8 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         _check_language_layers(folder, recipe.language_layers)
     if recipe.attention is not None:
         options["attn_implementation"] = recipe.attention
-    model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
+    with readable(folder):
+        model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
     if recipe.language_layers is not None:
         deepen(model, recipe.language_layers)
     model.config.text_config.use_cache = False  # of no use in training

@@ -7,6 +7,7 @@ command runs in.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -136,7 +137,7 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}; see scripts/training/recipes.")
-    values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = _read_yaml(path.read_bytes(), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}.")
     for override in overrides:
@@ -158,7 +159,7 @@ def _put(values: dict, override: str) -> None:
     values[last] = _read_yaml(text, f"--set {override}")
 
 
-def _read_yaml(text: str, where: str):
+def _read_yaml(text: str | bytes, where: str):
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
@@ -168,7 +169,7 @@ def _read_yaml(text: str, where: str):
 def _build(kind: type, values: dict[str, Any], where: str):
     """A dataclass from a mapping, every value checked against the type of its field."""
     types_of = typing.get_type_hints(kind)
-    unknown = values.keys() - types_of.keys()
+    unknown = {str(name) for name in values} - types_of.keys()
     if unknown:
         raise ValueError(f"{where}: unknown {', '.join(sorted(unknown))}; known are {', '.join(types_of)}.")
     required = [
@@ -204,7 +205,7 @@ def _fit(value, kind, where: str):
 
 def _is_of(value, kind) -> bool:
     if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
+        return isinstance(value, str) and value in typing.get_args(kind)
     if typing.get_origin(kind) is list:
         (item,) = typing.get_args(kind)
         return isinstance(value, list) and all(_is_of(entry, item) for entry in value)
@@ -223,6 +224,11 @@ def _describe(kind) -> str:
 
 def _check_values(recipe: Recipe) -> None:
     whole = ("max_seq_length", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "log_every")
+    for name, value in dataclasses.asdict(recipe).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}.")
+    if recipe.seed < 0 or recipe.weight_decay < 0 or recipe.max_grad_norm < 0:
+        raise ValueError("seed, weight_decay and max_grad_norm must be at least 0.")
     for name in (*whole, "max_steps", "depth", "language_layers", "eval_every"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
@@ -238,8 +244,8 @@ def _check_values(recipe: Recipe) -> None:
         raise ValueError("language_layers adds layers that have to be trained: train the language_model, without LoRA.")
     if recipe.language_layers is not None and recipe.depth is not None:
         raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
-    if len(recipe.betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {recipe.betas}.")
+    if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas):
+        raise ValueError(f"betas must be two numbers from 0 to below 1, got {recipe.betas}.")
     if recipe.matrix_learning_rate is not None and recipe.optimizer != "muon":
         raise ValueError("matrix_learning_rate belongs to optimizer: muon.")
     if recipe.eval_every is not None and recipe.eval_data is None:
