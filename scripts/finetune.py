@@ -19,10 +19,9 @@ logs/ for TensorBoard, checkpoint-N/ for --resume. Needs the `training` extra.
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
-from repository import load_processor, readable, reports_errors, root_class
+from repository import load_processor, preparing, readable, root_class
 
 from importing.config import read_json
 from synthetic.materials import materials
@@ -144,10 +143,10 @@ def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
     }
 
 
-@reports_errors
 def main() -> None:
     args = parse_arguments()
-    trainer, recipe, folder, checkpoint = prepare(args)
+    with preparing():
+        trainer, recipe, folder, checkpoint = prepare(args)
     metrics = train(trainer, checkpoint)
     written = save(trainer, recipe, folder)
     if trainer.args.should_save:
@@ -156,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

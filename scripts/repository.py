@@ -178,6 +178,16 @@ def reports_errors(main: Callable[[], int | None]) -> Callable[[], int]:
     return reporting
 
 
+@contextmanager
+def preparing() -> Iterator[None]:
+    """As `reports_errors` for the part of a script before its long work, in which an error keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {_printable(error)}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
 def _printable(error: Exception) -> str:
     """What an error says, in one line without what a terminal would obey, cut where a file made it very long."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,6 @@ import functools
 import json
 import logging
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from precision import add_dtype_argument, choose_dtype
-from repository import add_device_argument, load_processor, reports_errors, root_class, whole_number
+from repository import add_device_argument, load_processor, preparing, readable, root_class, whole_number
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -226,7 +225,6 @@ def run_stage(learner: Learner, processor, stage: Stage, args: argparse.Namespac
             checkpoint.with_suffix(".tmp").replace(checkpoint)
 
 
-@reports_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the new model")
@@ -244,12 +242,15 @@ def main() -> None:
         parser.error("--dtype float16 needs its losses scaled; take bfloat16 or float32")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(args.seed)
-    if not (args.resume and (args.out / "model.safetensors").exists()):
-        write_untrained(args.out)
-    (args.out / "materials.json").write_text(json.dumps(materials(), indent=1) + "\n")
     model_class = root_class("modeling_minimonkey.MiniMonkeyForConditionalGeneration")
-    processor = load_processor(args.out)
-    learner = Learner(model_class.from_pretrained(args.out, dtype=torch.float32)).to(args.device).train()
+    with preparing():
+        if not (args.resume and (args.out / "model.safetensors").exists()):
+            write_untrained(args.out)
+        (args.out / "materials.json").write_text(json.dumps(materials(), indent=1) + "\n")
+        processor = load_processor(args.out)
+        with readable(args.out):
+            model = model_class.from_pretrained(args.out, dtype=torch.float32)
+    learner = Learner(model).to(args.device).train()
     run_stage(learner, processor, Stage("letters", args.letters_steps, False, (6e-3, 2e-3), 0.9), args)
     run_stage(learner, processor, Stage("reading", args.reading_steps, True, (4e-3, 2e-3), 0.5), args)
     learner.model.to(torch.bfloat16).save_pretrained(args.out)
@@ -257,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
