@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 
 from minimonkey.checkpoint import convert_tensor
@@ -166,17 +167,15 @@ def write_settings(work: Path, config, tokenizer, with_bos: bool) -> None:
 
 
 @reports_errors
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="Hub id or folder with config.json and safetensors")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     parser.add_argument("--image-token-id", type=int, metavar="N", help="id of <IMG_CONTEXT>, if SRC has no tokenizer")
     args = parser.parse_args(arguments)
-    try:
-        import_checkpoint(args.source, args.out, args.image_token_id)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    transformers.logging.set_verbosity_error()
+    import_checkpoint(args.source, args.out, args.image_token_id)
     print(f"Wrote {args.out}. Load it with AutoModel.from_pretrained({str(args.out)!r}, trust_remote_code=True).")
     return 0
 
