@@ -26,10 +26,11 @@ from minimonkey.configuration_minimonkey import MiniMonkeyConfig, vision_config_
 from minimonkey.conversation import IMAGE_TOKEN, IMAGE_TOKENS, get_template
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.scripts.import_checkpoint import make_config, resolve_source
-from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, read_json
+from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, own_file, read_json
 from minimonkey.scripts.importing.folder import check_free, generation_config, new_folder, save_processor
 from minimonkey.scripts.importing.tokenizer import convert_tokenizer
 from minimonkey.scripts.importing.weights import check_finite, read_shards
+from minimonkey.scripts.repository import reports_errors
 
 
 PUBLISHED_VISION = "intern_vit_6b"
@@ -80,7 +81,7 @@ def read_whole_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")
-    check_config(read_json(path), path)
+    check_config(read_json(own_file(path)), path)
     try:
         return MiniMonkeyConfig.get_config_dict(folder)[0]
     except WRONG_VALUES as error:
@@ -130,9 +131,10 @@ def assemble(vision_source: str, language_source: str, out: Path, template_name:
 def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Module:
     """A causal language model with an embedding for each of at least `tokens` tokens; new ones are the mean of the old."""
     read_whole_config(folder)
+    read_shards(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
         )
     except (*WRONG_VALUES, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a causal language model of transformers: {one_line(error)}") from error
@@ -145,6 +147,8 @@ def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Mod
         raise ValueError(
             f"{type(model).__name__} is not built like Llama (embed_tokens, layers, self_attn), which a MiniMonkey expects."
         )
+    for name, tensor in model.state_dict().items():
+        check_finite(tensor, name)
     if tokens > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(tokens)
     return model.eval()
@@ -196,6 +200,7 @@ def check_same_logits(model: nn.Module, language_model: nn.Module) -> None:
         )
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vision", metavar="VISION", help="Hub id or folder")
@@ -205,11 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    try:
-        assemble(args.vision, args.language, args.out, args.template, getattr(torch, args.dtype))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    transformers.logging.disable_progress_bar()
+    assemble(args.vision, args.language, args.out, args.template, getattr(torch, args.dtype))
     print(f"Wrote {args.out}. Its projector is untrained: fine-tune it before you ask it about pictures.")
     return 0
 

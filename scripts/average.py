@@ -6,6 +6,7 @@ Takes runs that train whole weights, not LoRA adapters. The recipe's save_total_
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -13,16 +14,18 @@ from torch import nn
 
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.scripts.importing.folder import check_free, new_folder
-from minimonkey.scripts.repository import load_processor
+from minimonkey.scripts.repository import load_processor, readable, reports_errors
 from minimonkey.scripts.training.trainer import complete_checkpoints
 
 
 def mean_model(folders: list[Path]) -> nn.Module:
     """The model whose weights are the mean of those in `folders`, in float32."""
-    mean = MiniMonkeyForConditionalGeneration.from_pretrained(folders[0], dtype=torch.float32)
+    with readable(folders[0]):
+        mean = MiniMonkeyForConditionalGeneration.from_pretrained(folders[0], dtype=torch.float32)
     with torch.no_grad():
         for count, folder in enumerate(folders[1:], start=2):
-            other = MiniMonkeyForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            with readable(folder):
+                other = MiniMonkeyForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
             for parameter, value in zip(mean.parameters(), other.parameters(), strict=True):
                 parameter.lerp_(value, 1 / count)
     mean.config.text_config.use_cache = True
@@ -48,6 +51,7 @@ def average(run: Path, last: int, output: Path, dtype: str = "bfloat16") -> list
     return folders
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="output folder of a recipe")
@@ -55,12 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the written weights")
     args = parser.parse_args(arguments)
-    try:
-        taken = average(args.run, args.last, args.output, args.dtype)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+    taken = average(args.run, args.last, args.output, args.dtype)
     print(f"Wrote {args.output}: the mean of {', '.join(folder.name for folder in taken)}.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

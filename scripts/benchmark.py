@@ -14,6 +14,7 @@ import sys
 
 from minimonkey.scripts.benchmarking import compression, conversation, decode, load, preprocessing, stages, vision
 from minimonkey.scripts.precision import choose_dtype
+from minimonkey.scripts.repository import reports_errors
 
 
 SUBJECTS = {
@@ -27,6 +28,7 @@ SUBJECTS = {
 }
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
@@ -39,11 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if "dtype" in args:
         args.dtype = str(choose_dtype(args.dtype, args.device)).removeprefix("torch.")
-    try:
-        args.run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args.run(args)
     return 0
 
 

@@ -13,16 +13,19 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
 from minimonkey.scripts.repository import (
+    add_device_argument,
     add_model_arguments,
     add_tile_arguments,
     load_model,
     load_processor,
+    number_within,
+    reports_errors,
     tile_options,
+    whole_number,
 )
 
 
@@ -48,18 +51,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="FILE ... QUESTION", help="pictures and videos, then the question")
     add_model_arguments(parser)
-    parser.add_argument("--device", default=None, help="cuda, cpu, ... (default: a GPU where there is one)")
+    add_device_argument(parser)
     add_dtype_argument(parser)
     parser.add_argument("--attn-implementation", default=None, help="sdpa, eager or flash_attention_2")
     add_tile_arguments(parser)
-    parser.add_argument("--tile-budget", type=int, default=None, help="most tiles of all pictures together")
-    parser.add_argument("--num-frames", type=int, default=8, help="of each video")
+    parser.add_argument("--tile-budget", type=whole_number(1), default=None, help="most tiles of all pictures together")
+    parser.add_argument("--num-frames", type=whole_number(1), default=8, help="of each video")
     parser.add_argument("--use-scm", action="store_true", help="compress the tokens of the pictures' detailed tiles")
     parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample")
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=512)
+    parser.add_argument("--temperature", type=number_within(0, 1000), default=0.0, help="above 0: sample")
     parser.add_argument("--interactive", action="store_true", help="go on asking after the first question")
     args = parser.parse_args(arguments)
+    if "/" in (args.attn_implementation or ""):
+        parser.error("--attn-implementation takes what is installed; code from the Hub is not run")
     has_question = bool(args.inputs) and not is_medium(args.inputs[-1])
     args.question = args.inputs[-1] if has_question else None
     args.media = args.inputs[:-1] if has_question else args.inputs
@@ -72,11 +77,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace):
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(args.model)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    dtype = choose_dtype(args.dtype, device)
-    return processor, load_model(args.model, subfolder=args.subfolder, dtype=dtype, **options).to(device)
+    dtype = choose_dtype(args.dtype, args.device)
+    return processor, load_model(args.model, subfolder=args.subfolder, dtype=dtype, **options).to(args.device)
 
 
 def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:
@@ -138,21 +142,16 @@ def converse(processor, model, args: argparse.Namespace) -> None:
             args.media = shown  # what was added since the last answer may be what is wrong
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = parse_arguments(arguments)
-    try:
-        processor, model = load(args)
-        if args.question and not args.interactive:
-            ask(processor, model, args, args.question, None)
-        else:
-            converse(processor, model, args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    processor, model = load(args)
+    if args.question and not args.interactive:
+        ask(processor, model, args, args.question, None)
+    else:
+        converse(processor, model, args)
     return 0
 
 

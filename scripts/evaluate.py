@@ -18,7 +18,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 
 from minimonkey.scripts.evaluation.dropping import DROPS
@@ -37,10 +36,12 @@ from minimonkey.scripts.evaluation.suites import (
 )
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
 from minimonkey.scripts.repository import (
+    add_device_argument,
     add_model_arguments,
     add_tile_arguments,
     load_model,
     load_processor,
+    reports_errors,
     tile_options,
 )
 from minimonkey.scripts.synthetic.materials import materials
@@ -75,7 +76,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--max-new-tokens", type=int, default=None, help="default: enough for the suite; 128 of a benchmark"
     )
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     add_dtype_argument(parser)
     parser.add_argument("--out", type=Path, default=None, help="JSONL file for the predictions")
     parser.add_argument("--resume", action="store_true", help="go on with the predictions in --out")
@@ -197,16 +198,13 @@ def compare_files(arguments: list[str]) -> None:
     print(json.dumps(result))
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if arguments[:1] == ["compare"]:
-            compare_files(arguments[1:])
-        else:
-            evaluate(parse_arguments(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments[:1] == ["compare"]:
+        compare_files(arguments[1:])
+    else:
+        evaluate(parse_arguments(arguments))
     return 0
 
 

@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import transformers
 
 from minimonkey.scripts.evaluation.figure import draw
@@ -26,7 +25,13 @@ from minimonkey.scripts.evaluation.suites import Suite, synthetic_suite
 from minimonkey.scripts.evaluation.tables import Comparison, markdown
 from minimonkey.scripts.evaluation.ways import KEEP_RATIOS, Way, droppings, tilings
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
-from minimonkey.scripts.repository import add_model_arguments, load_model, load_processor
+from minimonkey.scripts.repository import (
+    add_device_argument,
+    add_model_arguments,
+    load_model,
+    load_processor,
+    reports_errors,
+)
 from minimonkey.scripts.synthetic.materials import materials
 from minimonkey.tiling import PRESETS
 
@@ -56,7 +61,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--difficulty", type=float, default=0.5, help="of the documents, 0 to 1 (default 0.5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     add_dtype_argument(parser)
     args = parser.parse_args(arguments)
     if args.compressed is None:
@@ -146,15 +151,12 @@ def compare_ways(args: argparse.Namespace) -> list[Comparison]:
     ]
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        comparisons = compare_ways(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    comparisons = compare_ways(args)
     rows = [row for comparison in comparisons for row in comparison.rows()]
     (args.out / "evidence.json").write_text(json.dumps(rows, indent=1) + "\n")
     text = markdown(rows)

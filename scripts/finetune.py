@@ -23,7 +23,8 @@ import os
 from pathlib import Path
 
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
-from minimonkey.scripts.repository import load_processor
+from minimonkey.scripts.importing.config import read_json
+from minimonkey.scripts.repository import load_processor, preparing, readable
 from minimonkey.scripts.synthetic.materials import materials
 from minimonkey.scripts.training.collator import Collator
 from minimonkey.scripts.training.data import SyntheticSource, read_sources
@@ -46,7 +47,9 @@ def begin(recipe: Recipe, resume: bool) -> Path | None:
         return None
     if not resume:
         raise ValueError(f"{folder} holds a run; go on with it (--resume) or choose another output_dir.")
-    recorded = json.loads(record.read_text())
+    recorded = read_json(record)
+    if not isinstance(recorded.get("recipe"), dict) or "world_size" not in recorded:
+        raise ValueError(f"{record} is no record of a run; choose another output_dir.")
     changed = changed_options(recipe, recorded["recipe"])
     if changed:
         raise ValueError(f"The run in {folder} had another {', '.join(changed)}; see its run.json.")
@@ -69,7 +72,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
     checkpoint = begin(recipe, resume)
     output = Path(recipe.output_dir)
     record = output / "run.json"
-    recorded = json.loads(record.read_text()) if record.exists() else {}
+    recorded = read_json(record) if record.exists() else {}
     recipe.distributed_state.wait_for_everyone()  # nobody looks for the record after it is written
     if recipe.should_save:
         output.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,8 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
     with recipe.main_process_first():
         folder = model_folder(recipe)
     processor = load_processor(folder)
-    config = MiniMonkeyConfig.from_pretrained(folder)
+    with readable(folder):
+        config = MiniMonkeyConfig.from_pretrained(folder)
     encoder = Encoder(processor, config, recipe.grounding_tokens)
     with recipe.main_process_first():  # the others find the checked lines in the cache
         sources = read_sources(recipe.data, Path(), recipe.tile_ranges, encoder)
@@ -141,11 +145,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the recipe's output_dir")
     args = parser.parse_args(arguments)
-    try:
+    with preparing():
         recipe = read_recipe(args.recipe, args.set)
         trainer, folder, checkpoint = prepare(recipe, args.resume)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
     metrics = train(trainer, checkpoint)
     written = save(trainer, folder)
     if recipe.should_save:

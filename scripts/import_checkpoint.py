@@ -17,13 +17,14 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 
 from minimonkey.checkpoint import convert_tensor
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.conversation import IMAGE_TOKENS, get_template
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
-from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, read_json
+from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, own_file, read_json
 from minimonkey.scripts.importing.folder import (
     check_free,
     generation_config,
@@ -33,7 +34,7 @@ from minimonkey.scripts.importing.folder import (
 )
 from minimonkey.scripts.importing.tokenizer import convert_tokenizer, has_tokenizer
 from minimonkey.scripts.importing.weights import Shard, check_against_model, convert_shards, read_shards
-from minimonkey.scripts.repository import ROOT
+from minimonkey.scripts.repository import ROOT, reports_errors
 
 
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
@@ -81,7 +82,7 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")
-    config = read_json(path)
+    config = read_json(own_file(path))
     if "llm_config" not in config and "text_config" not in config:
         raise ValueError(f"{path} is no configuration of this family: it has neither llm_config nor text_config.")
     check_config(config, path)
@@ -165,17 +166,16 @@ def write_settings(work: Path, config, tokenizer, with_bos: bool) -> None:
         shutil.copy(code, work)
 
 
+@reports_errors
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="Hub id or folder with config.json and safetensors")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     parser.add_argument("--image-token-id", type=int, metavar="N", help="id of <IMG_CONTEXT>, if SRC has no tokenizer")
     args = parser.parse_args(arguments)
-    try:
-        import_checkpoint(args.source, args.out, args.image_token_id)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    transformers.logging.set_verbosity_error()
+    import_checkpoint(args.source, args.out, args.image_token_id)
     print(f"Wrote {args.out}. Load it with AutoModel.from_pretrained({str(args.out)!r}, trust_remote_code=True).")
     return 0
 

@@ -18,10 +18,12 @@ from PIL import Image, ImageDraw
 from minimonkey.image_processing_minimonkey import load_picture
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
 from minimonkey.scripts.repository import (
+    add_device_argument,
     add_model_arguments,
     add_tile_arguments,
     load_model,
     load_processor,
+    reports_errors,
     tile_options,
 )
 
@@ -92,7 +94,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("question")
     parser.add_argument("--out", type=Path, default=Path("compressed.png"), help="PNG to write (compressed.png)")
     add_model_arguments(parser)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     add_dtype_argument(parser)
     add_tile_arguments(parser, preset="default")
     parser.add_argument("--keep-ratio", type=float, default=None, help="default: the model's")
@@ -143,14 +145,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"written: {args.out}")
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        run(parse_arguments(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    run(parse_arguments(arguments))
     return 0
 
 

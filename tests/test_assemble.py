@@ -240,3 +240,13 @@ def test_language_models_that_cannot_be_are_refused_before_they_are_made(tmp_pat
     with pytest.raises(ValueError, match=message):
         assemble(str(published_vision(tmp_path)), str(language), tmp_path / "out", "chatml", torch.float32)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_language_model_with_weights_that_are_nan_is_refused(tmp_path):
+    path = language_folder(tmp_path / "language", "qwen3") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="norm.weight holds values that are not finite"):
+        assemble(str(published_vision(tmp_path)), str(path.parent), tmp_path / "out", "chatml", torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["language"]

@@ -265,6 +265,40 @@ def rewrite_header(change):
     return damage
 
 
+def name_a_tensor_twice(folder):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    entry = json.dumps(json.loads(content[8:end])["mlp1.3.bias"]).encode()
+    text = content[8:end].rstrip()[:-1] + b', "mlp1.3.bias": ' + entry + b"}"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+def shape_a_fused_key(shape):
+    name = "language_model.model.layers.0.attention.wqkv.weight"
+    return lambda folder: change_weights(folder, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+
+
+def link_out(name):
+    """Put a link to a good file outside the checkpoint in the place of one of its files."""
+
+    def damage(folder):
+        path = folder / name
+        path.rename(folder.parent / f"elsewhere-{name}")
+        path.symlink_to(Path("..") / f"elsewhere-{name}")
+
+    return damage
+
+
+def set_tokenizer(**values):
+    def damage(folder):
+        (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+
+    return damage
+
+
 def claim_a_long_header(folder):
     path = folder / "model.safetensors"
     path.write_bytes((2**60).to_bytes(8, "little") + path.read_bytes()[8:])
@@ -300,6 +334,23 @@ def claim_a_long_header(folder):
         (index_of({"a": "../published/model.safetensors"}), r"names the file '../published/model.safetensors'"),
         (index_of({"a": "/etc/passwd"}), "names the file '/etc/passwd'"),
         (index_of({"a": "model.bin"}), "names the file 'model.bin'"),
+        (index_of({}), "must have a weight_map"),
+        (
+            write(weights.INDEX_NAME, '{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}'),
+            "'a' is there twice",
+        ),
+        (name_a_tensor_twice, "'mlp1.3.bias' is there twice"),
+        (shape_a_fused_key(()), "without values"),
+        (shape_a_fused_key((0, 64)), "without values"),
+        (set_tokenizer(tokenizer_class=5), "tokenizer_class must be of type str"),
+        (set_tokenizer(auto_map=[1]), "auto_map must be of type dict"),
+        (set_tokenizer(bos_token=[]), "bos_token must be a token"),
+        (set_tokenizer(pad_token={"content": 5}), "pad_token must be a token"),
+        (set_tokenizer(model_max_length="8"), "model_max_length must be a number"),
+        (set_tokenizer(added_tokens_decoder=[]), "added_tokens_decoder must be of type dict"),
+        (write("vocab.json", "[]"), "must hold a JSON object"),
+        (write("vocab.json", "{}"), "without merges.txt"),
+        (set_config(llm_config__num_hidden_layers=3), "unexpected: language_model.model.layers.3"),
         (claim_a_long_header, "damaged or truncated"),
         (rewrite_header(lambda header: header["mlp1.3.bias"].update(data_offsets=[0, 8])), "damaged or truncated"),
         (rewrite_header(lambda header: header["mlp1.3.bias"].update(shape=[-1])), "damaged or truncated"),
@@ -311,11 +362,9 @@ def test_what_strangers_write_is_refused_in_one_line(published, tmp_path, damage
     arguments = [str(published), str(tmp_path / "out"), "--image-token-id", str(IMAGE_TOKEN)]
     monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", *arguments])
     assert main() == 1
-    said = [
-        line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Converting", "\rConverting"))
-    ]
-    assert message.replace("\\", "") in said[-1]
-    assert said[-1].startswith("error: ")
+    (said,) = capsys.readouterr().err.splitlines()
+    assert message.replace("\\", "") in said
+    assert said.startswith("error: ")
     assert {path.name for path in tmp_path.iterdir()} == {"published"}
     assert {path.name: path.read_bytes() for path in published.iterdir()} == before
 
@@ -325,6 +374,13 @@ def test_names_that_lead_out_are_refused_before_a_file_is_opened(published, tmp_
     (tmp_path / "secret.safetensors").write_bytes(b"secret")
     monkeypatch.setattr(weights, "safe_open", lambda *_, **__: pytest.fail("a file was opened"))
     with pytest.raises(ValueError, match="names the file"):
+        import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_that_lead_out_are_refused(published, tmp_path, name):
+    link_out(name)(published)
+    with pytest.raises(ValueError, match=f"{name} is a link to .*, out of the checkpoint"):
         import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
 
 
@@ -368,6 +424,22 @@ def test_an_unfinished_import_of_another_source_is_replaced(published, tmp_path)
     assert (tmp_path / "out.partial" / "rest").exists()
     import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
     assert not (tmp_path / "out" / "rest").exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if "unfinished" in path.name]
+
+
+def test_a_run_that_is_killed_at_its_end_does_not_stand_in_the_way(published, tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def killed(path, target):
+        if path.name == "out.partial":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
+    monkeypatch.setattr(Path, "replace", replace)
+    import_checkpoint(str(published), tmp_path / "out", IMAGE_TOKEN)
     assert not [path for path in (tmp_path / "out").iterdir() if "unfinished" in path.name]
 
 

@@ -16,6 +16,7 @@ from minimonkey.compression import CompressionSettings, find_images, kept_positi
 from minimonkey.scripts.benchmarking.measure import free_bytes, median_seconds, megabytes, peak_extra_bytes, report
 from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model, random_tiles
 from minimonkey.scripts.precision import DTYPES, add_dtype_argument
+from minimonkey.scripts.repository import add_device_argument, whole_number
 
 
 TEXT_BEFORE, TEXT_AFTER = 40, 30  # tokens of a prompt around its image
@@ -38,9 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="float32 (default) makes the order of scores definite",
     )
     add_dtype_argument(parser, "of prefill and generate; ")
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model for prefill")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--layers", type=whole_number(1), default=None, help="fewer layers of the language model for prefill"
+    )
+    parser.add_argument("--repeats", type=whole_number(1), default=3)
+    add_device_argument(parser)
 
 
 def tile_counts(text: str) -> str:

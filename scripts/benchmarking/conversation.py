@@ -21,7 +21,7 @@ from minimonkey.scripts.benchmarking.measure import megabytes, report, synchroni
 from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
 from minimonkey.scripts.benchmarking.preprocessing import photograph
 from minimonkey.scripts.precision import add_dtype_argument
-from minimonkey.scripts.repository import ROOT
+from minimonkey.scripts.repository import ROOT, add_device_argument, whole_number
 
 
 QUESTIONS = ("What is the total?", "Who wrote it?", "And the date?", "Read the second line.", "Is it signed?")
@@ -41,18 +41,18 @@ class FirstLogits(LogitsProcessor):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="2B", choices=(*SIZES, "Nano"), help="dimensions; Nano has its own weights")
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=whole_number(1), default=2)
     parser.add_argument(
-        "--pictures-at", type=int, nargs="+", default=[1], metavar="TURN", help="turns with a new picture"
+        "--pictures-at", type=whole_number(1), nargs="+", default=[1], metavar="TURN", help="turns with a new picture"
     )
-    parser.add_argument("--width", type=int, default=4000, help="of the pictures, pixels")
-    parser.add_argument("--height", type=int, default=3000)
+    parser.add_argument("--width", type=whole_number(1), default=4000, help="of the pictures, pixels")
+    parser.add_argument("--height", type=whole_number(1), default=3000)
     parser.add_argument("--preset", default="default", help="tile ranges")
-    parser.add_argument("--new-tokens", type=int, default=8, help="of every answer")
+    parser.add_argument("--new-tokens", type=whole_number(1), default=8, help="of every answer")
     parser.add_argument("--use-scm", action="store_true")
     add_dtype_argument(parser)
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", type=whole_number(1), default=None, help="fewer layers of the language model")
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

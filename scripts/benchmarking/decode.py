@@ -13,6 +13,7 @@ from torch import nn
 from minimonkey.scripts.benchmarking.measure import median_seconds, report
 from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
 from minimonkey.scripts.precision import add_dtype_argument
+from minimonkey.scripts.repository import add_device_argument, whole_number
 
 
 COPIED_BYTES = 2**29
@@ -20,13 +21,13 @@ COPIED_BYTES = 2**29
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="2B", choices=(*SIZES, "Nano"), help="dimensions")
-    parser.add_argument("--prompt", type=int, default=8, help="tokens before")
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens")
+    parser.add_argument("--prompt", type=whole_number(1), default=8, help="tokens before")
+    parser.add_argument("--tokens", type=whole_number(1), default=16, help="new tokens")
     parser.add_argument("--compile", action="store_true", help="also a static cache under torch.compile")
     add_dtype_argument(parser)
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", type=whole_number(1), default=None, help="fewer layers of the language model")
+    parser.add_argument("--repeats", type=whole_number(1), default=3)
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

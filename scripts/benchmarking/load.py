@@ -20,12 +20,13 @@ from minimonkey.scripts.benchmarking.checkpoints import published_config, save_p
 from minimonkey.scripts.benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
 from minimonkey.scripts.benchmarking.models import random_config, random_model
 from minimonkey.scripts.import_checkpoint import import_checkpoint
+from minimonkey.scripts.repository import whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="2B", choices=("2B", "Nano"), help="dimensions")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are written (default: temporary)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=whole_number(1), default=5)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor, MiniMonkeyImageProcessorPil
 from minimonkey.scripts.benchmarking.measure import median_seconds, report
+from minimonkey.scripts.repository import whole_number
 from minimonkey.tiling import PRESETS, msac_grids
 
 
@@ -26,12 +27,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--width", type=int, default=4000)
-    parser.add_argument("--height", type=int, default=3000)
+    parser.add_argument("--width", type=whole_number(1), default=4000)
+    parser.add_argument("--height", type=whole_number(1), default=3000)
     parser.add_argument("--formats", nargs="+", default=["jpeg"], choices=FORMATS)
     parser.add_argument("--preset", default="default", help="tile ranges")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch", type=whole_number(1), default=1, help="pictures at a time")
+    parser.add_argument("--repeats", type=whole_number(1), default=9)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,6 +76,8 @@ def rows(args: argparse.Namespace) -> list[dict]:
         "torchvision": MiniMonkeyImageProcessor(size={"height": TILE_SIZE, "width": TILE_SIZE}),
         "pil": MiniMonkeyImageProcessorPil(size={"height": TILE_SIZE, "width": TILE_SIZE}),
     }
+    if args.preset not in PRESETS:
+        raise ValueError(f"There is no preset {args.preset!r}; known are {', '.join(PRESETS)}.")
     grids = msac_grids(*picture.size, *PRESETS[args.preset], TILE_SIZE)
     results = []
     for name, source in sources(picture, args.formats):

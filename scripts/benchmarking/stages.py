@@ -13,6 +13,7 @@ from minimonkey.scripts.benchmarking.measure import median_seconds, report
 from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
 from minimonkey.scripts.benchmarking.preprocessing import photograph
 from minimonkey.scripts.precision import add_dtype_argument
+from minimonkey.scripts.repository import add_device_argument, whole_number
 
 
 COLOURS = {
@@ -26,14 +27,14 @@ COLOURS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="2B", choices=(*SIZES, "Nano"), help="dimensions")
-    parser.add_argument("--width", type=int, default=4000)
-    parser.add_argument("--height", type=int, default=3000)
+    parser.add_argument("--width", type=whole_number(1), default=4000)
+    parser.add_argument("--height", type=whole_number(1), default=3000)
     parser.add_argument("--preset", default="default", help="tile ranges")
     add_dtype_argument(parser)
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers of the language model")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--layers", type=whole_number(1), default=None, help="fewer layers of the language model")
+    parser.add_argument("--repeats", type=whole_number(1), default=1)
     parser.add_argument("--picture", type=Path, default=None, help="PNG to write the bars to")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

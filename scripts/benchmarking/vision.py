@@ -9,16 +9,17 @@ from torch import nn
 from minimonkey.scripts.benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
 from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model, random_tiles
 from minimonkey.scripts.precision import add_dtype_argument
+from minimonkey.scripts.repository import add_device_argument, whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="2B", choices=(*SIZES, "Nano"), help="dimensions")
-    parser.add_argument("--tiles", type=int, default=34)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[16, 8, 4], help="tiles at a time")
+    parser.add_argument("--tiles", type=whole_number(1), default=34)
+    parser.add_argument("--chunks", type=whole_number(1), nargs="+", default=[16, 8, 4], help="tiles at a time")
     parser.add_argument("--compile", action="store_true", help="also the vision tower under torch.compile")
     add_dtype_argument(parser)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=whole_number(1), default=3)
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

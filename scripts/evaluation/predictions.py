@@ -85,7 +85,7 @@ def parse_predictions(text: str, path: Path) -> list[dict]:
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: no JSON ({error}). Mend the line or start anew.") from error
         if not isinstance(entry, dict) or not {"id", "metric", "score"} <= entry.keys():
             raise ValueError(f"{path}, line {number}: a prediction has an id, a metric and a score, got {line[:120]}")

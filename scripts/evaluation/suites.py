@@ -145,7 +145,7 @@ def read_benchmark(path: Path, items: int | None = None, metric: str = DEFAULT_M
 def _read_item(line: str, where: str, folder: Path, metric: str) -> Item:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: no JSON ({error}).") from error
     if not isinstance(entry, dict) or not {"id", "image", "question", "answers"} <= entry.keys():
         raise ValueError(f'{where}: an item is {{"id", "image", "question", "answers"}}, got {line[:120]}')

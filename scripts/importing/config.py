@@ -50,9 +50,8 @@ def read_json(path: Path, unique: bool = False) -> dict:
         unique: Refuse a key that is there twice, of which the last would count.
 
     Raises:
-        ValueError: It cannot be read, is no JSON, holds something else, or lies outside the folder.
+        ValueError: It cannot be read, is no JSON or holds something else.
     """
-    own_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_doubles if unique else None)
     except (OSError, ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ from minimonkey.scripts.importing.config import WRONG_VALUES, one_line, own_file
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SETTINGS_FILES = ("merges.txt", "tokenizer_config.json", "added_tokens.json")
 MOST_TOKENS = 10**8
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -33,7 +34,7 @@ def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
     """
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}).")
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *SETTINGS_FILES):
         if (folder / name).is_file():
             own_file(folder / name)
     settings = _read_settings(folder)
@@ -227,7 +228,6 @@ def _read_vocabulary(folder: Path) -> Tokenizer:
     read_json(folder / "vocab.json")
     if not (folder / "merges.txt").is_file():
         raise ValueError(f"{folder} holds vocab.json without merges.txt; download it again.")
-    own_file(folder / "merges.txt")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
     except (*WRONG_VALUES, OSError, ImportError) as error:

@@ -34,7 +34,7 @@ def read_shards(folder: Path) -> list[Shard]:
         ValueError: No weights, a missing, damaged or truncated file, or an index that does not match the files.
     """
     if (folder / INDEX_NAME).is_file():
-        weight_map = _read_weight_map(folder / INDEX_NAME)
+        weight_map = _read_weight_map(own_file(folder / INDEX_NAME))
         names = sorted(set(weight_map.values()))
     elif (folder / SINGLE_NAME).is_file():
         weight_map, names = None, [SINGLE_NAME]

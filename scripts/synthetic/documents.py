@@ -17,6 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as for the scripts in the folder above
 
+from minimonkey.scripts.repository import reports_errors
 from minimonkey.scripts.synthetic.canvas import Document, Question
 from minimonkey.scripts.synthetic.charts import chart
 from minimonkey.scripts.synthetic.forms import form
@@ -66,6 +67,7 @@ def document(kind: str, index: int, seed: int, split: str = "training", difficul
     return KINDS[kind](random.Random(f"{seed}/{split}/{kind}/{index}"), split, difficulty)
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a sheet of documents with their questions, to look at.")
     parser.add_argument("out", type=Path)
@@ -78,13 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.items < 1 or args.columns < 1:
         parser.error("--items and --columns must be at least 1")
-    try:
-        items = [document(args.kind, i, args.seed, args.split, args.difficulty) for i in range(args.items)]
-        captions = [[f"{asked.text} -> {asked.answer!r}" for asked in item.questions] for item in items]
-        sheet([(item.image, texts) for item, texts in zip(items, captions)], args.columns).save(args.out)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+    items = [document(args.kind, i, args.seed, args.split, args.difficulty) for i in range(args.items)]
+    captions = [[f"{asked.text} -> {asked.answer!r}" for asked in item.questions] for item in items]
+    sheet([(item.image, texts) for item, texts in zip(items, captions)], args.columns).save(args.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as for the scripts in the folder above
 
+from minimonkey.scripts.repository import number_within, reports_errors
 from minimonkey.scripts.synthetic.materials import font_families, load_font, words
 
 
@@ -216,11 +217,14 @@ def held_out_word(index: int, seed: int = 0, strength: float = 1.0) -> TextImage
     return render([word], any_font(rng, "held_out"), rng, strength)
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a sheet of samples, to look at.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--split", choices=("training", "held_out"), default="training")
-    parser.add_argument("--progress", type=float, default=1.0, help="point of the training curriculum, 0 to 1")
+    parser.add_argument(
+        "--progress", type=number_within(0, 1), default=1.0, help="point of the training curriculum, 0 to 1"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     sheet = Image.new("RGB", (5 * 240, 10 * 100), "white")
@@ -230,11 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
         picture = sample.image.copy()
         picture.thumbnail((230, 90))
         sheet.paste(picture, (i % 5 * 240, i // 5 * 100))
-    try:
-        sheet.save(args.out)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+    sheet.save(args.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -132,7 +132,7 @@ def read_sources(data: str | dict, folder: Path, ranges: list[list[int]], encode
         path = folder / data
         if not path.is_file():
             raise ValueError(f"There is no meta JSON {path}.")
-        folder, data = path.parent, _parse(path.read_text(encoding="utf-8"), str(path))
+        folder, data = path.parent, _parse(path.read_bytes(), str(path))
     if not isinstance(data, dict) or not data or not all(isinstance(entry, dict) for entry in data.values()):
         raise ValueError('A meta JSON is {"name": {"annotation": ..., ...}, ...}, see scripts/training/data.py.')
     return [_read_source(name, entry, folder, ranges, encoder) for name, entry in data.items()]
@@ -331,10 +331,10 @@ def picture_size(path: Path, where: str) -> tuple[int, int]:
     return (width, height) if is_sideways else (height, width)
 
 
-def _parse(text: str, where: str):
+def _parse(text: str | bytes, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: this is not JSON: {error}") from error
 
 

@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.scripts.importing.folder import new_folder
+from minimonkey.scripts.repository import readable
 from minimonkey.scripts.training.letters import with_letters
 from minimonkey.scripts.training.nano import write_untrained
 from minimonkey.scripts.training.recipe import UNTRAINED_NANO, Recipe
@@ -50,7 +51,8 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         _check_language_layers(folder, recipe.language_layers)
     if recipe.attn_implementation is not None:
         options["attn_implementation"] = recipe.attn_implementation
-    model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
+    with readable(folder):
+        model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
     if recipe.language_layers is not None:
         deepen(model, recipe.language_layers)
     model.config.text_config.use_cache = False  # of no use in training

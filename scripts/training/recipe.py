@@ -8,10 +8,11 @@ anything is loaded. Paths count from the folder that the command runs in.
 
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
@@ -24,6 +25,8 @@ from minimonkey.tiling import check_tile_range
 PARTS = ("language_model", "projector", "vision")
 UNTRAINED_NANO = "untrained-nano"
 PUBLISHED_TRAINING_RANGES = (1, 8, 1, 4)  # detailed up to 8 tiles, adaptive 1 to 4
+
+AT_LEAST_ZERO = ("weight_decay", "max_grad_norm", "adam_epsilon", "letters_weight", "dataloader_num_workers")
 
 
 @dataclass(kw_only=True)
@@ -108,7 +111,8 @@ class Recipe(TrainingArguments):
     attn_implementation: str | None = None
 
     def __post_init__(self):
-        self.data, self.eval_data, self.tile_ranges = map(_structure, (self.data, self.eval_data, self.tile_ranges))
+        for name in ("data", "eval_data", "tile_ranges"):
+            setattr(self, name, _structure(name, getattr(self, name)))
         _check(self)
         self._choose_types()
         if self.per_device_eval_batch_size is None:
@@ -184,7 +188,7 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}; see scripts/training/recipes.")
-    options = _parse(path.read_text(encoding="utf-8"), str(path))
+    options = _parse(path.read_bytes(), str(path))
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold names and values, got {type(options).__name__}.")
     for override in overrides:
@@ -194,14 +198,15 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
         options[name] = _parse(text, f"--set {override}")
     try:
         _check_names(options)
+        _check_types(options)
         arguments = [word for name, value in options.items() for word in _as_arguments(name, value)]
         (recipe,) = RecipeParser().parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:  # the last two of options that name a file or need a package
         raise ValueError(f"{path}: {error}") from error
     return recipe
 
 
-def _parse(text: str, where: str):
+def _parse(text: str | bytes, where: str):
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
@@ -217,41 +222,48 @@ def _check_names(options: dict) -> None:
             raise ValueError(f"unknown {name}; {hint}")
 
 
+def _check_types(options: dict) -> None:
+    """Raise `ValueError` for values that a parser would take as the text of something else."""
+    kinds = get_type_hints(Recipe)
+    for name, value in options.items():
+        kind = str(kinds[name])
+        takes_object = "dict" in kind
+        takes_list = takes_object or "list" in kind
+        if kinds[name] in (str, str | None) and not isinstance(value, str | None):
+            raise ValueError(f"{name} must be text, got {value!r}.")
+        if isinstance(value, list | dict) and not takes_list:
+            raise ValueError(f"{name} must be one value, got {value!r}.")
+        if isinstance(value, dict) and not takes_object:
+            raise ValueError(f"{name} must be a list, got {value!r}.")
+        structure = _structure(name, value) if takes_list else value
+        if name.endswith("_kwargs") and not isinstance(structure, dict | None):
+            raise ValueError(f"{name} must hold names and values, got {value!r}.")
+
+
 def _as_arguments(name: str, value) -> list[str]:
     """An option as on a command line, where the parser checks types; null leaves its default."""
     if value is None:
         return []
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         return [f"--{name}", *value]
-    return [f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"]
+    try:
+        return [f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"]
+    except ValueError as error:
+        raise ValueError(f"{name} holds itself: {value!r}.") from error
 
 
-def _structure(value):
+def _structure(name: str, value):
     """Lists and objects of what the parser left as JSON."""
-    return json.loads(value) if isinstance(value, str) and value.startswith(("{", "[")) else value
+    if not isinstance(value, str) or not value.startswith(("{", "[")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
 
 
 def _check(recipe: Recipe) -> None:
-    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "gradient_accumulation_steps")
-    for name in (*sizes, "max_seq_length", "depth", "language_layers", "save_total_limit"):
-        value = getattr(recipe, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if recipe.max_steps < 1 and recipe.max_steps != -1:
-        raise ValueError(f"max_steps must be at least 1, or -1 to count epochs, got {recipe.max_steps}.")
-    for name in (
-        "num_train_epochs",
-        "learning_rate",
-        "muon_learning_rate",
-        "save_steps",
-        "logging_steps",
-        "eval_steps",
-    ):
-        value = getattr(recipe, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} must be more than 0, got {value}.")
-    if recipe.dataloader_num_workers < 0:
-        raise ValueError(f"dataloader_num_workers must be at least 0, got {recipe.dataloader_num_workers}.")
+    _check_numbers(recipe)
     warmup_ratio = recipe.warmup_steps if recipe.warmup_steps < 1 else 0
     if warmup_ratio < 0 or not 0 < recipe.decay_ratio <= 1 - warmup_ratio:
         raise ValueError(
@@ -270,6 +282,42 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
     _check_lora(recipe)
     _check_letters(recipe)
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    for name in (entry.name for entry in fields(recipe)):
+        value = getattr(recipe, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}.")
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "gradient_accumulation_steps")
+    for name in (*sizes, "max_seq_length", "depth", "language_layers", "save_total_limit"):
+        value = getattr(recipe, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if recipe.max_steps < 1 and recipe.max_steps != -1:
+        raise ValueError(f"max_steps must be at least 1, or -1 to count epochs, got {recipe.max_steps}.")
+    for name in (
+        "num_train_epochs",
+        "learning_rate",
+        "muon_learning_rate",
+        "save_steps",
+        "logging_steps",
+        "eval_steps",
+    ):
+        value = getattr(recipe, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be more than 0, got {value}.")
+    for name in AT_LEAST_ZERO:
+        value = getattr(recipe, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(recipe, name) < 1:
+            raise ValueError(f"{name} must be from 0 to below 1, got {getattr(recipe, name)}.")
+    for name in ("seed", "data_seed"):
+        value = getattr(recipe, name)
+        if value is not None and not 0 <= value < 2**32:  # as NumPy takes them
+            raise ValueError(f"{name} must be at least 0 and below 2**32, got {value}.")
 
 
 def _check_lora(recipe: Recipe) -> None:
