@@ -26,7 +26,7 @@ from minimonkey.configuration_minimonkey import MiniMonkeyConfig, vision_config_
 from minimonkey.conversation import IMAGE_TOKEN, IMAGE_TOKENS, get_template
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.scripts.import_checkpoint import make_config, resolve_source
-from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, own_file, read_json
+from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, read_json
 from minimonkey.scripts.importing.folder import check_free, generation_config, new_folder, save_processor
 from minimonkey.scripts.importing.tokenizer import convert_tokenizer
 from minimonkey.scripts.importing.weights import check_finite, read_shards
@@ -81,7 +81,7 @@ def read_whole_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")
-    check_config(read_json(own_file(path)), path)
+    check_config(read_json(path), path)
     try:
         return MiniMonkeyConfig.get_config_dict(folder)[0]
     except WRONG_VALUES as error:

@@ -24,7 +24,7 @@ from minimonkey.checkpoint import convert_tensor
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.conversation import IMAGE_TOKENS, get_template
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
-from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, own_file, read_json
+from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, read_json
 from minimonkey.scripts.importing.folder import (
     check_free,
     generation_config,
@@ -82,7 +82,7 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")
-    config = read_json(own_file(path))
+    config = read_json(path)
     if "llm_config" not in config and "text_config" not in config:
         raise ValueError(f"{path} is no configuration of this family: it has neither llm_config nor text_config.")
     check_config(config, path)

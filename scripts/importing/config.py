@@ -26,23 +26,6 @@ WRONG_VALUES = (StrictDataclassError, ValueError, TypeError, AttributeError, Loo
 SECTIONS = ("vision_config", "llm_config", "text_config")
 
 
-def own_file(path: Path) -> Path:
-    """Return the path of a checkpoint's file, of which nothing has been read yet.
-
-    Links may lead to other files of its folder, and from a snapshot of the Hub's cache to the blobs of that cache.
-
-    Raises:
-        ValueError: It is no regular file, or a link that leads elsewhere.
-    """
-    folder = path.parent.resolve()
-    allowed = [folder] if folder.parent.name != "snapshots" else [folder, folder.parent.parent / "blobs"]
-    if path.is_symlink() and path.resolve().parent not in allowed:
-        raise ValueError(f"{path} is a link to {path.resolve()}, out of the checkpoint; put the file itself there.")
-    if not path.is_file():
-        raise ValueError(f"{path} is no regular file.")
-    return path
-
-
 def read_json(path: Path, unique: bool = False) -> dict:
     """Return the object that a JSON file of a checkpoint holds.
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from minimonkey.scripts.importing.config import WRONG_VALUES, one_line, own_file, read_json
+from minimonkey.scripts.importing.config import WRONG_VALUES, one_line, read_json
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -34,9 +34,6 @@ def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
     """
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}).")
-    for name in (*TOKENIZER_FILES, *SETTINGS_FILES):
-        if (folder / name).is_file():
-            own_file(folder / name)
     settings = _read_settings(folder)
     added = read_added_tokens(folder)
     roles = {}

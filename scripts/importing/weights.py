@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from minimonkey.scripts.importing.config import own_file, read_json, without_doubles
+from minimonkey.scripts.importing.config import read_json, without_doubles
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -34,7 +34,7 @@ def read_shards(folder: Path) -> list[Shard]:
         ValueError: No weights, a missing, damaged or truncated file, or an index that does not match the files.
     """
     if (folder / INDEX_NAME).is_file():
-        weight_map = _read_weight_map(own_file(folder / INDEX_NAME))
+        weight_map = _read_weight_map(folder / INDEX_NAME)
         names = sorted(set(weight_map.values()))
     elif (folder / SINGLE_NAME).is_file():
         weight_map, names = None, [SINGLE_NAME]
@@ -46,7 +46,7 @@ def read_shards(folder: Path) -> list[Shard]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names.")
-    paths = [own_file(folder / name) for name in names]  # all of them, before the first is read
+    paths = [folder / name for name in names]  # all of them, before the first is read
     shards = [_read_header(path) for path in paths]
     if weight_map is not None:
         _check_index(weight_map, shards)
