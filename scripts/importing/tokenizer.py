@@ -16,7 +16,6 @@ from minimonkey.scripts.importing.config import WRONG_VALUES, one_line, read_jso
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-SETTINGS_FILES = ("merges.txt", "tokenizer_config.json", "added_tokens.json")
 MOST_TOKENS = 10**8
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 

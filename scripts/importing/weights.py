@@ -46,8 +46,7 @@ def read_shards(folder: Path) -> list[Shard]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names.")
-    paths = [folder / name for name in names]  # all of them, before the first is read
-    shards = [_read_header(path) for path in paths]
+    shards = [_read_header(folder / name) for name in names]
     if weight_map is not None:
         _check_index(weight_map, shards)
     return shards
