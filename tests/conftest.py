@@ -4,6 +4,7 @@ Reference figures in fixtures/ were recorded from the published Mini-Monkey code
 attention) with seeded random weights; fixtures/README.md says what is in them.
 """
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import AutoModel, AutoProcessor  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = [FIXTURES]
+pytest.register_assert_rewrite("chat_helpers")
 # What a release of transformers would break, in a few minutes: loading, numbers, processing, chat, generate, compression.
 CORE = (
     *("test_hub", "test_configuration", "test_parity", "test_model", "test_processing", "test_chat"),
@@ -81,6 +83,27 @@ def processor():
 def nano():
     """MiniMonkey-Nano in float32."""
     return AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def small(processor):
+    """Nano's processor with tiles of four tokens."""
+    small = copy.deepcopy(processor)
+    small.image_processor.size = {"height": 28, "width": 28}
+    return small
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random language model that says letters."""
+    from chat_helpers import tiny  # which imports this module
+
+    return tiny(model_type="llama", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [synthetic_picture(300, 200, 1), synthetic_picture(150, 320, 2), synthetic_picture(90, 80, 3)]
 
 
 @pytest.fixture

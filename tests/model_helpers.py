@@ -52,6 +52,21 @@ def tiny_model(model_type: str = "llama", **options):
     return model
 
 
+def tiny_mono(visual_experts: bool = True):
+    """A Mono-InternVL: patch embeddings in the place of a vision tower, and feed-forward blocks for image tokens."""
+    torch.manual_seed(0)
+    config = MiniMonkeyConfig(
+        vision_config={**TINY_VISION, "num_hidden_layers": 0},
+        text_config={"model_type": "llama", **TINY_TEXT},
+        image_token_id=IMAGE_TOKEN,
+        visual_experts=visual_experts,
+    )
+    model = MiniMonkeyForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
 def prompt(*tiles: int, length: int = 24) -> dict[str, torch.Tensor]:
     """Left-padded rows, the image tokens of `tiles` tiles in each (four a tile)."""
     rows = torch.randint(3, 50, (len(tiles), length), generator=torch.Generator().manual_seed(1))

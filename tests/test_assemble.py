@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_helpers import language_folder, load_published
 from conftest import FIXTURES, ROOT, random_tiles, synthetic_picture
+from model_helpers import tiny_mono
 from safetensors.torch import load_file, save_file
-from test_visual_experts import tiny_mono
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,35 +21,9 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
     InternVLVisionModel,
-    PreTrainedTokenizerFast,
 )
 
 from minimonkey.scripts.assemble import assemble, check_same_logits
-
-
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "vocab_size": 270,
-}
-
-
-def language_folder(folder: Path, model_type: str, **options) -> Path:
-    """A language model of this family with random weights and a tokenizer of bytes."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**TINY, **options})).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def published_vision(folder: Path) -> Path:
@@ -108,8 +82,6 @@ def test_the_vision_tower_is_the_one_given(parts, tmp_path):
             alone = InternVLVisionModel.from_pretrained(parts[0]).eval()(random_tiles(0, 1, 3, size, size))
         assert torch.equal(states, alone.last_hidden_state)
     else:
-        from test_parity import load_published
-
         with torch.no_grad():
             whole = load_published("internlm2", tmp_path).model.vision_tower
             assert torch.allclose(states, whole(random_tiles(0, 1, 3, size, size)).last_hidden_state, atol=1e-5)

@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from chat_helpers import CHAT, QUESTION, SCM, TILES, assert_equal, remembers, tile_numbers, watch
 from conftest import synthetic_picture
 from PIL import Image
-from test_chat_memory import CHAT, SCM, TILES, assert_equal, remembers, tile_numbers, watch
 
 from minimonkey.tiling import PRESETS, msac_grids, share_tile_budget, tile_counts
 from minimonkey.video_frames import frame_indices
@@ -18,7 +18,6 @@ av = pytest.importorskip("av")
 from clips import write_clip as write_any_clip  # noqa: E402
 
 
-QUESTION = "Read the text."
 SIZES = [(300, 200), (200, 300), (500, 40), (64, 64), (40, 400), (333, 111)]
 STEP = 20
 write_clip = partial(write_any_clip, step=STEP, frames=12, rate=4)

@@ -7,14 +7,13 @@ import threading
 
 import pytest
 import torch
+from chat_helpers import CHAT, QUESTION, SCM, TILES, forced, spelled, watch
 from conftest import synthetic_picture
-from test_chat_memory import CHAT, SCM, TILES, forced, spelled, watch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 from minimonkey.chat_answer import trim_pieces
 
 
-QUESTION = "Read the text."
 END = 375
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from checkpoint_helpers import load_published
 from compression_helpers import (
     GREEDY,
     IMAGE,
@@ -20,7 +21,6 @@ from compression_helpers import (
 from conftest import FIXTURES, random_tiles
 from model_helpers import tiny_model
 from safetensors.torch import load_file
-from test_parity import load_published
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

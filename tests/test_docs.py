@@ -321,6 +321,13 @@ def test_pre_commit_has_the_locked_ruff():
     assert f"\nruff=={hooks['rev'].removeprefix('v')}\n" in (ROOT / "requirements" / "lock.txt").read_text()
 
 
+def test_no_test_module_imports_another():
+    """What tests share is in conftest.py and the helper modules."""
+    imports = re.compile(r"^\s*(?:from|import) test_\w+", re.MULTILINE)
+    files = (ROOT / "tests").glob("*.py")
+    assert [(path.name, found) for path in files for found in imports.findall(path.read_text())] == []
+
+
 def test_the_map_of_files_is_whole():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text] == []

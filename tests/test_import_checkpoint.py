@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT
 from safetensors.torch import load_file, save_file
-from test_import_tokenizer import write_internlm2_folder  # noqa: E402
+from sentencepiece_helpers import write_internlm2_folder
 from transformers import AutoModel, AutoProcessor
 
 from minimonkey.scripts.import_checkpoint import import_checkpoint, main

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_helpers import CASES, IMAGE_TOKEN, load_published, published_folder
 from conftest import FIXTURES, random_tiles, recorded
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -17,18 +18,6 @@ from minimonkey.scripts.import_checkpoint import expected_shapes, import_checkpo
 from minimonkey.scripts.importing.weights import Shard, check_against_model
 
 
-IMAGE_TOKEN = 500
-CASES = {
-    "internlm2": "internlm2",
-    "internlm2_dyn": "internlm2",
-    "internlm2_dyn_active": "internlm2",
-    "phi3": "phi3",
-    "phi3_su_long": "phi3",
-    # too large to ship, run with --goldens:
-    "qwen2": "qwen2",
-    "mono": "mono",
-    "mono_dyn_active": "mono",
-}
 TOLERANCE = 1e-3
 PIXEL_VALUES = {
     "A": random_tiles(1000, 2, 3, 112, 112),
@@ -41,22 +30,6 @@ MONO_PIXEL_VALUES = {
     "B": random_tiles(1102, 4, 3, 112, 112),
     "C": random_tiles(1101, 3, 3, 112, 112),
 }
-
-
-def published_folder(name: str, tmp_path: Path) -> Path:
-    """A folder in the published format: the configuration of one case with the weights of its base."""
-    folder = tmp_path / name
-    folder.mkdir()
-    (folder / "config.json").symlink_to(recorded(f"models/{name}/config.json"))
-    (folder / "model.safetensors").symlink_to(recorded(f"models/{CASES[name]}/model.safetensors"))
-    return folder
-
-
-def load_published(name: str, tmp_path: Path):
-    """On the fly, as `MiniMonkeyForConditionalGeneration.from_pretrained(published folder)`."""
-    return MiniMonkeyForConditionalGeneration.from_pretrained(
-        published_folder(name, tmp_path), image_token_id=IMAGE_TOKEN
-    ).eval()
 
 
 def load_imported(name: str, tmp_path: Path):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_helpers import language_folder
 from conftest import random_tiles, synthetic_picture
 from model_helpers import TINY_TEXT, TINY_VISION
 from safetensors.torch import load_file, save_file
-from test_assemble import language_folder
 from transformers import AutoModel, AutoProcessor, InternVLConfig, InternVLForConditionalGeneration
 
 from minimonkey.conversation import get_template

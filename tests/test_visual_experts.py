@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import enable_activation_checkpointing, random_tiles
-from model_helpers import IMAGE_TOKEN, TINY_TEXT, TINY_VISION, prompt
+from model_helpers import IMAGE_TOKEN, TINY_TEXT, TINY_VISION, prompt, tiny_mono
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, DynamicCache
 
@@ -12,20 +12,6 @@ from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def tiny_mono(visual_experts: bool = True):
-    torch.manual_seed(0)
-    config = MiniMonkeyConfig(
-        vision_config={**TINY_VISION, "num_hidden_layers": 0},
-        text_config={"model_type": "llama", **TINY_TEXT},
-        image_token_id=IMAGE_TOKEN,
-        visual_experts=visual_experts,
-    )
-    model = MiniMonkeyForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 @pytest.fixture(scope="module")
