@@ -20,13 +20,13 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from transformers import AutoModel, AutoProcessor  # noqa: E402
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = [FIXTURES]
-pytest.register_assert_rewrite("chat_helpers")
+pytest.register_assert_rewrite("chat_helpers", "image_helpers")
 # What a release of transformers would break, in a few minutes: loading, numbers, processing, chat, generate, compression.
 CORE = (
     *("test_hub", "test_configuration", "test_parity", "test_model", "test_processing", "test_chat"),
@@ -68,6 +68,10 @@ def random_tiles(seed: int, *shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
+def load_image_processor(backend: str, source=ROOT):
+    return AutoImageProcessor.from_pretrained(source, trust_remote_code=True, backend=backend)
+
+
 def enable_activation_checkpointing(model) -> None:
     """Called so since transformers 5.23, which warns of the old name."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -83,6 +87,23 @@ def processor():
 def nano():
     """MiniMonkey-Nano in float32."""
     return AutoModel.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def pil():
+    """The image processor that needs Pillow alone."""
+    return load_image_processor("pil")
+
+
+@pytest.fixture(scope="module")
+def torchvision():
+    return load_image_processor("torchvision")
+
+
+@pytest.fixture(scope="module", params=["pil", "torchvision"])
+def either(request):
+    """The image processor of each back end."""
+    return load_image_processor(request.param)
 
 
 @pytest.fixture(scope="module")
