@@ -1,5 +1,6 @@
 """What the tests of `chat` share: settings, a small model that says letters, and how to see what an answer costs."""
 
+import re
 from contextlib import contextmanager
 
 import torch
@@ -140,3 +141,17 @@ def forced(ids):
 def spelled(tokenizer, text: str) -> list[int]:
     """Text as single characters, which the tokenizer would join."""
     return [token for letter in text for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+
+
+def shorten(text: str) -> str:
+    """A prompt without its system turn, [n] for n image tokens."""
+    text = re.sub(r"<img>((?:<IMG_CONTEXT>)*)</img>", lambda match: f"[{match[1].count('<IMG_CONTEXT>')}]", text)
+    return text.replace("<pad>", "").partition("<|im_end|>")[2]
+
+
+def prompt_of(sent, processor, row: int = 0) -> str:
+    return shorten(processor.tokenizer.decode(sent["input_ids"][row]))
+
+
+def turn(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|><|im_start|>assistant\n"

@@ -5,19 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from chat_helpers import (
-    CHAT,
-    QUESTION,
-    SCM,
-    SETTINGS,
-    TILES,
-    ask,
-    forced,
-    new_tokens,
-    remembers,
-    spelled,
-    work_of,
-)
+from chat_helpers import CHAT, QUESTION, SCM, SETTINGS, TILES, ask, forced, new_tokens, remembers, spelled, work_of
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 

@@ -8,18 +8,7 @@ import threading
 import weakref
 
 import pytest
-from chat_helpers import (
-    CHAT,
-    QUESTION,
-    SCM,
-    SETTINGS,
-    ask,
-    assert_equal,
-    new_tokens,
-    remembers,
-    watch,
-    work_of,
-)
+from chat_helpers import CHAT, QUESTION, SCM, SETTINGS, ask, assert_equal, new_tokens, remembers, watch, work_of
 
 
 @pytest.mark.parametrize("settings", ["plain", "scm"])

@@ -12,18 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import synthetic_picture
-from image_helpers import (
-    ONE_TILE,
-    PUBLISHED,
-    RAW,
-    SIDE,
-    colour,
-    colours,
-    data_uri,
-    reopened,
-    saved,
-    square,
-)
+from image_helpers import ONE_TILE, PUBLISHED, RAW, SIDE, colour, colours, data_uri, reopened, saved, square
 from PIL import Image
 
 
