@@ -60,12 +60,12 @@ def _receive(query, key, attention_mask, scaling, softcap=None, sliding_window=N
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, which is what can be copied in parts; any other as it is."""
+    """Return the module that `torch.compile` wrapped, which can be copied in parts; return any other as it is."""
     return getattr(module, "_orig_mod", module)
 
 
 def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
-    """A copy that shares weights and children with `module`, but for those children that are given."""
+    """Return a copy that shares weights and children with `module`, except for the children that are given."""
     copied = copy.copy(module)
     copied._modules = {**module._modules, **children}
     hook = getattr(module, "_hf_hook", None)
@@ -130,7 +130,7 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
 
 
 def _check_mask_is_known(inputs: AttentionInputs, config, layer: int) -> None:
-    """Some back ends get no mask; what they hide beyond what is causal and in the window is then not known here."""
+    """Check that a back end which gets no mask hides nothing beyond what causality and the window hide."""
     kinds = getattr(config, "layer_types", None) or []
     kind = kinds[layer] if layer < len(kinds) else "full_attention"
     if inputs.mask is None and kind not in ("full_attention", "sliding_attention"):

@@ -91,7 +91,7 @@ def trim_pieces(pieces: Iterator[str], ends: list[str]) -> Iterator[str]:
 
 
 def _overlap(text: str, end: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `end`."""
+    """Count the characters at the end of `text` that may be the beginning of `end`."""
     return next((n for n in range(min(len(text), len(end)), 0, -1) if text.endswith(end[:n])), 0)
 
 
@@ -129,7 +129,7 @@ def _generate(run, tokens: _TokenQueue, stop: _StopWhen, outcome: dict[str, Any]
 
 
 def _growing_text(tokens: _TokenQueue, decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """What each new token adds to the decoded text; characters of several tokens wait until they are whole."""
+    """Yield what each new token adds to the decoded text; characters of several tokens wait until they are whole."""
     ids, given = [], ""
     for token in iter(tokens.queue.get, None):
         ids.append(token)

@@ -661,7 +661,7 @@ def _placed(question: str, asked: list[str], images: list, videos: list) -> str:
 
 
 def _check(asked: list[str], question: str, given: int, subject: str, placeholder: str = IMAGE_PLACEHOLDER) -> None:
-    """`check_placeholders`, with what is most often forgotten."""
+    """Check placeholders, with a hint at what is most often forgotten."""
     try:
         check_placeholders([*asked, question], given, subject, placeholder)
     except ValueError as error:

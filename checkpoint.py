@@ -70,7 +70,7 @@ TEXT_QKV = (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
 
 
 def split_wqkv(wqkv: torch.Tensor, text_config) -> list[torch.Tensor]:
-    """InternLM2's fused weight or bias as q, k and v.
+    """Split InternLM2's fused weight or bias into q, k and v.
 
     Its rows are grouped by key/value head: for each, all query heads that share it, then its key, then its value.
 
@@ -97,7 +97,7 @@ def split_wqkv(wqkv: torch.Tensor, text_config) -> list[torch.Tensor]:
 
 
 def fuse_wqkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text_config) -> torch.Tensor:
-    """The reverse of `split_wqkv`."""
+    """Fuse q, k and v again, the reverse of `split_wqkv`."""
     kv_heads = text_config.num_key_value_heads
     head_dim = k.shape[0] // kv_heads
     return torch.cat([part.unflatten(0, (kv_heads, -1, head_dim)) for part in (q, k, v)], dim=1).flatten(0, 2)
@@ -134,7 +134,7 @@ class FuseQKV(ConversionOps):
 
 
 def weight_conversions() -> list:
-    """The table as transformers wants it, for `register_checkpoint_conversion_mapping`."""
+    """Return the table as transformers wants it, for `register_checkpoint_conversion_mapping`."""
     conversions: list = [WeightRenaming(source, target) for source, target in RENAMINGS]
     for suffix in ("weight", "bias"):
         conversions.append(
@@ -155,7 +155,7 @@ def weight_conversions() -> list:
 
 
 def convert_tensor(name: str, tensor: torch.Tensor, text_config) -> dict[str, torch.Tensor]:
-    """One published tensor as the tensor or tensors of ours that it becomes; names we do not know stay as they are.
+    """Convert one published tensor into the tensor or tensors of ours that it becomes; unknown names stay as they are.
 
     Works on meta tensors, so names and shapes can be checked before a byte is read.
     """

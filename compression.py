@@ -47,7 +47,7 @@ class AttentionInputs:
     mask: torch.Tensor | None = None
 
     def hide(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits (H, Q, keys) of the queries at `positions` (Q,) with those of unseen keys at minus infinity."""
+        """Return logits (H, Q, keys) of the queries at `positions` (Q,), those of unseen keys set to minus infinity."""
         keys = logits.shape[-1]
         if self.mask is None:
             distance = positions[:, None] - torch.arange(keys, device=logits.device)
@@ -127,7 +127,7 @@ def find_images(
     tokens_per_tile: int,
     settings: CompressionSettings,
 ) -> list[list[ImageSpan]]:
-    """The images of each row, from the tokens that stand for them.
+    """Find the images of each row by the tokens that stand for them.
 
     Args:
         input_ids, attention_mask: (B, N), padded on either side.
@@ -167,7 +167,7 @@ def find_images(
 
 
 def _run(rows: torch.Tensor, columns: torch.Tensor, attention_mask: torch.Tensor, number: int) -> tuple[int, int, int]:
-    """Row, first and last column of an image's tokens, which must stand together and be seen."""
+    """Return the row and the first and last column of an image's tokens, which must stand together and be seen."""
     row, first, last = int(rows[0]), int(columns[0]), int(columns[-1])
     if int(rows[-1]) != row or last - first != len(columns) - 1:
         raise ValueError(f"The tokens of image {number} do not stand together in one row; check tile_counts.")
@@ -177,7 +177,7 @@ def _run(rows: torch.Tensor, columns: torch.Tensor, attention_mask: torch.Tensor
 
 
 def _checked_ends(query_ends: list[int] | None, images: int, length: int) -> list[int]:
-    """For each image where its queries end, at the latest with the row."""
+    """Return where the queries of each image end, at the latest at the end of the row."""
     if query_ends is None:
         return [length] * images
     if len(query_ends) != images:
@@ -207,7 +207,7 @@ def kept_positions(
     settings: CompressionSettings,
     probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
 ) -> list[torch.Tensor]:
-    """The positions of each row that stay: all but the detailed tokens that get the least attention.
+    """Return the positions of each row that stay: all but the detailed tokens that get the least attention.
 
     Each row is scored without its padding and by itself, so that a batch keeps what its rows keep alone.
 
@@ -252,7 +252,7 @@ def _score(
     query_set: str,
     probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
 ) -> dict[ImageSpan, torch.Tensor]:
-    """The attention that the detailed tokens of each image of a row (n, D) get, (detailed tokens,) in float32."""
+    """Return the attention that the detailed tokens of each image of a row (n, D) get, (detailed tokens,) in float32."""
     compressible = [image for image in images if image.detailed_tokens]
     queries = {image: _queries(image, images, query_set) for image in compressible}
     is_image = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
@@ -271,7 +271,7 @@ def _score(
 
 
 def _queries(image: ImageSpan, images: list[ImageSpan], query_set: str) -> torch.Tensor:
-    """Positions of the tokens that score an image, of those that see it."""
+    """Return the positions of the tokens that score an image, among those that see it."""
     positions = torch.arange(image.detailed_stop, image.stop if query_set == "visual" else image.query_stop)
     for other in images:
         if other is not image:
@@ -285,7 +285,7 @@ def _queries(image: ImageSpan, images: list[ImageSpan], query_set: str) -> torch
 
 
 def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Tensor) -> torch.Tensor:
-    """Mean softmax attention, over heads and queries, that each key of a block gets.
+    """Compute the mean softmax attention, over heads and queries, that each key of a block gets.
 
     Attention is causal, and a share of all keys, not of the block. Computed in blocks of queries in float32, so that memory
     does not grow with heads x n x n.
@@ -319,7 +319,7 @@ def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Ten
 
 
 def pack(tensors: tuple[torch.Tensor, ...], kept: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The kept positions of each row, padded with zeros on the left.
+    """Pack the kept positions of each row, padded with zeros on the left.
 
     Args:
         tensors: Each (B, N, ...)

@@ -71,7 +71,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
 
 
 def get_template(name: str) -> ChatTemplate:
-    """The template called `name`.
+    """Return the template called `name`.
 
     Raises:
         ValueError: There is none of that name.
@@ -82,7 +82,7 @@ def get_template(name: str) -> ChatTemplate:
 
 
 def check_history(history: list[tuple[str, str]] | None) -> list[tuple[str, str]]:
-    """A fresh list of (question, answer) pairs.
+    """Check a history and return a fresh list of its (question, answer) pairs.
 
     Raises:
         ValueError: `history` is anything else, or a text of it holds a lone surrogate.
@@ -105,7 +105,7 @@ def _system_part(template: ChatTemplate, system_message: str | None) -> str:
 
 
 def chat_template_jinja(template: ChatTemplate, system_message: str | None = None, with_bos: bool = True) -> str:
-    """The template in jinja, for `apply_chat_template`: text, images and videos in the order in which they are given.
+    """Return the template in jinja, for `apply_chat_template`: text, images and videos in the order they are given.
 
     Args:
         system_message: Used when the messages hold no system turn; None means the template's.
@@ -158,7 +158,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_text(text: str, subject: str = "The text") -> str:
-    """The text itself, if it can be encoded.
+    """Return the text itself, if it can be encoded.
 
     Raises:
         ValueError: It holds half of a surrogate pair, which is no character.
@@ -177,13 +177,13 @@ class ControlToken(str):
     normalizer: Normalizer | None = None
 
     def arises_in(self, text: str) -> bool:
-        """Whether the tokenizer's normalizer makes this spelling of other characters, of full-width ones for example."""
+        """Tell whether the tokenizer's normalizer makes this spelling out of other characters, full-width ones for example."""
         normalized = self.normalizer.normalize_str(text)
         return str(self) in normalized or self.normalizer.normalize_str(str(self)) in normalized
 
 
 def control_tokens(tokenizer, grounding_tokens: bool = False) -> list[ControlToken]:
-    """Every spelling that `tokenizer` turns into an added token; with `grounding_tokens` those of boxes are left out."""
+    """Return every spelling that `tokenizer` turns into an added token; with `grounding_tokens` leave out those of boxes."""
     allowed = GROUNDING_TOKENS if grounding_tokens else ()
     tokens = [ControlToken(token) for token in tokenizer.get_added_vocab() if str(token) not in allowed]
     for token in tokens:
@@ -192,7 +192,7 @@ def control_tokens(tokenizer, grounding_tokens: bool = False) -> list[ControlTok
 
 
 def _any_of(spellings) -> re.Pattern:
-    """Finds any of `spellings`, the longest where several begin; nothing where there are none."""
+    """Return a pattern that finds any of `spellings`, the longest where several begin, and nothing where there are none."""
     longest_first = sorted(spellings, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -217,17 +217,17 @@ def _arises_in(text: str, spellings: list[str]) -> bool:
 
 
 def unprotect(text: str) -> str:
-    """The text as it was before `protect`."""
+    """Return the text as it was before `protect`."""
     return text.replace(_MARK, "")
 
 
 def has_protected_text(text: str) -> bool:
-    """Whether `protect` marked anything in this text."""
+    """Tell whether `protect` marked anything in this text."""
     return _MARK in text
 
 
 def begins_with_bos(tokenizer) -> bool:
-    """Whether prompts of this tokenizer begin with its `bos_token`, as those of InternLM2 do."""
+    """Tell whether prompts of this tokenizer begin with its `bos_token`, as those of InternLM2 do."""
     if tokenizer.bos_token is None:
         return False
     if tokenizer.chat_template is not None:
@@ -272,7 +272,7 @@ _twins: "weakref.WeakKeyDictionary[object, tuple[dict[str, int], dict[str, str],
 
 
 def _with_secret_control_tokens(tokenizer) -> tuple[dict[str, str], Tokenizer]:
-    """A twin of `tokenizer` whose added tokens have the same ids and flags but spellings that nobody can type."""
+    """Return a twin of `tokenizer` whose added tokens have the same ids and flags but spellings that nobody can type."""
     added = tokenizer.get_added_vocab()
     if tokenizer not in _twins or _twins[tokenizer][0] != added:
         _twins[tokenizer] = (added, *_make_twin(tokenizer))
@@ -417,7 +417,7 @@ def render(
 
 
 def has_pictures(messages: list) -> bool:
-    """Whether chat messages (one conversation or a batch of them) hold a picture."""
+    """Tell whether chat messages (one conversation or a batch of them) hold a picture."""
     if isinstance(messages, (list, tuple)):
         return any(map(has_pictures, messages))
     content = messages.get("content")
@@ -487,7 +487,7 @@ def _check_item(item: dict, role: str) -> None:
 
 
 def protect_messages(messages: list, spellings: list[str]) -> list:
-    """A copy of chat messages (one conversation or a batch of them) in which every text is protected.
+    """Return a copy of chat messages (one conversation or a batch of them) in which every text is protected.
 
     Raises:
         ValueError: Messages that `check_messages` refuses.
@@ -511,7 +511,7 @@ def _protect_content(content: str | list[dict], spellings: list[str]) -> str | l
 
 
 def _crosses_a_border(parts: list[str], spellings: list[str]) -> bool:
-    """Whether one of `spellings` begins in one of the parts and ends in another."""
+    """Tell whether one of `spellings` begins in one of the parts and ends in another."""
     joined, ends = "".join(parts), accumulate(map(len, parts))
     return any(
         spelling in joined[max(0, end - len(spelling) + 1) : end + len(spelling) - 1]

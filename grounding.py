@@ -52,7 +52,7 @@ class Grounding:
 
 
 def parse_boxes(text: str) -> list[Grounding]:
-    """Every box of an answer, in order.
+    """Parse every box of an answer, in order.
 
     Reads `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`, each box of a list with the same label, and `<box>`
     without a label. Decoding with `skip_special_tokens=True` takes these tags away; in an answer without `<box>`,
@@ -77,7 +77,7 @@ def parse_boxes(text: str) -> list[Grounding]:
 
 
 def _read_list(text: str, is_closed: bool) -> list[Box]:
-    """The boxes in the text of one `<box>`."""
+    """Read the boxes in the text of one `<box>`."""
     if not is_closed:
         raise ValueError(
             f"<box>{text} has no </box>: the answer was cut there (raise max_new_tokens), or something else stands "
@@ -89,7 +89,7 @@ def _read_list(text: str, is_closed: bool) -> list[Box]:
 
 
 def format_box(label: str | None, boxes: Iterable[Sequence[float]]) -> str:
-    """The text of one object as the published data writes it: `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`.
+    """Write one object as the published data does: `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`.
 
     Args:
         label: What stands in the boxes; None for boxes alone.
@@ -118,7 +118,7 @@ def _box_list(boxes: Iterable[Sequence[float]]) -> list[Sequence[float]]:
 
 
 def denormalise(box: Sequence[float], size: tuple[int, int]) -> Box:
-    """A box of 0 to 1000 as (left, top, right, bottom) in pixels, not rounded.
+    """Convert a box of 0 to 1000 to (left, top, right, bottom) in pixels, not rounded.
 
     Args:
         box: (x1, y1, x2, y2).
@@ -133,7 +133,7 @@ def denormalise(box: Sequence[float], size: tuple[int, int]) -> Box:
 
 
 def normalise(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A box of (left, top, right, bottom) in pixels as integers of 0 to 1000, rounded as in the published data.
+    """Convert a box of (left, top, right, bottom) in pixels to integers of 0 to 1000, rounded as in the published data.
 
     Args:
         box: (left, top, right, bottom), within the picture.
@@ -159,7 +159,7 @@ def _as_box(values: Sequence) -> Box:
 
 
 def _fault(box: Box, width: float = SCALE, height: float = SCALE) -> str | None:
-    """What is wrong with a box, if anything is; one without extent is a box, as small objects are rounded to."""
+    """Return what is wrong with a box, if anything; one without extent is a box, since small objects are rounded to that."""
     x1, y1, x2, y2 = box
     if not all(map(math.isfinite, box)) or min(box) < 0 or max(x1, x2) > width or max(y1, y2) > height:
         return f"its x must be from 0 to {width} and its y from 0 to {height}"
@@ -169,7 +169,7 @@ def _fault(box: Box, width: float = SCALE, height: float = SCALE) -> str | None:
 
 
 def _checked(box: Box, subject: str, width: float = SCALE, height: float = SCALE) -> Box:
-    """`box`, if it is one."""
+    """Return `box`, if it is one."""
     fault = _fault(box, width, height)
     if fault:
         raise ValueError(f"{subject} cannot be used: of ({', '.join(f'{value:g}' for value in box)}), {fault}.")
@@ -192,7 +192,7 @@ def draw_boxes(
     colours: Sequence[str | tuple[int, int, int]] = COLOURS,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont | None = None,
 ) -> Image.Image:
-    """A picture with boxes and captions drawn in, as a new upright RGB image of the same pixels otherwise.
+    """Draw boxes and captions into a copy of an image, a new upright RGB image with otherwise the same pixels.
 
     Args:
         image: The picture that the boxes are of; EXIF orientation is applied, as for the model.
@@ -229,7 +229,7 @@ def draw_boxes(
 
 
 def _draw_caption(draw: ImageDraw.ImageDraw, size: tuple[int, int], corner: tuple[float, float], text, colour, font):
-    """`text` on a filled patch above `corner`, moved so that it lies in the picture."""
+    """Draw `text` on a filled patch above `corner`, moved so that it lies within the image."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     margin = max(2, (bottom - top) // 5)
     width, height = right - left + 2 * margin, bottom - top + 2 * margin
