@@ -50,7 +50,7 @@ class StitchedViews:
     view_size: Size
 
     def locate(self, x: float, y: float, name: str | None = None) -> tuple[str, float, float]:
-        """The camera at a point of the stitched picture, and the point in that camera's own picture.
+        """Find the camera at a point of the stitched picture, and the point in that camera's own picture.
 
         Args:
             x, y: 0 to 1000 of the stitched picture.
@@ -72,7 +72,7 @@ class StitchedViews:
         return self.names[index], float(min(max(x_px, 0), width)), float(min(max(y_px, 0), height))
 
     def place(self, name: str, x_px: float, y_px: float) -> tuple[int, int]:
-        """A point of a camera's own picture, in pixels, as integers of 0 to 1000 of the stitched picture.
+        """Convert a point of a camera's own picture, in pixels, to integers of 0 to 1000 of the stitched picture.
 
         Raises:
             ValueError: An unknown camera, or a point outside its picture.

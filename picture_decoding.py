@@ -147,7 +147,7 @@ def load_picture(source: str | os.PathLike, untrusted: bool = False) -> Image.Im
 
 
 def several_pages(name: str, pages: int) -> str:
-    """The warning for a file of pages where one picture must be."""
+    """Return the warning for a file of pages where one picture must be."""
     return (
         f"{name} has {pages} pages, but only one picture is wanted here, so that the first alone is read. In chat, leave out "
         f"<image> or write it {pages} times to show all; or pass pages that you choose, "
@@ -156,7 +156,7 @@ def several_pages(name: str, pages: int) -> str:
 
 
 def pages_of(source, untrusted: bool = False) -> list:
-    """A picture as the list of its pages, each for `load_picture`; `[source]` where it has one, or is no file of pages.
+    """List the pages of a picture, each for `load_picture`; `[source]` where it has one, or is no file of pages.
 
     Only TIFF and DCX have pages. A URL is not downloaded for that, and a PIL image is the page at which it stands.
 
@@ -185,7 +185,7 @@ def pages_of(source, untrusted: bool = False) -> list:
 
 
 def _start(source: str | os.PathLike, untrusted: bool) -> bytes:
-    """The first bytes of a file, data URI or base64 text; none of what is not there."""
+    """Return the first bytes of a file, data URI or base64 text; none of what is not there."""
     path = None if untrusted else path_of(source)
     if path is not None:
         return _first_bytes(path, 4) if os.path.isfile(path) else b""
@@ -198,7 +198,7 @@ def _start(source: str | os.PathLike, untrusted: bool) -> bytes:
 
 
 def _opened(source: str | os.PathLike, untrusted: bool) -> Image.Image:
-    """A picture file, opened and not decoded.
+    """Open a picture file without decoding it.
 
     Raises:
         ValueError: It cannot be found, downloaded or opened, with what would read it where that is known.
@@ -236,7 +236,7 @@ def _is_heif(start: bytes) -> bool:
 
 
 def _hint(start: bytes) -> str:
-    """What is wrong with a file that is no picture, where its first bytes tell."""
+    """Say what is wrong with a file that is no picture, where its first bytes tell."""
     if start.startswith(b"%PDF"):
         return (
             "is a PDF, not a picture. pypdfium2 makes pictures of its pages: "
@@ -270,7 +270,7 @@ def _reason(error: BaseException) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL picture of any mode as upright 8-bit RGB, transparency on white, the first frame of an animation.
+    """Convert a PIL image of any mode to upright 8-bit RGB, transparency on white, the first frame of an animation.
 
     Of a file of several pages it is the page at which it stands; at the first a warning tells of the others.
 
@@ -286,7 +286,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _decoded(image: Image.Image) -> Image.Image:
-    """`to_rgb`, with the decoder's own errors."""
+    """Do what `to_rgb` does, with the decoder's own errors."""
     _check_sides(image.width, image.height)
     image = upright(standing_frame(image))
     if image.mode.startswith("I;16"):
@@ -302,7 +302,7 @@ def _check_sides(width: int, height: int) -> None:
 
 
 def standing_frame(image: Image.Image) -> Image.Image:
-    """What is seen of a file of several pictures: the page at which it stands, of an animation the first frame.
+    """Return what is seen of a file of several pictures: the page at which it stands, of an animation the first frame.
 
     The caller's picture stays at its own.
     """
@@ -317,7 +317,7 @@ def standing_frame(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF orientation says."""
+    """Turn a picture as its EXIF orientation says."""
     image.load()
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if turn is None else image.transpose(turn)
@@ -333,7 +333,7 @@ def _on_background(image: Image.Image) -> Image.Image:
 
 
 def array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """An array of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels as 8-bit RGB.
+    """Convert an array of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels to 8-bit RGB.
 
     Integers are taken as 0 to 255, or as 0 to 65535 if one exceeds 255; floats as 0 to 1, or as 0 to 255 if one exceeds 1.
 
@@ -356,7 +356,7 @@ def array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | 
 
 
 def tensor_to_rgb(tensor: torch.Tensor, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """A tensor as `array_to_rgb` takes an array; where both ends could be channels, its first is by custom."""
+    """Convert a tensor as `array_to_rgb` does an array; where both ends could be channels, the first is by custom."""
     if input_data_format is None and tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4):
         input_data_format = ChannelDimension.FIRST
     try:
@@ -390,7 +390,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def resizing_steps(old_width: int, old_height: int, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two (width, height) through which a picture is resized, one direction after the other.
+    """Return the two (width, height) through which a picture is resized, one direction after the other.
 
     The samples in between are rounded to 8 bits, so that the order decides the pixels: the height goes first where it shrinks
     by more than twice what the width does, which Pillow does by itself from version 13 on and not before.
@@ -401,7 +401,7 @@ def resizing_steps(old_width: int, old_height: int, width: int, height: int) -> 
 
 
 def resize_picture(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
-    """`image.resize((width, height), resample)` of Pillow 13, with the same pixels under every Pillow."""
+    """Resize as `image.resize((width, height), resample)` of Pillow 13, with the same pixels under every Pillow."""
     for step in resizing_steps(*image.size, width, height):
         image = image.resize(step, resample)
     return image

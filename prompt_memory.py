@@ -27,7 +27,7 @@ from .picture_decoding import to_rgb
 
 
 def common_length(first: list[int], second: list[int]) -> int:
-    """How many tokens two sequences have in common from the start on."""
+    """Count the tokens that two sequences share from the start."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
 
 
@@ -41,7 +41,7 @@ class Prompt:
     settings: CompressionSettings
 
     def common_start(self, other: "Prompt") -> int:
-        """How many of its first tokens mean the same in `other`: all that the language model computes for them is equal."""
+        """Count its first tokens that mean the same in `other`: all that the language model computes for them is equal."""
         same = common_length(self.token_ids, other.token_ids)
         is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
         is_compressed = min(self.settings.keep_ratio, other.settings.keep_ratio) < 1
@@ -94,7 +94,7 @@ class PromptMemory:
         self._beginning: list[tuple] = []
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether this is a memory of `model`, whose weights are still those that it had."""
+        """Tell whether this is a memory of `model`, with its weights unchanged since."""
         return self._model() is model and self._weights == _weights_version(model)
 
     def forget(self) -> None:
@@ -113,7 +113,7 @@ class PromptMemory:
         return sum(tensor.nbytes for tensor in tensors)
 
     def begin_turn(self, keys: list[bytes]) -> "Turn":
-        """What the next turn, about the pictures `keys`, starts from."""
+        """Return what the next turn, about the pictures `keys`, starts from."""
         return Turn(self, keys, self.tile_counts, self.features)
 
     def remember_pictures(self, pictures: dict[bytes, tuple[list[int], torch.Tensor]]) -> None:
@@ -123,7 +123,7 @@ class PromptMemory:
         forget_the_oldest(self._model(), self)
 
     def take_cache(self, prompt: Prompt) -> Recalled:
-        """The cache of as much of `prompt` as it can serve; at least the prompt's last token is left to compute.
+        """Take out the cache of as much of `prompt` as it can serve; at least the prompt's last token is left to compute.
 
         The memory is without a cache until `remember`: should the generation fail, or two run at once, none meets a cache
         that is half written.
@@ -163,12 +163,12 @@ class Turn:
 
 
 def new_cache(model: nn.Module) -> Cache:
-    """An empty cache, as `generate` makes it when nothing else is asked for."""
+    """Return an empty cache, as `generate` makes it when nothing else is asked for."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def picture_key(picture, options: object) -> bytes:
-    """Tells pictures apart by what they show and by how they are to be cut.
+    """Return what tells pictures apart: what they show and how they are to be cut.
 
     Args:
         picture: A PIL image (what is shown of it counts), an array or tensor (their values), a path (the file's bytes), a URL
@@ -218,7 +218,7 @@ def _digest_source(digest, source: str | os.PathLike) -> None:
 
 
 def _holds_everything(cache: Cache) -> bool:
-    """Whether no layer has let go of old tokens, as sliding windows do when they are full."""
+    """Tell whether no layer has let go of old tokens, as sliding windows do when they are full."""
     return all(
         isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys.shape[-2] == layer.get_seq_length()
         for layer in cache.layers
@@ -226,7 +226,7 @@ def _holds_everything(cache: Cache) -> bool:
 
 
 def _weights_version(model: nn.Module) -> int:
-    """Changes when a weight or buffer is replaced, moved or trained, an adapter switched or the configuration changed."""
+    """Return what changes when a weight or buffer is replaced, moved or trained, an adapter or the configuration changed."""
     buffers = (
         buffer
         for module in model.modules()
@@ -248,7 +248,7 @@ def _weights_version(model: nn.Module) -> int:
 
 
 def _rewrites_its_buffers(module: nn.Module) -> bool:
-    """Whether these are rotary frequencies that follow the prompt's length; up to `cacheable_length` it does not matter."""
+    """Tell whether these are rotary frequencies that follow the prompt's length, which is harmless up to `cacheable_length`."""
     return any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))
 
 

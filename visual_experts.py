@@ -22,7 +22,7 @@ class VisualExpertDecoderLayer(LlamaDecoderLayer):
     def forward(
         self, hidden_states: torch.Tensor, visual_token_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        """As in transformers.
+        """Run the layer as transformers does.
 
         Args:
             hidden_states: (B, N, D)
@@ -34,7 +34,7 @@ class VisualExpertDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.feed_forward(self.post_attention_layernorm(hidden_states), visual_token_mask)
 
     def feed_forward(self, hidden_states: torch.Tensor, visual_token_mask: torch.Tensor | None) -> torch.Tensor:
-        """(B, N, D) -> (B, N, D), each token through the one block that is its own."""
+        """Send each token of (B, N, D) through the one block that is its own, and return (B, N, D)."""
         if visual_token_mask is None:
             return self.mlp(hidden_states)
         is_visual = visual_token_mask.to(hidden_states.device)
