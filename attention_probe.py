@@ -1,7 +1,7 @@
 """Queries and keys of one layer of a language model, as they enter its attention, for any decoder of transformers.
 
-The layers before run as they are, with the attention back end they have. Of the layer that is asked for only what comes
-before its attention runs: its norm, projections and rotations. The language model itself is not touched: the pass is made
+The layers before run as they are, with the attention back end they have. Of the requested layer only what comes before its
+attention runs: its norm, projections and rotations. The language model itself is not touched: the pass is made
 on shallow copies that share its weights, so other threads can use the model meanwhile.
 
     inputs = attention_inputs(model.model.language_model, embeddings, layer=1)
@@ -89,13 +89,13 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
     """Run one sequence through a language model, up to the attention of a layer.
 
     Args:
-        language_model: A decoder of transformers without its head.
+        language_model: A transformers decoder without its head.
         embeddings: (n, D)
         layer: Index of the layer.
-        **kwargs: What else the language model takes.
+        **kwargs: Other arguments of the language model.
 
     Raises:
-        ValueError: A language model that is not built as transformers' decoders usually are.
+        ValueError: The language model is not built as transformers' decoders usually are.
     """
     language_model = _uncompiled(language_model)
     layers = getattr(language_model, "layers", None)
@@ -116,7 +116,7 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
         for one in layers[:layer]
     ]
     beginning = nn.ModuleList([*before, _copy(layers[layer], self_attn=attention)])
-    # Dynamic rotary embeddings remember the longest sequence they saw; they shall not remember this one.
+    # Dynamic rotary embeddings remember the longest sequence they saw; they must not remember this one.
     rotary = {name: copy.deepcopy(child) for name, child in language_model.named_children() if "rotary" in name}
     try:
         _copy(language_model, layers=beginning, **rotary)(inputs_embeds=embeddings[None], use_cache=False, **kwargs)

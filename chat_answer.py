@@ -1,6 +1,6 @@
-"""What `chat` gives back: answers with their confidence, histories that remember, answers that arrive piece by piece.
+"""What `chat` returns: answers with their confidence, histories that remember, answers that arrive piece by piece.
 
-Knows text and token ids, no prompts and no model.
+Deals with text and token ids, not with prompts or models.
 
     for text in model.chat(processor, "page.png", "Read the text.", stream=True):
         print(text, end="")
@@ -24,7 +24,7 @@ from .prompt_memory import PromptMemory
 class ChatHistory(list):
     """The (question, answer) pairs of a conversation, a list like any other, that remembers what was computed for it.
 
-    The next `chat` that gets it computes only what is new. Edited, it still serves as far as it is the same; a copy or a
+    The next `chat` that gets it computes only what is new. After an edit it still serves as far as it is unchanged; a copy or a
     pickled one is a plain list, whose conversation is computed from the start.
     """
 
@@ -37,12 +37,12 @@ class ChatHistory(list):
             images, videos: Those of the conversation, as `chat` was given them; each is put where its placeholder stands.
 
         Raises:
-            ValueError: Placeholders and images or videos of different number.
+            ValueError: The numbers of placeholders and of images or videos differ.
         """
         return write_messages(self, flatten_pictures(images), list_videos(videos), system_message)
 
     def forget(self) -> None:
-        """Free the memory that the conversation holds (its key/value cache and the features of its pictures)."""
+        """Free the memory that the conversation holds (its key/value cache and the features of its images)."""
         if self.memory is not None:
             self.memory.forget()
 
@@ -54,7 +54,7 @@ class ChatHistory(list):
 class ChatAnswer:
     """An answer and what is known about it, see `return_dict=True` of `chat`.
 
-    `token_ids` are those that were generated, the end token among them, and `log_probabilities` those that the model gave
+    `token_ids` are those that were generated, including the end token, and `log_probabilities` those that the model gave
     each of them, before temperature and other settings of sampling.
     """
 

@@ -3,7 +3,7 @@
 Published: InternVL2, Mini-InternVL and Mini-Monkey (`vision_model`, `mlp1`, `language_model` with InternLM2, Qwen2, Phi3 or
 Llama), and transformers' own InternVL (`InternVL3-1B-hf`). Ours are the names of transformers' modules.
 
-Knows tensors and names, no files and no model.
+Deals with tensors and names, not with files or models.
 """
 
 import re
@@ -15,7 +15,7 @@ from .transformers_bridge import Chunk, ConversionOps, WeightConverter, WeightRe
 
 
 def _in_layer(layers: str, fragment: str) -> str:
-    """A pattern for `fragment` right behind a layer number of `layers`, and nowhere else.
+    """Return a pattern for `fragment` right behind a layer number of `layers`, and nowhere else.
 
     A language model of another family may use the same words for other things. (Python wants lookbehinds of one width.)
     """

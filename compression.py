@@ -4,7 +4,7 @@ The adaptive tiles, the thumbnail and the text after an image say what matters i
 of their attention in an early layer of the language model are kept, the others are left out of the prompt. There is
 nothing to train. Source: the paper (arXiv 2408.02034); the defects of its published code are not repeated.
 
-Knows tensors only; a function that runs the language model up to the queries and keys of one layer (`attention_probe.py`)
+Deals with tensors only; a function that runs the language model up to the queries and keys of one layer (`attention_probe.py`)
 is given to it:
 
     settings = CompressionSettings(keep_ratio=0.5, layer=1, num_layers=24)
@@ -12,7 +12,7 @@ is given to it:
     kept = kept_positions(embeddings, attention_mask, images, settings, probe)
     (embeddings,), attention_mask = pack((embeddings,), kept)
 
-Shapes: B rows, N tokens of a row (padding counted), n tokens that are no padding, I images, D width, H heads, d width of one.
+Shapes: B rows, N tokens of a row (padding counted), n tokens that are not padding, I images, D width, H heads, d width of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -134,7 +134,7 @@ def find_images(
         tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image, in the order of the prompt.
 
     Raises:
-        ValueError: Counts that do not fit the image tokens, an image that is spread over rows or masked.
+        ValueError: Counts that do not fit the image tokens, or an image that is spread over rows or masked.
     """
     counts = _checked_counts(tile_counts)
     ends = _checked_ends(settings.query_ends, len(counts), input_ids.shape[1])
@@ -222,7 +222,7 @@ def kept_positions(
         For each row ascending int64 indices into the padded row, padding left out.
 
     Raises:
-        ValueError: An image that nothing comes after, so that there is nothing to score with.
+        ValueError: Nothing comes after an image, so there is nothing to score with.
     """
     kept = []
     for row, (row_embeddings, mask, row_images) in enumerate(zip(embeddings, attention_mask, images)):

@@ -3,8 +3,8 @@
     turns = [("<image>\nWhat is this?", None)]
     render(tokenizer, get_template("internlm2-chat"), turns, tiles=[3], tokens_per_tile=256).token_ids
 
-Knows strings and tokenizers; no images and no model. `chat`, `batch_chat` and training render; the jinja file that
-`apply_chat_template` needs is made of the same data, and gives the same ids.
+Deals with strings and tokenizers, not with images or models. `chat`, `batch_chat` and training render; the jinja file that
+`apply_chat_template` needs is made from the same data, and gives the same ids.
 
 Text of a user must never act as a control token. `protect` marks every control-token spelling inside such text, which is
 then encoded with tokens only for the spellings that the template itself wrote.
@@ -74,7 +74,7 @@ def get_template(name: str) -> ChatTemplate:
     """Return the template called `name`.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: No template has that name.
     """
     if name not in TEMPLATES:
         raise ValueError(f"Unknown chat template {name!r}; known are {', '.join(TEMPLATES)}.")
@@ -161,7 +161,7 @@ def check_text(text: str, subject: str = "The text") -> str:
     """Return the text itself, if it can be encoded.
 
     Raises:
-        ValueError: It holds half of a surrogate pair, which is no character.
+        ValueError: It holds half of a surrogate pair, which is not a character.
     """
     if found := _LONE_SURROGATE.search(text):
         raise ValueError(
@@ -324,7 +324,7 @@ def expand_placeholders(texts: list[str], tiles_of_image: list[int], tokens_per_
     """Put each image's tokens where its `<image>` stands; the images belong to the placeholders in order.
 
     Raises:
-        ValueError: The number of placeholders is not that of the images.
+        ValueError: The numbers of placeholders and images differ.
     """
     if sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(tiles_of_image):
         check_placeholders(texts, len(tiles_of_image))
@@ -356,7 +356,7 @@ class RenderedPrompt:
 def write_turns(
     template: ChatTemplate, turns: Sequence[tuple[str, str | None]], system_message: str | None = None
 ) -> list[str]:
-    """Write turns of (question, answer): prompts and answers by turns, an answer with the separator that ends it.
+    """Write turns of (question, answer): prompts and answers alternate, each answer with the separator that ends it.
 
     Args:
         turns: The last answer may be None.
@@ -394,7 +394,7 @@ def render(
         grounding_tokens: Whether `<ref>`, `<box>` and `<quad>` are control tokens in what people wrote.
 
     Raises:
-        ValueError: Placeholders and images of different number, a lone surrogate, or a text that spells a control token and
+        ValueError: The numbers of placeholders and images differ, a lone surrogate, or a text that spells a control token and
             a tokenizer that is not a fast one.
     """
     spellings = control_tokens(tokenizer, grounding_tokens)
@@ -417,7 +417,7 @@ def render(
 
 
 def has_pictures(messages: list) -> bool:
-    """Tell whether chat messages (one conversation or a batch of them) hold a picture."""
+    """Tell whether chat messages (one conversation or a batch of them) hold an image."""
     if isinstance(messages, (list, tuple)):
         return any(map(has_pictures, messages))
     content = messages.get("content")
@@ -425,7 +425,7 @@ def has_pictures(messages: list) -> bool:
 
 
 ROLES = ("system", "user", "assistant")
-# What the templates write for an item that is no text.
+# What the templates write for an item that is not text.
 _WRITTEN = {
     "image": f"{IMAGE_PLACEHOLDER}\n",
     "image_url": f"{IMAGE_PLACEHOLDER}\n",
@@ -438,7 +438,7 @@ def check_messages(messages: list) -> None:
 
     Raises:
         ValueError: No messages, a role that is unknown, content or an item that is neither text nor an image nor a video,
-            or text that is no string or no characters.
+            or text that is not a string of whole characters.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(
@@ -524,7 +524,7 @@ def read_messages(messages: list[dict]) -> tuple[str | None, list[tuple[str, str
     """Take chat messages apart: (system message or None, history, question, images, videos), placeholders in the questions.
 
     Args:
-        messages: In the form of transformers or OpenAI: a system message or none, then user and assistant by turns, a user
+        messages: In the form of transformers or OpenAI: a system message or none, then user and assistant alternating, a user
             last. An item of a user's content is a text, an image (`image`, `url`, `path` or `base64`, or OpenAI's
             `image_url`) or a video (`video`, `url` or `path`).
 
@@ -584,7 +584,7 @@ def write_messages(
     """Write turns as chat messages, each image and video in the place of its placeholder.
 
     Raises:
-        ValueError: Placeholders and images or videos of different number.
+        ValueError: The numbers of placeholders and of images or videos differ.
     """
     questions = [question for question, _ in history]
     check_placeholders(questions, len(images))

@@ -95,7 +95,7 @@ def check_generation_options(model, generation_config: GenerationConfig | None, 
         options: The other arguments of `generate`; they are not changed.
     """
     if options.get("custom_generate") is not None:
-        return  # which may take whatever it likes
+        return  # which may take anything
     taken = {*inspect.signature(type(model).generate).parameters, *ALSO_TAKEN} - vars(GenerationConfig()).keys()
     settings = {name: value for name, value in options.items() if name not in taken}
     for name in COUNTS:
@@ -369,7 +369,7 @@ class GenerateMixin:
     def _use_embedded(
         self, generation_config: GenerationConfig | None, options: dict[str, Any], embedded: _Embedded
     ) -> tuple[GenerationConfig | None, bool]:
-        """Put the prompt's embeddings into `options`, without what is left out and padded on the left.
+        """Put the prompt's embeddings into `options`, without what is left out, and padded on the left.
 
         Returns:
             The generation configuration for it, and whether tokens were left out or moved.

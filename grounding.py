@@ -5,9 +5,9 @@
     >>> denormalise((100, 250, 500, 1000), (640, 480))
     (64.0, 120.0, 320.0, 480.0)
 
-A box is (x1, y1, x2, y2), left, top, right, bottom, from 0 to 1000 of the whole upright picture, however it was cut.
+A box is (x1, y1, x2, y2), left, top, right, bottom, from 0 to 1000 of the whole upright image, however it was cut.
 
-Knows text and pictures, no model.
+Deals with text and images, not with models.
 
 Source: the chat data format in InternVL's documentation.
 """
@@ -62,7 +62,7 @@ def parse_boxes(text: str) -> list[Grounding]:
         An empty list where the answer has no box. A `<ref>` without a box gives none.
 
     Raises:
-        ValueError: What stands in a `<box>` is no list of boxes, or the answer ends in it. Nothing is left out or
+        ValueError: What stands in a `<box>` is not a list of boxes, or the answer ends in it. Nothing is left out or
             repaired.
     """
     if "<box>" not in text:
@@ -96,7 +96,7 @@ def format_box(label: str | None, boxes: Iterable[Sequence[float]]) -> str:
         boxes: One or more boxes, 0 to 1000; see `normalise`.
 
     Raises:
-        ValueError: No box, something that is no box, or a label that holds one of the tags.
+        ValueError: No box, something that is not a box, or a label that holds one of the tags.
     """
     lists = [[int(v) if v == int(v) else v for v in _checked(_as_box(box), "The box")] for box in _box_list(boxes)]
     if label is None:
@@ -122,10 +122,10 @@ def denormalise(box: Sequence[float], size: tuple[int, int]) -> Box:
 
     Args:
         box: (x1, y1, x2, y2).
-        size: (width, height) of the upright picture in pixels, `image.size` in PIL.
+        size: (width, height) of the upright image in pixels, `image.size` in PIL.
 
     Raises:
-        ValueError: No box, or a size below one pixel.
+        ValueError: Not a box, or a size below one pixel.
     """
     width, height = _check_size(size)
     x1, y1, x2, y2 = _checked(_as_box(box), "The box")
@@ -136,11 +136,11 @@ def normalise(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, in
     """Convert a box of (left, top, right, bottom) in pixels to integers of 0 to 1000, rounded as in the published data.
 
     Args:
-        box: (left, top, right, bottom), within the picture.
-        size: (width, height) of the upright picture in pixels.
+        box: (left, top, right, bottom), within the image.
+        size: (width, height) of the upright image in pixels.
 
     Raises:
-        ValueError: A box that is none or lies outside the picture, or a size below one pixel.
+        ValueError: Something that is not a box, a box that lies outside the image, or a size below one pixel.
     """
     width, height = _check_size(size)
     left, top, right, bottom = _checked(_as_box(box), f"The box in a {width} x {height} picture", width, height)
@@ -183,7 +183,7 @@ def _check_size(size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 def draw_boxes(
@@ -195,14 +195,14 @@ def draw_boxes(
     """Draw boxes and captions into a copy of an image, a new upright RGB image with otherwise the same pixels.
 
     Args:
-        image: The picture that the boxes are of; EXIF orientation is applied, as for the model.
+        image: The image that the boxes are of; EXIF orientation is applied, as for the model.
         groundings: Boxes and their labels, see `parse_boxes`; the same label has the same colour, None has no caption.
         colours: One for each label in turn.
-        font: By default Pillow's own in a size that fits the picture; it has Latin letters only, so that Chinese labels
+        font: By default Pillow's own in a size that fits the image; it has Latin letters only, so that Chinese labels
             need `ImageFont.truetype(...)`.
 
     Raises:
-        ValueError: No PIL image, a grounding whose box is none, or no colours.
+        ValueError: Not a PIL image, a grounding whose box is not one, or no colours.
     """
     if not isinstance(image, Image.Image):
         raise ValueError(

@@ -1,12 +1,12 @@
-"""Pictures to tiles: multi-scale adaptive cropping (MSAC) and normalisation.
+"""Images to tiles: multi-scale adaptive cropping (MSAC) and normalisation.
 
     processor = AutoImageProcessor.from_pretrained("path/of/this/repository", trust_remote_code=True)
     inputs = processor("page.png", preset="docvqa", return_tensors="pt")
 
-`backend="pil"` gives the pixels of the published code bit by bit; `backend="torchvision"` (the default) is faster and
+`backend="pil"` gives the pixels of the published code, bit for bit; `backend="torchvision"` (the default) is faster and
 differs by at most one level of 255 before normalisation.
 
-Knows pictures, not prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each picture is cut as soon as
+Deals with images, not with prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as soon as
 it is decoded, so that only a few are in memory at a time.
 """
 
@@ -53,8 +53,8 @@ KINDS = {
 }
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 RESIZED_BY_TORCH = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)  # others mean something else there
-MOST_PIXELS = 2**29  # of all tiles of a picture: 6 GB of float32
-DECODED_AHEAD = 3  # pictures in memory at a time, beside the one that is cut
+MOST_PIXELS = 2**29  # of all tiles of an image: 6 GB of float32
+DECODED_AHEAD = 3  # images in memory at a time, beside the one that is cut
 
 
 class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
@@ -70,7 +70,7 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     preset (`str`, *optional*):
         A name of `tiling.PRESETS`, the tile ranges of a published benchmark; sets those of the four that are not given.
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
-        Whether the whole picture follows its tiles as one more. Mini-Monkey always does that; without it a picture is seen
+        Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
         in parts alone, which is of use for comparisons.
     untrusted_sources (`bool`, *optional*, defaults to `self.untrusted_sources`):
         For servers: whether paths are refused, and URLs of addresses that are not public.
@@ -111,19 +111,19 @@ class _MsacMixin:
         self.check_options({})
 
     def preprocess(self, images: ImageInput, *args, **kwargs) -> BatchFeature:
-        """Cut pictures into tiles.
+        """Cut images into tiles.
 
         Args:
-            images: One picture or a (nested) list: PIL images, arrays, tensors, paths, URLs, data URIs.
+            images: One image or a (nested) list: PIL images, arrays, tensors, paths, URLs, data URIs.
             **kwargs: See `MiniMonkeyImageProcessorKwargs` and transformers' `ImagesKwargs`.
 
         Returns:
-            pixel_values (T, 3, S, S), the tiles of all pictures: detailed, adaptive, thumbnail of the first and so on;
+            pixel_values (T, 3, S, S), the tiles of all images: detailed, adaptive, thumbnail of the first and so on;
             tile_counts (images, 3), how many of each kind; tile_grids (images, 4), columns and rows of the detailed
             and the adaptive grid.
 
         Raises:
-            ValueError: A picture that cannot be read, or settings that cannot work.
+            ValueError: An image that cannot be read, or settings that cannot work.
         """
         self.check_options(kwargs)
         return super().preprocess(images, *args, **expand_preset(kwargs))
@@ -131,7 +131,7 @@ class _MsacMixin:
     __call__ = preprocess
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise `ValueError` for options of a call that cannot work; no picture is needed for that."""
+        """Raise `ValueError` for options of a call that cannot work; no image is needed for that."""
         options = expand_preset(options)
         unknown = options.keys() - self.valid_kwargs.__annotations__.keys()
         if unknown:
@@ -182,16 +182,16 @@ class _MsacMixin:
                 )
 
     def fetch_images(self, image_url_or_urls):
-        """Read every path, URL and data URI in a picture or a (nested) list of pictures; leave the rest as it is."""
+        """Read every path, URL and data URI in an image or a (nested) list of images; leave the rest as it is."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        _ = list(_flat(image_url_or_urls))  # which raises for what is no picture
+        _ = list(_flat(image_url_or_urls))  # which raises for what is not an image
         if isinstance(image_url_or_urls, SOURCES):
             return load_picture(image_url_or_urls, self.untrusted_sources)
         return image_url_or_urls
 
     def process_image(self, image, input_data_format=None, untrusted_sources=False, **kwargs) -> Image.Image:
-        """Return one picture of any accepted type as upright 8-bit RGB."""
+        """Return one image of any accepted type as upright 8-bit RGB."""
         if isinstance(image, SOURCES):
             return load_picture(image, untrusted_sources)
         if isinstance(image, Image.Image):
@@ -200,14 +200,14 @@ class _MsacMixin:
         return convert(image, input_data_format)
 
     def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list:
-        """Return the pictures in one list, as they were given; `_decoded` opens each when its turn comes."""
+        """Return the images in one list, as they were given; `_decoded` opens each when its turn comes."""
         pictures = list(_flat(images))
         if not pictures:
             raise ValueError("The list of pictures is empty.")
         return pictures
 
     def _decoded(self, pictures: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
-        """Yield the pictures one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
+        """Yield the images one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
         options = {name: settings.get(name) for name in ("input_data_format", "untrusted_sources")}
         sources = iter([picture for picture in pictures if isinstance(picture, SOURCES)])
         with ThreadPoolExecutor(DECODED_AHEAD) as threads:  # Pillow and the network let go of the interpreter meanwhile
@@ -230,7 +230,7 @@ class _MsacMixin:
         return ranges
 
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
-        """Count the detailed, adaptive and thumbnail tiles of a picture of this size, without its pixels."""
+        """Count the detailed, adaptive and thumbnail tiles of an image of this size, without its pixels."""
         own = {name: getattr(self, name) for name in (*RANGE_NAMES, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
@@ -238,7 +238,7 @@ class _MsacMixin:
         return tile_counts(*msac_grids(width, height, *ranges, tile_size), settings["use_thumbnail"])
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Count the tiles of a picture of this size, all three kinds together, without its pixels."""
+        """Count the tiles of an image of this size, all three kinds together, without its pixels."""
         return sum(self.count_tiles(height, width, images_kwargs))
 
     def to_dict(self) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return `kwargs` with the four tile ranges of its `preset`, where they are not given themselves.
 
     Raises:
-        ValueError: There is no preset of that name.
+        ValueError: No preset has that name.
     """
     if not isinstance(kwargs, Mapping):
         raise ValueError(f"images_kwargs are a dict of options, {{'max_tiles': 12}} for example, got {kwargs!r}.")
@@ -278,7 +278,7 @@ def _tile_side(size) -> int:
     """Return the side of a tile in pixels, from any of transformers' ways to write a size.
 
     Raises:
-        ValueError: It is no square.
+        ValueError: It is not a square.
     """
     sides = [size, size] if isinstance(size, int) else size
     if isinstance(size, (Mapping, SizeDict)):
@@ -290,7 +290,7 @@ def _tile_side(size) -> int:
 
 
 def _flat(images) -> Iterator:
-    """Flatten lists of pictures within lists, in order; an array of four dimensions is a batch."""
+    """Flatten lists of images within lists, in order; an array of four dimensions is a batch."""
     if isinstance(images, (list, tuple)):
         for image in images:
             yield from _flat(image)
@@ -315,7 +315,7 @@ def _batch(tiles, grids: list[tuple], use_thumbnail: bool, return_tensors) -> Ba
 
 
 class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
-    """MSAC with PIL and NumPy: the pixels of the published code, bit by bit."""
+    """MSAC with PIL and NumPy: the pixels of the published code, bit for bit."""
 
     def _preprocess(
         self,

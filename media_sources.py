@@ -1,16 +1,16 @@
-"""Where pictures and videos come from: paths, URLs, data URIs and base64 text become bytes and files, safely.
+"""Where images and videos come from: paths, URLs, data URIs and base64 text become bytes and files, safely.
 
     data = read_source("https://example.org/page.png")
     with local_file("https://example.org/clip.mp4", VIDEO_DOWNLOAD) as path:
         ...
 
-One downloader for both: http and https alone (redirects too), at most so many bytes, and at most so many seconds in all,
+One downloader for both: http and https alone (redirects too), within a limit of bytes and of seconds in all,
 however slowly a server answers. Paths are those of regular files: a pipe or a device would never end.
 
 `untrusted` is for programs that pass on what strangers ask for: paths are refused, and so is every address that is not public,
 which is checked for the very address that is connected to. Proxies are not used then, since they would connect instead.
 
-Knows bytes, no pictures and no videos. Standard library only.
+Deals with bytes, not with images or videos. Standard library only.
 """
 
 import base64
@@ -54,7 +54,7 @@ class DownloadLimits(NamedTuple):
 PICTURE_DOWNLOAD = DownloadLimits(128 * 2**20, 60.0)
 VIDEO_DOWNLOAD = DownloadLimits(2**30, 180.0)
 
-SILENCE = 30.0  # seconds without a byte after which a server is given up
+SILENCE = 30.0  # seconds without a byte after which we give up on a server
 MAX_REDIRECTS = 10
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK = 2**16  # bytes
@@ -118,7 +118,7 @@ def _is_base64(text: str) -> bool:
 
 
 def read_source(source: str | os.PathLike, untrusted: bool = False) -> bytes | str:
-    """Return the bytes behind a picture's URL, data URI or base64 text; for a file its path, which has been checked.
+    """Return the bytes behind an image's URL, data URI or base64 text; for a file its path, which has been checked.
 
     Raises:
         ValueError: It cannot be found or downloaded, or is refused.
@@ -146,7 +146,7 @@ def decode_base64(text: str, name: str) -> bytes:
     """Decode base64 text, which may have spaces and line ends in it.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not base64.
     """
     try:
         return base64.b64decode("".join(text.split()), validate=True)

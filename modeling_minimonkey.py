@@ -177,7 +177,7 @@ class MiniMonkeyForConditionalGeneration(
             (B, N, D)
 
         Raises:
-            ValueError: Shapes, types or devices that do not fit, or image tokens and features of different number.
+            ValueError: Shapes, types or devices that do not fit, or the numbers of image tokens and features differ.
         """
         return self.place_features(input_ids, self._features_for(input_ids, pixel_values, image_flags))
 

@@ -1,11 +1,11 @@
 """What a conversation remembers of its prompt, so that its next turn costs only what is new.
 
-Three things, all of one conversation: the features of its pictures, which positions of its ids the language model read
+Three things, all of one conversation: the features of its images, which positions of its ids the language model read
 (scale compression leaves some out), and the key/value cache of those. A later prompt uses the cache as far as it begins with
-the same tokens and the same pictures, compressed in the same way; everything behind that is computed anew. So an edited
+the same tokens and the same images, compressed in the same way; everything after that is computed anew. So an edited
 history can never meet a cache that does not fit it.
 
-Knows ids, tensors and caches; no text. `generate` reads and writes a memory, `chat` hangs it on the history it returns.
+Deals with ids, tensors and caches, not with text. `generate` reads and writes a memory, `chat` hangs it on the history it returns.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def common_length(first: list[int], second: list[int]) -> int:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What decides what the language model computes: the ids of one row (N,), which pictures stand where, and how these are
+    """What decides what the language model computes: the ids of one row (N,), which images stand where, and how these are
     compressed (`settings.keep_ratio` 1: not at all)."""
 
     token_ids: list[int]
@@ -81,7 +81,7 @@ class PromptMemory:
     Weights and buffers that are trained, replaced or moved, and another value in the model's configuration, make it void; a
     change through `parameter.data` in place is not noticed, so call `forget` after one.
 
-    `tile_counts` and `features` are those of its pictures, by their key (see `picture_key`).
+    `tile_counts` and `features` are those of its images, by their key (see `picture_key`).
     """
 
     def __init__(self, model: nn.Module):
@@ -107,17 +107,17 @@ class PromptMemory:
             self._beginning.append(("assistant", answer))
 
     def nbytes(self) -> int:
-        """Bytes that it holds: keys, values and features."""
+        """Count the bytes that it holds: keys, values and features."""
         layers = [] if self._state is None else self._state.cache.layers
         tensors = [*self.features.values(), *(t for layer in layers for t in (layer.keys, layer.values))]
         return sum(tensor.nbytes for tensor in tensors)
 
     def begin_turn(self, keys: list[bytes]) -> "Turn":
-        """Return what the next turn, about the pictures `keys`, starts from."""
+        """Return what the next turn, about the images `keys`, starts from."""
         return Turn(self, keys, self.tile_counts, self.features)
 
     def remember_pictures(self, pictures: dict[bytes, tuple[list[int], torch.Tensor]]) -> None:
-        """Keep the tile counts and features of exactly these pictures, those of the prompt that is about to be read."""
+        """Keep the tile counts and features of exactly these images, those of the prompt that is about to be read."""
         self.tile_counts = {key: counts for key, (counts, _) in pictures.items()}
         self.features = {key: features for key, (_, features) in pictures.items()}
         forget_the_oldest(self._model(), self)
@@ -154,7 +154,7 @@ class PromptMemory:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn starts from: its pictures in order, and the tile counts and features of those that the memory knows."""
+    """What a turn starts from: its images in order, and the tile counts and features of those that the memory knows."""
 
     memory: PromptMemory
     keys: list[bytes]
@@ -168,7 +168,7 @@ def new_cache(model: nn.Module) -> Cache:
 
 
 def picture_key(picture, options: object) -> bytes:
-    """Return what tells pictures apart: what they show and how they are to be cut.
+    """Return what tells images apart: what they show and how they are to be cut.
 
     Args:
         picture: A PIL image (what is shown of it counts), an array or tensor (their values), a path (the file's bytes), a URL
@@ -176,7 +176,7 @@ def picture_key(picture, options: object) -> bytes:
         options: Whatever else decides how it is cut; its `repr` counts.
 
     Raises:
-        ValueError: Anything else, or a picture whose file is broken.
+        ValueError: Anything else, or an image whose file is broken.
     """
     digest = hashlib.sha256(repr(options).encode())
     if isinstance(picture, (str, os.PathLike)):

@@ -1,6 +1,6 @@
 """Which grids an image is cut in: multi-scale adaptive cropping (MSAC) as pure integers.
 
-Knows sizes and tile counts, no pixels, so that a serving engine can ask how many tokens an image costs before opening it.
+Deals with sizes and tile counts, not with pixels, so that a serving engine can ask how many tokens an image costs before opening it.
 Standard library only.
 
     >>> msac_grids(1280, 720)
@@ -19,7 +19,7 @@ TileRanges = tuple[int, int, int, int]
 """(min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles)"""
 
 # Tile ranges of the published evaluation, by benchmark; "default" is that of the demo, "others" that of every
-# benchmark without a row of its own. "multi_view" is ours, for pictures of `multi_view.py`: no adaptive tiles, which
+# benchmark without a row of its own. "multi_view" is ours, for images of `multi_view.py`: no adaptive tiles, which
 # would mix cameras (a range of one tile holds no grid that does not divide the detailed one).
 PRESETS: dict[str, TileRanges] = {
     "default": (4, 12, 3, 7),
@@ -42,7 +42,7 @@ PRESETS: dict[str, TileRanges] = {
 
 SINGLE_TILE: Grid = (1, 1)
 
-MOST_TILES = 1000  # of a grid; to list all grids of a million tiles takes minutes
+MOST_TILES = 1000  # of a grid; listing all grids of a million tiles takes minutes
 
 RANGE_NAMES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
 
@@ -145,10 +145,10 @@ def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> t
 def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges, use_thumbnail: bool = True) -> TileRanges:
     """Return tile ranges for each of `images` images that together give at most `tile_budget` tiles, thumbnails counted.
 
-    Every picture gets the same share; within it detailed and adaptive tiles keep their proportion.
+    Every image gets the same share; within it detailed and adaptive tiles keep their proportion.
 
     Raises:
-        ValueError: Less than one tile for each picture.
+        ValueError: Less than one tile for each image.
     """
     share = tile_budget // images
     if share < 1:

@@ -2,7 +2,7 @@
 
 A release of transformers that breaks something here breaks it in one place. CONTRIBUTING.md counts what is left.
 
-Knows transformers, nothing of MiniMonkey.
+Knows transformers, but nothing of MiniMonkey.
 """
 
 import inspect
@@ -96,7 +96,7 @@ def extends(parent: Callable) -> Callable[[Callable], Callable]:
     adds. What the override takes by position stands first in `parent` too.
 
     Raises:
-        TypeError: It does not, with this release of transformers.
+        TypeError: It does not with this release of transformers.
     """
     inherited = {name: p for name, p in _parameters(parent).items() if name != "self"}
 

@@ -7,7 +7,7 @@ Frames are the middles of equal segments, as InternVL2 takes them. Seconds are t
 the frame rate varies, as on phones and screens. Files are decoded by transformers, with whichever of PyAV, decord,
 torchcodec and OpenCV is installed.
 
-Knows frames and seconds, no prompts and no tiles.
+Deals with frames and seconds, not with prompts or tiles.
 """
 
 import importlib
@@ -48,7 +48,7 @@ BACKENDS: dict[str, _Backend] = {
 }
 """What can decode a file, in the order in which it is looked for."""
 
-# What the back ends raise for files they cannot read, beside their own: no stream (LookupError, ValueError), no frame
+# What the back ends raise for files they cannot read, besides their own: no stream (LookupError, ValueError), no frame
 # rate (TypeError), an unknown codec (AttributeError), a broken container (the others).
 READ_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
@@ -76,7 +76,7 @@ def frame_indices(
         num_frames: Take this many, at the middle of equal segments of the span. Where the span has no more than that,
             each of its frames once, so fewer may come back than were asked for; InternVL2 would repeat some.
         fps: Take this many per second of the span, rounded, at least one; in the same places.
-        start, end: The span in seconds, both frames included; what lies before or behind the video is left out.
+        start, end: The span in seconds, both frames included; what lies before or after the video is left out.
             Default: the whole video.
         times: When each frame is shown, in seconds from the first, ascending. By default frames follow each other at
             `video_fps`; where they do not, `start`, `end` and `fps` go by these.
@@ -205,7 +205,7 @@ def load_frames(
     counted.
 
     Raises:
-        ValueError: The file is missing, broken or without pictures, it cannot be downloaded, or nothing is selected.
+        ValueError: The file is missing, broken or without frames, it cannot be downloaded, or nothing is selected.
         ImportError: There is no back end to decode it.
     """
     _check_selection(num_frames, fps, start, end)
@@ -226,7 +226,7 @@ def load_frames(
 
 
 def _given_frames(video) -> list[Frame]:
-    """Return the frames of an array, a tensor or a list of pictures; tensors become arrays, channels come last."""
+    """Return the frames of an array, a tensor or a list of images; tensors become arrays, channels come last."""
     if isinstance(video, (np.ndarray, torch.Tensor)):
         return _frames_of_array(video)
     if not isinstance(video, (list, tuple)):
@@ -257,7 +257,7 @@ def _frames_of_array(video: np.ndarray | torch.Tensor) -> list[np.ndarray]:
     height, width).
 
     Raises:
-        ValueError: Another shape, or one that could be a picture as well.
+        ValueError: Another shape, or one that could be an image as well.
     """
     shape = tuple(video.shape)
     if len(shape) == 4 and (shape[1] in CHANNELS or shape[3] in CHANNELS):
@@ -335,7 +335,7 @@ def _decode(path: str, backend: str, selection: tuple) -> list[np.ndarray]:
         frames, missing = _read(path, backend, selection, _frame_times(path, decode=True))
     if missing:
         raise ValueError(f"the file ends early, {missing} of the frames cannot be decoded.")
-    if backend == "pyav":  # the others turn the pictures themselves
+    if backend == "pyav":  # the others turn the frames themselves
         turns = _quarter_turns(path)
         frames = [np.rot90(frame, turns) for frame in frames] if turns else frames
     return frames
@@ -397,7 +397,7 @@ def _frame_times(path: str, decode: bool) -> list[float | None]:
 
 
 def _quarter_turns(path: str) -> int:
-    """Count the quarter turns counter-clockwise that make the pictures upright; phones film sideways and say so."""
+    """Count the counter-clockwise quarter turns that make the frames upright; phones film sideways and say so."""
     with importlib.import_module("av").open(path) as container:
         return round(getattr(next(container.decode(video=0), None), "rotation", 0) / 90) % 4
 
