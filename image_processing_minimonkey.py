@@ -6,8 +6,8 @@
 `backend="pil"` gives the pixels of the published code, bit for bit; `backend="torchvision"` (the default) is faster and
 differs by at most one level of 255 before normalisation.
 
-Deals with images, not with prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as soon as
-it is decoded, so that only a few are in memory at a time.
+Deals with images, not with prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as
+soon as it is decoded, so that only a few are in memory at a time.
 """
 
 import os

@@ -5,7 +5,8 @@ Three things, all of one conversation: the features of its images, which positio
 the same tokens and the same images, compressed in the same way; everything after that is computed anew. So an edited
 history can never meet a cache that does not fit it.
 
-Deals with ids, tensors and caches, not with text. `generate` reads and writes a memory, `chat` hangs it on the history it returns.
+Deals with ids, tensors and caches, not with text. `generate` reads and writes a memory, `chat` hangs it on the history it
+returns.
 """
 
 import hashlib

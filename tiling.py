@@ -1,7 +1,7 @@
 """Which grids an image is cut in: multi-scale adaptive cropping (MSAC) as pure integers.
 
-Deals with sizes and tile counts, not with pixels, so that a serving engine can ask how many tokens an image costs before opening it.
-Standard library only.
+Deals with sizes and tile counts, not with pixels, so that a serving engine can ask how many tokens an image costs before
+opening it. Standard library only.
 
     >>> msac_grids(1280, 720)
     ((4, 2), (3, 2))
