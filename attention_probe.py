@@ -32,7 +32,7 @@ class _Reached(Exception):  # noqa: N818 - it is not an error
 
 
 class _InChunks(nn.Module):
-    """A block that treats each token by itself, a few tokens at a time."""
+    """A block that treats each token by itself, run on a few tokens at a time."""
 
     def __init__(self, block: nn.Module):
         super().__init__()

@@ -34,7 +34,7 @@ class ChatHistory(list):
         """Return the turns as messages in the form of transformers, which `chat(messages=...)` takes.
 
         Args:
-            images, videos: Those of the conversation, as `chat` was given them; each is put where its placeholder stands.
+            images, videos: Those of the conversation, as passed to `chat`; each is put where its placeholder stands.
 
         Raises:
             ValueError: The numbers of placeholders and of images or videos differ.
@@ -144,12 +144,12 @@ class AnswerStream:
     """The pieces of an answer while it is made; joined they are the whole answer, and `text` is what there is so far. Iterate
     over it once.
 
-    Afterwards `answer` and `history` are there. `close()`, or leaving a `with` block, ends the generation early; the answer
+    Afterwards `answer` and `history` are available. `close()`, or leaving a `with` block, ends the generation early; the answer
     is then what was made so far.
 
     Args:
         run: Generates, given a streamer and a stopping criterion, and returns the whole answer.
-        decode: From token ids to their text.
+        decode: Turns token ids into their text.
         ends: Texts that end the answer.
     """
 

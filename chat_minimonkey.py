@@ -4,7 +4,7 @@
     answer, history = model.chat(processor, "receipt.png", "And the date?", history=history, return_history=True)
     answer = model.chat(processor, messages=[{"role": "user", "content": [{"type": "image", "path": "receipt.png"}, ...]}])
 
-A call is read into one `Conversation` a row, cut into tiles, rendered to token ids, generated and read again. What comes back
+A call is read into one `Conversation` per row, cut into tiles, rendered to token ids, generated and decoded. What is returned
 is in chat_answer.py, what a history remembers in prompt_memory.py, the published argument orders in published_calls.py.
 """
 
@@ -73,7 +73,7 @@ class _Cut:
     """The tiles (T, 3, S, S) of all images of a call, and how many of each image's are detailed, adaptive and thumbnail
     tiles (images, 3).
 
-    With a memory there is a `turn`, and `pixel_values` hold those images alone that are new to it.
+    With a memory there is a `turn`, and `pixel_values` hold only the images that are new to it.
     """
 
     pixel_values: torch.Tensor | None = None
@@ -84,7 +84,7 @@ class _Cut:
 
 @dataclass
 class _Request:
-    """What `generate` is called with, and what its answers are read with."""
+    """What `generate` is called with, and what is needed to read its answers."""
 
     tokenizer: Any
     template: ChatTemplate
@@ -124,7 +124,7 @@ class ChatMixin:
     """`chat` and `batch_chat` for a model that has `generate` and a MiniMonkeyConfig."""
 
     # Of how many conversations the key/value caches and image features are kept, and how many bytes these may hold together
-    # (None: any number); the one that was longest without a turn goes first.
+    # (None: any number); the least recently used one goes first.
     remembered_conversations = 1
     remembered_bytes: int | None = None
 
@@ -189,7 +189,7 @@ class ChatMixin:
             tile_budget: Most tiles of all images of the prompt together; each gets the same share.
             max_prompt_tokens: Longest prompt that is not refused; by default the context length of the language model.
             use_scm: Compress the images' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. An
-                image is scored by the turn that brought it, also when a later turn computes it anew.
+                image is scored by the turn that brought it, even when a later turn computes it again.
             num_patches_list: For tiles: how many belong to each image; by default all to one.
             target_aspect_ratio: For SCM with tiles: (columns, rows) of the detailed grid, or a list of one for each image.
             tile_order: Whether the detailed or the adaptive tiles come first in tiles that the caller cut: "detailed_first",
@@ -197,9 +197,9 @@ class ChatMixin:
             grounding_tokens: `<ref>`, `<box>` and `<quad>` in questions and answers are the model's own tokens, as for models
                 that answer with boxes. By default they are plain text in questions and left out of answers.
             skip_special_tokens: False leaves all special tokens in the answer.
-            remember: False computes everything anew and keeps nothing for the next turn.
+            remember: False computes everything from the start and keeps nothing for the next turn.
             **generation: What `generate` takes: max_new_tokens, do_sample, num_beams, stop_strings, streamer, ... The answer
-                ends before a stop string, and with the template's separator beside any `eos_token_id`.
+                ends before a stop string, and with the template's separator besides any `eos_token_id`.
 
         Raises:
             ValueError: Arguments that do not fit together, or a prompt that is too long; the message says what to pass instead.
@@ -287,7 +287,7 @@ class ChatMixin:
 
         Called with one entry of `images` (and of `videos`) for each question (None, an image or a list), or in the published
         order `batch_chat(tokenizer, pixel_values, questions, generation_config, num_patches_list, ...)` with one image for
-        each question that does not say `<image>` itself. Other arguments as in `chat`. Histories are taken and returned, and
+        each question that does not say `<image>` itself. Other arguments as in `chat`. Histories are taken and returned, but
         computed from the start.
 
         Returns:

@@ -34,8 +34,8 @@ class AttentionInputs:
     """What goes into the attention of one layer for one sequence.
 
     query (H, n, d) and key (key/value heads, n, d) after rotation; `softcap`, `sliding_window` and `sinks` (H,) where the
-    layer has them. `mask` (1 or H, n, n) says who sees whom, as bool or as what is added to the logits; None: every token
-    sees itself and those before it, within the window.
+    layer has them. `mask` (1 or H, n, n) says which token sees which, as bool or as what is added to the logits; None: every
+    token sees itself and those before it, within the window.
     """
 
     query: torch.Tensor
@@ -88,7 +88,7 @@ class CompressionSettings:
     Args:
         keep_ratio: Share of an image's detailed tokens that stay.
         layer: The layer of the language model whose attention scores them.
-        num_layers: How many layers that has.
+        num_layers: Number of its layers.
         queries: "all" scores with an image's own other tokens and all text after it, in one pass over the row. "visual"
             scores each image's tokens as a sequence of their own: the result depends on nothing but the image.
         query_ends: For each image the index into its padded row before which its queries end; None is the row's end.
@@ -215,8 +215,8 @@ def kept_positions(
         embeddings: (B, N, D)
         attention_mask: (B, N)
         images: The images of each row, see `find_images`.
-        probe: From the embeddings (n, D) of a sequence, and which of them are image tokens (n,), to the attention inputs of
-            the scoring layer.
+        probe: Returns the attention inputs of the scoring layer for the embeddings (n, D) of a sequence and a mask (n,) of
+            its image tokens.
 
     Returns:
         For each row ascending int64 indices into the padded row, padding left out.

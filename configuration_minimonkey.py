@@ -249,7 +249,7 @@ class MiniMonkeyConfig(InternVLConfig):
             config_dict = {**config_dict, "model_type": cls.model_type}
         elif config_dict.get("model_type") == InternVLConfig.model_type:
             config_dict = {"template": "chatml", **config_dict, "model_type": cls.model_type}
-            # What the whole says counts in transformers, also where it says nothing.
+            # transformers goes by the value of the whole model, even where that is left at its default.
             tied = config_dict.setdefault("tie_word_embeddings", InternVLConfig.tie_word_embeddings)
             config_dict["text_config"] = {**(config_dict.get("text_config") or {}), "tie_word_embeddings": tied}
         return config_dict, kwargs

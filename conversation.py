@@ -149,7 +149,7 @@ def chat_template_jinja(template: ChatTemplate, system_message: str | None = Non
 
 # --- token ids -------------------------------------------------------------------------------------------------------
 
-# Nobody can type these: they are drawn anew in every process.
+# Nobody can type these: they are drawn afresh in every process.
 _MARK = "\ue000" + secrets.token_hex(8) + "\ue001"
 _SECRET_NAME = "\ue002" + secrets.token_hex(8)
 
@@ -208,7 +208,7 @@ def protect(text: str, spellings: list[str]) -> str:
     marked = _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
     if marked != text or getattr(next(iter(spellings), None), "normalizer", None) is None:
         return marked
-    # One mark, wherever it stands, has the whole prompt encoded with spellings that no text can be normalized to.
+    # A single mark, wherever it stands, has the whole prompt encoded with spellings that no text can be normalized to.
     return marked + _MARK if _arises_in(text, spellings) else marked
 
 

@@ -54,7 +54,7 @@ from .transformers_bridge import (
 )
 
 
-# On a cache: its positions are not those of the ids that were returned with it.
+# Set on a cache whose positions are not those of the ids that were returned with it.
 REPACKED = "prompt_was_repacked"
 
 
@@ -82,7 +82,7 @@ WARPERS = {
     "typical_p": TypicalLogitsWarper,
 }
 OFF_AT_ZERO = ("no_repeat_ngram_size", "top_k")
-# Taken by `generate` without standing in its signature.
+# Taken by `generate` without being in its signature.
 ALSO_TAKEN = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
 
 
@@ -197,7 +197,7 @@ class GenerateMixin:
                 the processor's is "detailed_first".
             scm_select: Chooses the detailed tokens that stay instead of attention, see `compression.CompressionSettings`.
             **kwargs: Everything `GenerationMixin.generate` takes. A cache may also be a `Turn` of prompt_memory.py, as `chat`
-                hands it over; `pixel_values` are then the tiles of those images alone whose features it does not hold, and
+                hands it over; `pixel_values` are then only the tiles of the images whose features it does not hold, and
                 `tile_counts` those of all; one row without padding.
 
         `scm_keep_ratio`, `scm_layer` and `scm_queries` are by default those of the configuration.

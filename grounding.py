@@ -196,7 +196,7 @@ def draw_boxes(
 
     Args:
         image: The image that the boxes are of; EXIF orientation is applied, as for the model.
-        groundings: Boxes and their labels, see `parse_boxes`; the same label has the same colour, None has no caption.
+        groundings: Boxes and their labels, see `parse_boxes`; the same label gets the same colour, None gets no caption.
         colours: One for each label in turn.
         font: By default Pillow's own in a size that fits the image; it has Latin letters only, so that Chinese labels
             need `ImageFont.truetype(...)`.

@@ -54,7 +54,7 @@ KINDS = {
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 RESIZED_BY_TORCH = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)  # others mean something else there
 MOST_PIXELS = 2**29  # of all tiles of an image: 6 GB of float32
-DECODED_AHEAD = 3  # images in memory at a time, beside the one that is cut
+DECODED_AHEAD = 3  # images in memory at a time, besides the one that is cut
 
 
 class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
@@ -71,7 +71,7 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
         A name of `tiling.PRESETS`, the tile ranges of a published benchmark; sets those of the four that are not given.
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
         Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
-        in parts alone, which is of use for comparisons.
+        only in parts, which is useful for comparisons.
     untrusted_sources (`bool`, *optional*, defaults to `self.untrusted_sources`):
         For servers: whether paths are refused, and URLs of addresses that are not public.
     """

@@ -7,7 +7,7 @@
 One downloader for both: http and https alone (redirects too), within a limit of bytes and of seconds in all,
 however slowly a server answers. Paths are those of regular files: a pipe or a device would never end.
 
-`untrusted` is for programs that pass on what strangers ask for: paths are refused, and so is every address that is not public,
+`untrusted` is for programs that pass on requests of strangers: paths are refused, and so is every address that is not public,
 which is checked for the very address that is connected to. Proxies are not used then, since they would connect instead.
 
 Deals with bytes, not with images or videos. Standard library only.
@@ -297,7 +297,7 @@ class _Watch:
                 failure = error
                 continue
             connection.settimeout(SILENCE)
-            self._keep(connection.dup())  # TLS takes the connection's own handle away
+            self._keep(connection.dup())  # TLS takes over the connection's own handle
             return connection
         raise failure
 

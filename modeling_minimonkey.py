@@ -2,7 +2,7 @@
 
 There is no attention code here: vision tower and language model are transformers' own, with all their attention back
 ends, caches and parallel plans. This file adds the older options of the published family and weights under their published
-names; `generate` with scale compression and `chat` with history come from the files beside it.
+names; `generate` with scale compression and `chat` with history come from the files next to it.
 
     model = AutoModel.from_pretrained("path/of/this/repository", trust_remote_code=True)
     answer = model.chat(processor, "receipt.png", "What is the total?")
@@ -133,8 +133,8 @@ class MiniMonkeyForConditionalGeneration(
         """Load a model as transformers does; also take two arguments of the published README.
 
         Args:
-            use_flash_attn: True is `attn_implementation="flash_attention_2"`, False or None leave the choice open.
-            load_in_8bit: False only; 8-bit loading is `quantization_config=BitsAndBytesConfig(load_in_8bit=True)`.
+            use_flash_attn: True means `attn_implementation="flash_attention_2"`; False and None leave the choice open.
+            load_in_8bit: Only False; 8-bit loading is `quantization_config=BitsAndBytesConfig(load_in_8bit=True)`.
 
         Raises:
             ValueError: `load_in_8bit=True`.

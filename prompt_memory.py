@@ -2,7 +2,7 @@
 
 Three things, all of one conversation: the features of its images, which positions of its ids the language model read
 (scale compression leaves some out), and the key/value cache of those. A later prompt uses the cache as far as it begins with
-the same tokens and the same images, compressed in the same way; everything after that is computed anew. So an edited
+the same tokens and the same images, compressed in the same way; everything after that is computed again. So an edited
 history can never meet a cache that does not fit it.
 
 Deals with ids, tensors and caches, not with text. `generate` reads and writes a memory, `chat` hangs it on the history it
@@ -79,7 +79,7 @@ class Recalled:
 class PromptMemory:
     """The memory of one conversation with `model`; a plain object to everyone but `generate`.
 
-    Weights and buffers that are trained, replaced or moved, and another value in the model's configuration, make it void; a
+    Training, replacing or moving weights or buffers, or changing the model's configuration, makes it void; a
     change through `parameter.data` in place is not noticed, so call `forget` after one.
 
     `tile_counts` and `features` are those of its images, by their key (see `picture_key`).
@@ -126,8 +126,8 @@ class PromptMemory:
     def take_cache(self, prompt: Prompt) -> Recalled:
         """Take out the cache of as much of `prompt` as it can serve; at least the prompt's last token is left to compute.
 
-        The memory is without a cache until `remember`: should the generation fail, or two run at once, none meets a cache
-        that is half written.
+        The memory has no cache until `remember`: should the generation fail, or two run at once, none meets a cache that
+        is half written.
         """
         with self._lock:
             state, self._state = self._state, None
@@ -277,7 +277,7 @@ def recall(
         known = [memory for memory in _found_by_messages.get(model, []) if memory.belongs_to(model)]
         shared = [common_length(memory._beginning, beginning) for memory in known]
         best = max(reversed(range(len(known))), key=lambda i: shared[i], default=None)
-        # A system message alone is no conversation.
+        # A system message alone is not a conversation.
         memory = known[best] if best is not None and shared[best] > 1 else PromptMemory(model)
         memory._beginning = list(beginning)
         _found_by_messages[model] = [*(other for other in known if other is not memory), memory]

@@ -16,7 +16,7 @@ from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping  # noqa: F401
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming  # noqa: F401
 
-# Saving puts the code that loads a model beside it; transformers does so only for classes registered by hand.
+# Saving puts the code that loads a model next to it; transformers does so only for classes registered by hand.
 from transformers.dynamic_module_utils import custom_object_save  # noqa: F401
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 

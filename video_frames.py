@@ -206,7 +206,7 @@ def load_frames(
 
     Raises:
         ValueError: The file is missing, broken or without frames, it cannot be downloaded, or nothing is selected.
-        ImportError: There is no back end to decode it.
+        ImportError: No back end is installed to decode it.
     """
     _check_selection(num_frames, fps, start, end)
     if not isinstance(video, (str, os.PathLike)):

@@ -1,8 +1,8 @@
 """Visual experts: decoder layers with a second feed-forward block that only image tokens go through.
 
 That is how Mono-InternVL (arXiv 2410.08202) sees without a vision tower: `mlp` is the feed-forward block of the language
-model, `visual_mlp` was trained beside it on images, attention and norms are shared. Which token takes which is given, not
-learned: `visual_token_mask`. Stands on transformers' Llama, which InternLM2 is.
+model, `visual_mlp` was trained alongside it on images, attention and norms are shared. Which token takes which is given by
+`visual_token_mask`, not learned. Builds on transformers' Llama, which InternLM2 is.
 """
 
 import torch
@@ -27,7 +27,7 @@ class VisualExpertDecoderLayer(LlamaDecoderLayer):
         Args:
             hidden_states: (B, N, D)
             visual_token_mask: (B, N) bool, true for the image tokens among these N; None: there are none.
-            **kwargs: What transformers gives to its layers; attention uses it.
+            **kwargs: What transformers passes to its layers; attention uses it.
         """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
