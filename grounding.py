@@ -23,7 +23,7 @@ from .picture_decoding import to_rgb
 
 
 SCALE = 1000
-"""The right and lower edge of every picture in the coordinates of an answer."""
+"""The right and lower edge of every image in the coordinates of an answer."""
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#8c564b")
 """Outlines, one for each label in turn."""

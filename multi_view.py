@@ -22,7 +22,7 @@ from .picture_decoding import resize_picture, to_rgb
 
 
 SCALE = 1000
-"""The right and lower edge of a picture in the coordinates of questions and answers."""
+"""The right and lower edge of an image in the coordinates of questions and answers."""
 
 CAPTION_COLOUR = (255, 0, 255)
 CAPTION_SIZE = 50 / 448  # of the height of a view

@@ -96,7 +96,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture of an EXIF orientation upright."""
+"""What makes an image of an EXIF orientation upright."""
 
 
 class Page(str):
