@@ -1,7 +1,7 @@
 """Queries and keys of one layer of a language model, as they enter its attention, for any decoder of transformers.
 
-The layers before run as they are, with the attention back end they have. Of the layer that is asked for only what comes
-before its attention runs: its norm, projections and rotations. The language model itself is not touched: the pass is made
+The layers before run as they are, with the attention back end they have. Of the requested layer only what comes before its
+attention runs: its norm, projections and rotations. The language model itself is not touched: the pass is made
 on shallow copies that share its weights, so other threads can use the model meanwhile.
 
     inputs = attention_inputs(model.model.language_model, embeddings, layer=1)
@@ -32,7 +32,7 @@ class _Reached(Exception):  # noqa: N818 - it is not an error
 
 
 class _InChunks(nn.Module):
-    """A block that treats each token by itself, a few tokens at a time."""
+    """A block that treats each token by itself, run on a few tokens at a time."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -60,12 +60,12 @@ def _receive(query, key, attention_mask, scaling, softcap=None, sliding_window=N
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, which is what can be copied in parts; any other as it is."""
+    """Return the module that `torch.compile` wrapped, which can be copied in parts; return any other as it is."""
     return getattr(module, "_orig_mod", module)
 
 
 def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
-    """A copy that shares weights and children with `module`, but for those children that are given."""
+    """Return a copy that shares weights and children with `module`, except for the children that are given."""
     copied = copy.copy(module)
     copied._modules = {**module._modules, **children}
     hook = getattr(module, "_hf_hook", None)
@@ -89,13 +89,13 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
     """Run one sequence through a language model, up to the attention of a layer.
 
     Args:
-        language_model: A decoder of transformers without its head.
+        language_model: A transformers decoder without its head.
         embeddings: (n, D)
         layer: Index of the layer.
-        **kwargs: What else the language model takes.
+        **kwargs: Other arguments of the language model.
 
     Raises:
-        ValueError: A language model that is not built as transformers' decoders usually are.
+        ValueError: The language model is not built as transformers' decoders usually are.
     """
     language_model = _uncompiled(language_model)
     layers = getattr(language_model, "layers", None)
@@ -116,7 +116,7 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
         for one in layers[:layer]
     ]
     beginning = nn.ModuleList([*before, _copy(layers[layer], self_attn=attention)])
-    # Dynamic rotary embeddings remember the longest sequence they saw; they shall not remember this one.
+    # Dynamic rotary embeddings remember the longest sequence they saw; they must not remember this one.
     rotary = {name: copy.deepcopy(child) for name, child in language_model.named_children() if "rotary" in name}
     try:
         _copy(language_model, layers=beginning, **rotary)(inputs_embeds=embeddings[None], use_cache=False, **kwargs)
@@ -130,7 +130,7 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
 
 
 def _check_mask_is_known(inputs: AttentionInputs, config, layer: int) -> None:
-    """Some back ends get no mask; what they hide beyond what is causal and in the window is then not known here."""
+    """Check that a back end which gets no mask hides nothing beyond what causality and the window hide."""
     kinds = getattr(config, "layer_types", None) or []
     kind = kinds[layer] if layer < len(kinds) else "full_attention"
     if inputs.mask is None and kind not in ("full_attention", "sliding_attention"):

@@ -1,6 +1,6 @@
-"""What `chat` gives back: answers with their confidence, histories that remember, answers that arrive piece by piece.
+"""What `chat` returns: answers with their confidence, histories that remember, answers that arrive piece by piece.
 
-Knows text and token ids, no prompts and no model.
+Deals with text and token ids, not with prompts or models.
 
     for text in model.chat(processor, "page.png", "Read the text.", stream=True):
         print(text, end="")
@@ -24,7 +24,7 @@ from .prompt_memory import PromptMemory
 class ChatHistory(list):
     """The (question, answer) pairs of a conversation, a list like any other, that remembers what was computed for it.
 
-    The next `chat` that gets it computes only what is new. Edited, it still serves as far as it is the same; a copy or a
+    The next `chat` that gets it computes only what is new. After an edit it still serves as far as it is unchanged; a copy or a
     pickled one is a plain list, whose conversation is computed from the start.
     """
 
@@ -34,15 +34,15 @@ class ChatHistory(list):
         """Return the turns as messages in the form of transformers, which `chat(messages=...)` takes.
 
         Args:
-            images, videos: Those of the conversation, as `chat` was given them; each is put where its placeholder stands.
+            images, videos: Those of the conversation, as passed to `chat`; each is put where its placeholder stands.
 
         Raises:
-            ValueError: Placeholders and images or videos of different number.
+            ValueError: The numbers of placeholders and of images or videos differ.
         """
         return write_messages(self, flatten_pictures(images), list_videos(videos), system_message)
 
     def forget(self) -> None:
-        """Free the memory that the conversation holds (its key/value cache and the features of its pictures)."""
+        """Free the memory that the conversation holds (its key/value cache and the features of its images)."""
         if self.memory is not None:
             self.memory.forget()
 
@@ -54,7 +54,7 @@ class ChatHistory(list):
 class ChatAnswer:
     """An answer and what is known about it, see `return_dict=True` of `chat`.
 
-    `token_ids` are those that were generated, the end token among them, and `log_probabilities` those that the model gave
+    `token_ids` are those that were generated, including the end token, and `log_probabilities` those that the model gave
     each of them, before temperature and other settings of sampling.
     """
 
@@ -91,7 +91,7 @@ def trim_pieces(pieces: Iterator[str], ends: list[str]) -> Iterator[str]:
 
 
 def _overlap(text: str, end: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `end`."""
+    """Count the characters at the end of `text` that may be the beginning of `end`."""
     return next((n for n in range(min(len(text), len(end)), 0, -1) if text.endswith(end[:n])), 0)
 
 
@@ -129,7 +129,7 @@ def _generate(run, tokens: _TokenQueue, stop: _StopWhen, outcome: dict[str, Any]
 
 
 def _growing_text(tokens: _TokenQueue, decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """What each new token adds to the decoded text; characters of several tokens wait until they are whole."""
+    """Yield what each new token adds to the decoded text; characters of several tokens wait until they are whole."""
     ids, given = [], ""
     for token in iter(tokens.queue.get, None):
         ids.append(token)
@@ -144,12 +144,12 @@ class AnswerStream:
     """The pieces of an answer while it is made; joined they are the whole answer, and `text` is what there is so far. Iterate
     over it once.
 
-    Afterwards `answer` and `history` are there. `close()`, or leaving a `with` block, ends the generation early; the answer
+    Afterwards `answer` and `history` are available. `close()`, or leaving a `with` block, ends the generation early; the answer
     is then what was made so far.
 
     Args:
         run: Generates, given a streamer and a stopping criterion, and returns the whole answer.
-        decode: From token ids to their text.
+        decode: Turns token ids into their text.
         ends: Texts that end the answer.
     """
 

@@ -4,7 +4,7 @@
     answer, history = model.chat(processor, "receipt.png", "And the date?", history=history, return_history=True)
     answer = model.chat(processor, messages=[{"role": "user", "content": [{"type": "image", "path": "receipt.png"}, ...]}])
 
-A call is read into one `Conversation` a row, cut into tiles, rendered to token ids, generated and read again. What comes back
+A call is read into one `Conversation` per row, cut into tiles, rendered to token ids, generated and decoded. What is returned
 is in chat_answer.py, what a history remembers in prompt_memory.py, the published argument orders in published_calls.py.
 """
 
@@ -51,15 +51,15 @@ from .transformers_bridge import CACHE_NAME
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
-# What `generate` returns beside tokens.
+# What `generate` returns besides tokens.
 NOT_IN_ANSWERS = ("output_hidden_states", "output_attentions", "output_scores", "output_logits")
 
 
 @dataclass
 class Conversation:
-    """One row of a call: its turns as the history keeps them and as the prompt has them, and its pictures.
+    """One row of a call: its turns as the history keeps them and as the prompt has them, and its images.
 
-    A picture is (source, the image processor's options for it), or (tiles (t, 3, S, S) that the caller cut, None).
+    An image is (source, the image processor's options for it), or (tiles (t, 3, S, S) that the caller cut, None).
     """
 
     history: list[tuple[str, str]]
@@ -70,10 +70,10 @@ class Conversation:
 
 @dataclass
 class _Cut:
-    """The tiles (T, 3, S, S) of all pictures of a call, and how many of each picture's are detailed, adaptive and thumbnail
-    tiles (pictures, 3).
+    """The tiles (T, 3, S, S) of all images of a call, and how many of each image's are detailed, adaptive and thumbnail
+    tiles (images, 3).
 
-    With a memory there is a `turn`, and `pixel_values` hold those pictures alone that are new to it.
+    With a memory there is a `turn`, and `pixel_values` hold only the images that are new to it.
     """
 
     pixel_values: torch.Tensor | None = None
@@ -84,7 +84,7 @@ class _Cut:
 
 @dataclass
 class _Request:
-    """What `generate` is called with, and what its answers are read with."""
+    """What `generate` is called with, and what is needed to read its answers."""
 
     tokenizer: Any
     template: ChatTemplate
@@ -105,7 +105,7 @@ class _Request:
 
 
 def _also_published(method: Callable) -> Callable:
-    """Let a method be called in the published argument orders too; what is plainly ours is not looked at."""
+    """Let a method be called in the published argument orders too; calls that are plainly ours pass through."""
 
     order = list(inspect.signature(method).parameters)[1:]
 
@@ -124,7 +124,7 @@ class ChatMixin:
     """`chat` and `batch_chat` for a model that has `generate` and a MiniMonkeyConfig."""
 
     # Of how many conversations the key/value caches and image features are kept, and how many bytes these may hold together
-    # (None: any number); the one that was longest without a turn goes first.
+    # (None: any number); the least recently used one goes first.
     remembered_conversations = 1
     remembered_bytes: int | None = None
 
@@ -189,7 +189,7 @@ class ChatMixin:
             tile_budget: Most tiles of all images of the prompt together; each gets the same share.
             max_prompt_tokens: Longest prompt that is not refused; by default the context length of the language model.
             use_scm: Compress the images' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. An
-                image is scored by the turn that brought it, also when a later turn computes it anew.
+                image is scored by the turn that brought it, even when a later turn computes it again.
             num_patches_list: For tiles: how many belong to each image; by default all to one.
             target_aspect_ratio: For SCM with tiles: (columns, rows) of the detailed grid, or a list of one for each image.
             tile_order: Whether the detailed or the adaptive tiles come first in tiles that the caller cut: "detailed_first",
@@ -197,12 +197,12 @@ class ChatMixin:
             grounding_tokens: `<ref>`, `<box>` and `<quad>` in questions and answers are the model's own tokens, as for models
                 that answer with boxes. By default they are plain text in questions and left out of answers.
             skip_special_tokens: False leaves all special tokens in the answer.
-            remember: False computes everything anew and keeps nothing for the next turn.
+            remember: False computes everything from the start and keeps nothing for the next turn.
             **generation: What `generate` takes: max_new_tokens, do_sample, num_beams, stop_strings, streamer, ... The answer
-                ends before a stop string, and with the template's separator beside any `eos_token_id`.
+                ends before a stop string, and with the template's separator besides any `eos_token_id`.
 
         Raises:
-            ValueError: Arguments that do not fit together, a prompt that is too long, with what to pass instead.
+            ValueError: Arguments that do not fit together, or a prompt that is too long; the message says what to pass instead.
         """
         if messages is not None:
             given = {"images": images, "question": question, "history": history, "videos": videos}
@@ -287,7 +287,7 @@ class ChatMixin:
 
         Called with one entry of `images` (and of `videos`) for each question (None, an image or a list), or in the published
         order `batch_chat(tokenizer, pixel_values, questions, generation_config, num_patches_list, ...)` with one image for
-        each question that does not say `<image>` itself. Other arguments as in `chat`. Histories are taken and returned, and
+        each question that does not say `<image>` itself. Other arguments as in `chat`. Histories are taken and returned, but
         computed from the start.
 
         Returns:
@@ -349,10 +349,10 @@ class ChatMixin:
     # --- images ------------------------------------------------------------------------------------------------------
 
     def _cut(self, processor, request: _Request, grids, keys: list[bytes] | None = None) -> _Cut:
-        """Cut the pictures of all conversations into tiles; with a memory, those that it does not know.
+        """Cut the images of all conversations into tiles; with a memory, those that it does not know.
 
         Args:
-            grids: Of tiles that the caller cut, the detailed grid of each picture, if scale compression needs it.
+            grids: Of tiles that the caller cut, the detailed grid of each image, if scale compression needs it.
         """
         pictures = [picture for conversation in request.conversations for picture in conversation.pictures]
         memory = request.memory
@@ -390,7 +390,7 @@ class ChatMixin:
         self, request: _Request, config: GenerationConfig | dict | None, generation: dict[str, Any], return_dict: bool
     ) -> dict[str, Any]:
         """Return the caller's settings in a fresh dict, checked; an answer ends with the template's separator, whatever other
-        ends it has."""
+        ends there are."""
         if config is not None and not isinstance(config, (dict, GenerationConfig)):
             raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {type(config).__name__}.")
         if isinstance(config, GenerationConfig):
@@ -617,10 +617,10 @@ def _read(
     """Read one row: placeholders where there are none, pages of files, frames of videos in their places.
 
     Args:
-        is_placed: The question says where everything belongs.
+        is_placed: Whether the question says where everything belongs.
 
     Raises:
-        ValueError: Placeholders and images or videos of different number, a video that cannot be read.
+        ValueError: The numbers of placeholders and of images or videos differ, or a video that cannot be read.
     """
     images, videos = flatten_pictures(images), [] if videos is None else list_videos(videos)
     asked = [text for text, _ in history]
@@ -661,7 +661,7 @@ def _placed(question: str, asked: list[str], images: list, videos: list) -> str:
 
 
 def _check(asked: list[str], question: str, given: int, subject: str, placeholder: str = IMAGE_PLACEHOLDER) -> None:
-    """`check_placeholders`, with what is most often forgotten."""
+    """Check placeholders, with a hint at what is most often forgotten."""
     try:
         check_placeholders([*asked, question], given, subject, placeholder)
     except ValueError as error:
@@ -682,7 +682,7 @@ def _share_budget(image_processor, images_kwargs: dict[str, Any], tile_budget: i
 
 
 def _split(tiles: torch.Tensor, num_patches_list: list[int] | None) -> list[tuple[torch.Tensor, None]]:
-    """Return the tiles of each picture, as pictures that are cut already."""
+    """Return the tiles of each image, as images that are cut already."""
     counts = [len(tiles)] if num_patches_list is None else [int(count) for count in num_patches_list]
     if not counts or min(counts) < 1:
         raise ValueError(
@@ -711,7 +711,7 @@ def _read_rows_of_tiles(
     questions: list[str],
     histories: list[list[tuple[str, str]]],
 ) -> list[Conversation]:
-    """Read a batch of tiles: the pictures belong to the rows by their placeholders."""
+    """Read a batch of tiles: the images belong to the rows by their placeholders."""
     pictures, rows = _split(tiles, num_patches_list), []
     remaining = iter(pictures)
     for question, history in zip(questions, histories):
@@ -725,13 +725,13 @@ def _read_rows_of_tiles(
 
 
 def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
-    """Return the detailed, adaptive and thumbnail tiles (pictures, 3) of pictures that the caller cut.
+    """Return the detailed, adaptive and thumbnail tiles (images, 3) of images that the caller cut.
 
     Args:
-        grids: (columns, rows) of the detailed grid of each picture; None: which tiles are detailed does not matter.
+        grids: (columns, rows) of the detailed grid of each image; None: which tiles are detailed does not matter.
 
     Raises:
-        ValueError: Not one (columns, rows) for each picture, or a grid of more tiles than the picture has.
+        ValueError: Not one (columns, rows) for each image, or a grid of more tiles than the image has.
     """
     if grids is None:
         return torch.tensor([[0, 0, count] for count in tiles])
@@ -755,7 +755,7 @@ def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
 
 
 def _picture_keys(processor, conversation: Conversation, tile_order: str, use_scm: bool, grids) -> list[bytes]:
-    """Return what tells the pictures of a conversation apart, with how they are cut."""
+    """Return what tells the images of a conversation apart, with how they are cut."""
     pictures = conversation.pictures
     if pictures and pictures[0][1] is None:
         counts = _tile_counts(grids if use_scm else None, [len(tiles) for tiles, _ in pictures]).tolist()
@@ -774,7 +774,7 @@ def _beginning(conversation: Conversation, system_message: str | None, keys: lis
 
 
 def _query_ends(conversations: list[Conversation], prompts: list[RenderedPrompt]) -> list[int]:
-    """Return for each picture the index into its padded row where the prompt of the turn that brought it ended."""
+    """Return for each image the index into its padded row where the prompt of the turn that brought it ended."""
     length, ends = max(len(prompt.token_ids) for prompt in prompts), []
     for conversation, prompt in zip(conversations, prompts):
         if prompt.answers is None and len(conversation.turns) > 1:

@@ -3,7 +3,7 @@
 Published: InternVL2, Mini-InternVL and Mini-Monkey (`vision_model`, `mlp1`, `language_model` with InternLM2, Qwen2, Phi3 or
 Llama), and transformers' own InternVL (`InternVL3-1B-hf`). Ours are the names of transformers' modules.
 
-Knows tensors and names, no files and no model.
+Deals with tensors and names, not with files or models.
 """
 
 import re
@@ -15,7 +15,7 @@ from .transformers_bridge import Chunk, ConversionOps, WeightConverter, WeightRe
 
 
 def _in_layer(layers: str, fragment: str) -> str:
-    """A pattern for `fragment` right behind a layer number of `layers`, and nowhere else.
+    """Return a pattern for `fragment` right behind a layer number of `layers`, and nowhere else.
 
     A language model of another family may use the same words for other things. (Python wants lookbehinds of one width.)
     """
@@ -70,7 +70,7 @@ TEXT_QKV = (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
 
 
 def split_wqkv(wqkv: torch.Tensor, text_config) -> list[torch.Tensor]:
-    """InternLM2's fused weight or bias as q, k and v.
+    """Split InternLM2's fused weight or bias into q, k and v.
 
     Its rows are grouped by key/value head: for each, all query heads that share it, then its key, then its value.
 
@@ -97,7 +97,7 @@ def split_wqkv(wqkv: torch.Tensor, text_config) -> list[torch.Tensor]:
 
 
 def fuse_wqkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text_config) -> torch.Tensor:
-    """The reverse of `split_wqkv`."""
+    """Fuse q, k and v again, the reverse of `split_wqkv`."""
     kv_heads = text_config.num_key_value_heads
     head_dim = k.shape[0] // kv_heads
     return torch.cat([part.unflatten(0, (kv_heads, -1, head_dim)) for part in (q, k, v)], dim=1).flatten(0, 2)
@@ -134,7 +134,7 @@ class FuseQKV(ConversionOps):
 
 
 def weight_conversions() -> list:
-    """The table as transformers wants it, for `register_checkpoint_conversion_mapping`."""
+    """Return the table as transformers wants it, for `register_checkpoint_conversion_mapping`."""
     conversions: list = [WeightRenaming(source, target) for source, target in RENAMINGS]
     for suffix in ("weight", "bias"):
         conversions.append(
@@ -155,7 +155,7 @@ def weight_conversions() -> list:
 
 
 def convert_tensor(name: str, tensor: torch.Tensor, text_config) -> dict[str, torch.Tensor]:
-    """One published tensor as the tensor or tensors of ours that it becomes; names we do not know stay as they are.
+    """Convert one published tensor into the tensor or tensors of ours that it becomes; unknown names stay as they are.
 
     Works on meta tensors, so names and shapes can be checked before a byte is read.
     """

@@ -4,7 +4,7 @@ The adaptive tiles, the thumbnail and the text after an image say what matters i
 of their attention in an early layer of the language model are kept, the others are left out of the prompt. There is
 nothing to train. Source: the paper (arXiv 2408.02034); the defects of its published code are not repeated.
 
-Knows tensors only; a function that runs the language model up to the queries and keys of one layer (`attention_probe.py`)
+Deals with tensors only; a function that runs the language model up to the queries and keys of one layer (`attention_probe.py`)
 is given to it:
 
     settings = CompressionSettings(keep_ratio=0.5, layer=1, num_layers=24)
@@ -12,7 +12,7 @@ is given to it:
     kept = kept_positions(embeddings, attention_mask, images, settings, probe)
     (embeddings,), attention_mask = pack((embeddings,), kept)
 
-Shapes: B rows, N tokens of a row (padding counted), n tokens that are no padding, I images, D width, H heads, d width of one.
+Shapes: B rows, N tokens of a row (padding counted), n tokens that are not padding, I images, D width, H heads, d width of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,8 +34,8 @@ class AttentionInputs:
     """What goes into the attention of one layer for one sequence.
 
     query (H, n, d) and key (key/value heads, n, d) after rotation; `softcap`, `sliding_window` and `sinks` (H,) where the
-    layer has them. `mask` (1 or H, n, n) says who sees whom, as bool or as what is added to the logits; None: every token
-    sees itself and those before it, within the window.
+    layer has them. `mask` (1 or H, n, n) says which token sees which, as bool or as what is added to the logits; None: every
+    token sees itself and those before it, within the window.
     """
 
     query: torch.Tensor
@@ -47,7 +47,7 @@ class AttentionInputs:
     mask: torch.Tensor | None = None
 
     def hide(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits (H, Q, keys) of the queries at `positions` (Q,) with those of unseen keys at minus infinity."""
+        """Return logits (H, Q, keys) of the queries at `positions` (Q,), those of unseen keys set to minus infinity."""
         keys = logits.shape[-1]
         if self.mask is None:
             distance = positions[:, None] - torch.arange(keys, device=logits.device)
@@ -88,7 +88,7 @@ class CompressionSettings:
     Args:
         keep_ratio: Share of an image's detailed tokens that stay.
         layer: The layer of the language model whose attention scores them.
-        num_layers: How many layers that has.
+        num_layers: Number of its layers.
         queries: "all" scores with an image's own other tokens and all text after it, in one pass over the row. "visual"
             scores each image's tokens as a sequence of their own: the result depends on nothing but the image.
         query_ends: For each image the index into its padded row before which its queries end; None is the row's end.
@@ -127,14 +127,14 @@ def find_images(
     tokens_per_tile: int,
     settings: CompressionSettings,
 ) -> list[list[ImageSpan]]:
-    """The images of each row, from the tokens that stand for them.
+    """Find the images of each row by the tokens that stand for them.
 
     Args:
         input_ids, attention_mask: (B, N), padded on either side.
         tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image, in the order of the prompt.
 
     Raises:
-        ValueError: Counts that do not fit the image tokens, an image that is spread over rows or masked.
+        ValueError: Counts that do not fit the image tokens, or an image that is spread over rows or masked.
     """
     counts = _checked_counts(tile_counts)
     ends = _checked_ends(settings.query_ends, len(counts), input_ids.shape[1])
@@ -167,7 +167,7 @@ def find_images(
 
 
 def _run(rows: torch.Tensor, columns: torch.Tensor, attention_mask: torch.Tensor, number: int) -> tuple[int, int, int]:
-    """Row, first and last column of an image's tokens, which must stand together and be seen."""
+    """Return the row and the first and last column of an image's tokens, which must stand together and be seen."""
     row, first, last = int(rows[0]), int(columns[0]), int(columns[-1])
     if int(rows[-1]) != row or last - first != len(columns) - 1:
         raise ValueError(f"The tokens of image {number} do not stand together in one row; check tile_counts.")
@@ -177,7 +177,7 @@ def _run(rows: torch.Tensor, columns: torch.Tensor, attention_mask: torch.Tensor
 
 
 def _checked_ends(query_ends: list[int] | None, images: int, length: int) -> list[int]:
-    """For each image where its queries end, at the latest with the row."""
+    """Return where the queries of each image end, at the latest at the end of the row."""
     if query_ends is None:
         return [length] * images
     if len(query_ends) != images:
@@ -207,7 +207,7 @@ def kept_positions(
     settings: CompressionSettings,
     probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
 ) -> list[torch.Tensor]:
-    """The positions of each row that stay: all but the detailed tokens that get the least attention.
+    """Return the positions of each row that stay: all but the detailed tokens that get the least attention.
 
     Each row is scored without its padding and by itself, so that a batch keeps what its rows keep alone.
 
@@ -215,14 +215,14 @@ def kept_positions(
         embeddings: (B, N, D)
         attention_mask: (B, N)
         images: The images of each row, see `find_images`.
-        probe: From the embeddings (n, D) of a sequence, and which of them are image tokens (n,), to the attention inputs of
-            the scoring layer.
+        probe: Returns the attention inputs of the scoring layer for the embeddings (n, D) of a sequence and a mask (n,) of
+            its image tokens.
 
     Returns:
         For each row ascending int64 indices into the padded row, padding left out.
 
     Raises:
-        ValueError: An image that nothing comes after, so that there is nothing to score with.
+        ValueError: Nothing comes after an image, so there is nothing to score with.
     """
     kept = []
     for row, (row_embeddings, mask, row_images) in enumerate(zip(embeddings, attention_mask, images)):
@@ -252,7 +252,7 @@ def _score(
     query_set: str,
     probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
 ) -> dict[ImageSpan, torch.Tensor]:
-    """The attention that the detailed tokens of each image of a row (n, D) get, (detailed tokens,) in float32."""
+    """Return the attention that the detailed tokens of each image of a row (n, D) get, (detailed tokens,) in float32."""
     compressible = [image for image in images if image.detailed_tokens]
     queries = {image: _queries(image, images, query_set) for image in compressible}
     is_image = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
@@ -271,7 +271,7 @@ def _score(
 
 
 def _queries(image: ImageSpan, images: list[ImageSpan], query_set: str) -> torch.Tensor:
-    """Positions of the tokens that score an image, of those that see it."""
+    """Return the positions of the tokens that score an image, among those that see it."""
     positions = torch.arange(image.detailed_stop, image.stop if query_set == "visual" else image.query_stop)
     for other in images:
         if other is not image:
@@ -285,7 +285,7 @@ def _queries(image: ImageSpan, images: list[ImageSpan], query_set: str) -> torch
 
 
 def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Tensor) -> torch.Tensor:
-    """Mean softmax attention, over heads and queries, that each key of a block gets.
+    """Compute the mean softmax attention, over heads and queries, that each key of a block gets.
 
     Attention is causal, and a share of all keys, not of the block. Computed in blocks of queries in float32, so that memory
     does not grow with heads x n x n.
@@ -319,7 +319,7 @@ def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Ten
 
 
 def pack(tensors: tuple[torch.Tensor, ...], kept: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The kept positions of each row, padded with zeros on the left.
+    """Pack the kept positions of each row, padded with zeros on the left.
 
     Args:
         tensors: Each (B, N, ...)

@@ -110,7 +110,7 @@ warn_beside_untried(transformers.__version__)
 
 
 def vision_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
-    """The `vision_config` of transformers' InternVL vision tower for a published one (InternViT).
+    """Return the `vision_config` of transformers' InternVL vision tower for a published one (InternViT).
 
     Raises:
         ValueError: The vision part is neither an InternViT nor the patch embedding of Mono-InternVL.
@@ -129,7 +129,7 @@ def vision_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
-    """The `text_config` of transformers' own language model for a published `llm_config`.
+    """Return the `text_config` of transformers' own language model for a published `llm_config`.
 
     Raises:
         ValueError: An architecture that the published family does not have.
@@ -185,7 +185,7 @@ def head_scaling(text_config) -> tuple[float, float | None]:
 
 
 def config_from_published(published: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `MiniMonkeyConfig` for a published `config.json`; raises `ValueError` for what it cannot express."""
+    """Return the fields of `MiniMonkeyConfig` for a published `config.json`; raise `ValueError` for what it cannot express."""
     config = {
         name: value for name, value in published.items() if name not in _PUBLISHED_IGNORED and name != "llm_config"
     }
@@ -243,13 +243,13 @@ class MiniMonkeyConfig(InternVLConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; a foreign file that is ours to read gets our `model_type`, and what it leaves open."""
+        """Read a file as transformers does; a foreign one that we can read gets our `model_type` and what it leaves open."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if "llm_config" in config_dict:
             config_dict = {**config_dict, "model_type": cls.model_type}
         elif config_dict.get("model_type") == InternVLConfig.model_type:
             config_dict = {"template": "chatml", **config_dict, "model_type": cls.model_type}
-            # What the whole says counts in transformers, also where it says nothing.
+            # transformers goes by the value of the whole model, even where that is left at its default.
             tied = config_dict.setdefault("tie_word_embeddings", InternVLConfig.tie_word_embeddings)
             config_dict["text_config"] = {**(config_dict.get("text_config") or {}), "tie_word_embeddings": tied}
         return config_dict, kwargs
@@ -276,14 +276,14 @@ class MiniMonkeyConfig(InternVLConfig):
 
     @property
     def context_length(self) -> int | None:
-        """How many tokens the language model is made for, those that its rope is stretched to among them."""
+        """Number of tokens the language model is made for, including those that its rope is stretched to."""
         length = getattr(self.text_config, "max_position_embeddings", None)
         factors = [rope.get("factor") or 1 for rope in self._ropes() if rope.get("rope_type") in ("dynamic", "linear")]
         return None if length is None else int(length * max(factors, default=1))
 
     @property
     def cacheable_length(self) -> float:
-        """Up to how many tokens cached keys stay right; some kinds of rope rotate all keys anew beyond a length."""
+        """Number of tokens up to which cached keys stay right; some kinds of rope rotate all keys anew beyond a length."""
         limits = [
             rope.get("original_max_position_embeddings") or self.text_config.max_position_embeddings
             for rope in self._ropes()
@@ -292,12 +292,12 @@ class MiniMonkeyConfig(InternVLConfig):
         return min(limits, default=float("inf"))
 
     def _ropes(self) -> list[dict[str, Any]]:
-        """The rope settings of the language model, of which it may have one for each kind of layer."""
+        """Return the rope settings of the language model, which may have one for each kind of layer."""
         parameters = getattr(self.text_config, "rope_parameters", None) or {}
         return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
 
     def _image_tokens_per_tile(self) -> int:
-        """Language-model tokens of one tile; raises `ValueError` if the grid cannot be shuffled."""
+        """Return the language-model tokens of one tile; raise `ValueError` if the grid cannot be shuffled."""
         patch_size = self.vision_config.patch_size
         if patch_size[0] != patch_size[1] or self.vision_config.image_size[0] != self.vision_config.image_size[1]:
             raise ValueError(
@@ -346,11 +346,11 @@ class MiniMonkeyConfig(InternVLConfig):
         head_scaling(text)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, with `tie_word_embeddings` and the whole `AUTO_MAP` always written out."""
+        """Return what transformers returns, with `tie_word_embeddings` and the whole `AUTO_MAP` always written out."""
         return {**super().to_dict(), **self._always_written()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: see `to_dict`."""
+        """Return what is saved, see `to_dict`."""
         return {**super().to_diff_dict(), **self._always_written()}
 
     def _always_written(self) -> dict[str, Any]:

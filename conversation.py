@@ -3,8 +3,8 @@
     turns = [("<image>\nWhat is this?", None)]
     render(tokenizer, get_template("internlm2-chat"), turns, tiles=[3], tokens_per_tile=256).token_ids
 
-Knows strings and tokenizers; no images and no model. `chat`, `batch_chat` and training render; the jinja file that
-`apply_chat_template` needs is made of the same data, and gives the same ids.
+Deals with strings and tokenizers, not with images or models. `chat`, `batch_chat` and training render; the jinja file that
+`apply_chat_template` needs is made from the same data, and gives the same ids.
 
 Text of a user must never act as a control token. `protect` marks every control-token spelling inside such text, which is
 then encoded with tokens only for the spellings that the template itself wrote.
@@ -71,10 +71,10 @@ TEMPLATES: dict[str, ChatTemplate] = {
 
 
 def get_template(name: str) -> ChatTemplate:
-    """The template called `name`.
+    """Return the template called `name`.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: No template has that name.
     """
     if name not in TEMPLATES:
         raise ValueError(f"Unknown chat template {name!r}; known are {', '.join(TEMPLATES)}.")
@@ -82,7 +82,7 @@ def get_template(name: str) -> ChatTemplate:
 
 
 def check_history(history: list[tuple[str, str]] | None) -> list[tuple[str, str]]:
-    """A fresh list of (question, answer) pairs.
+    """Check a history and return a fresh list of its (question, answer) pairs.
 
     Raises:
         ValueError: `history` is anything else, or a text of it holds a lone surrogate.
@@ -105,7 +105,7 @@ def _system_part(template: ChatTemplate, system_message: str | None) -> str:
 
 
 def chat_template_jinja(template: ChatTemplate, system_message: str | None = None, with_bos: bool = True) -> str:
-    """The template in jinja, for `apply_chat_template`: text, images and videos in the order in which they are given.
+    """Return the template in jinja, for `apply_chat_template`: text, images and videos in the order they are given.
 
     Args:
         system_message: Used when the messages hold no system turn; None means the template's.
@@ -149,7 +149,7 @@ def chat_template_jinja(template: ChatTemplate, system_message: str | None = Non
 
 # --- token ids -------------------------------------------------------------------------------------------------------
 
-# Nobody can type these: they are drawn anew in every process.
+# Nobody can type these: they are drawn afresh in every process.
 _MARK = "\ue000" + secrets.token_hex(8) + "\ue001"
 _SECRET_NAME = "\ue002" + secrets.token_hex(8)
 
@@ -158,10 +158,10 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_text(text: str, subject: str = "The text") -> str:
-    """The text itself, if it can be encoded.
+    """Return the text itself, if it can be encoded.
 
     Raises:
-        ValueError: It holds half of a surrogate pair, which is no character.
+        ValueError: It holds half of a surrogate pair, which is not a character.
     """
     if found := _LONE_SURROGATE.search(text):
         raise ValueError(
@@ -177,13 +177,13 @@ class ControlToken(str):
     normalizer: Normalizer | None = None
 
     def arises_in(self, text: str) -> bool:
-        """Whether the tokenizer's normalizer makes this spelling of other characters, of full-width ones for example."""
+        """Tell whether the tokenizer's normalizer makes this spelling out of other characters, full-width ones for example."""
         normalized = self.normalizer.normalize_str(text)
         return str(self) in normalized or self.normalizer.normalize_str(str(self)) in normalized
 
 
 def control_tokens(tokenizer, grounding_tokens: bool = False) -> list[ControlToken]:
-    """Every spelling that `tokenizer` turns into an added token; with `grounding_tokens` those of boxes are left out."""
+    """Return every spelling that `tokenizer` turns into an added token; with `grounding_tokens` leave out those of boxes."""
     allowed = GROUNDING_TOKENS if grounding_tokens else ()
     tokens = [ControlToken(token) for token in tokenizer.get_added_vocab() if str(token) not in allowed]
     for token in tokens:
@@ -192,7 +192,7 @@ def control_tokens(tokenizer, grounding_tokens: bool = False) -> list[ControlTok
 
 
 def _any_of(spellings) -> re.Pattern:
-    """Finds any of `spellings`, the longest where several begin; nothing where there are none."""
+    """Return a pattern that finds any of `spellings`, the longest where several begin, and nothing where there are none."""
     longest_first = sorted(spellings, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -208,7 +208,7 @@ def protect(text: str, spellings: list[str]) -> str:
     marked = _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
     if marked != text or getattr(next(iter(spellings), None), "normalizer", None) is None:
         return marked
-    # One mark, wherever it stands, has the whole prompt encoded with spellings that no text can be normalized to.
+    # A single mark, wherever it stands, has the whole prompt encoded with spellings that no text can be normalized to.
     return marked + _MARK if _arises_in(text, spellings) else marked
 
 
@@ -217,17 +217,17 @@ def _arises_in(text: str, spellings: list[str]) -> bool:
 
 
 def unprotect(text: str) -> str:
-    """The text as it was before `protect`."""
+    """Return the text as it was before `protect`."""
     return text.replace(_MARK, "")
 
 
 def has_protected_text(text: str) -> bool:
-    """Whether `protect` marked anything in this text."""
+    """Tell whether `protect` marked anything in this text."""
     return _MARK in text
 
 
 def begins_with_bos(tokenizer) -> bool:
-    """Whether prompts of this tokenizer begin with its `bos_token`, as those of InternLM2 do."""
+    """Tell whether prompts of this tokenizer begin with its `bos_token`, as those of InternLM2 do."""
     if tokenizer.bos_token is None:
         return False
     if tokenizer.chat_template is not None:
@@ -272,7 +272,7 @@ _twins: "weakref.WeakKeyDictionary[object, tuple[dict[str, int], dict[str, str],
 
 
 def _with_secret_control_tokens(tokenizer) -> tuple[dict[str, str], Tokenizer]:
-    """A twin of `tokenizer` whose added tokens have the same ids and flags but spellings that nobody can type."""
+    """Return a twin of `tokenizer` whose added tokens have the same ids and flags but spellings that nobody can type."""
     added = tokenizer.get_added_vocab()
     if tokenizer not in _twins or _twins[tokenizer][0] != added:
         _twins[tokenizer] = (added, *_make_twin(tokenizer))
@@ -324,7 +324,7 @@ def expand_placeholders(texts: list[str], tiles_of_image: list[int], tokens_per_
     """Put each image's tokens where its `<image>` stands; the images belong to the placeholders in order.
 
     Raises:
-        ValueError: The number of placeholders is not that of the images.
+        ValueError: The numbers of placeholders and images differ.
     """
     if sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(tiles_of_image):
         check_placeholders(texts, len(tiles_of_image))
@@ -356,7 +356,7 @@ class RenderedPrompt:
 def write_turns(
     template: ChatTemplate, turns: Sequence[tuple[str, str | None]], system_message: str | None = None
 ) -> list[str]:
-    """Write turns of (question, answer): prompts and answers by turns, an answer with the separator that ends it.
+    """Write turns of (question, answer): prompts and answers alternate, each answer with the separator that ends it.
 
     Args:
         turns: The last answer may be None.
@@ -394,7 +394,7 @@ def render(
         grounding_tokens: Whether `<ref>`, `<box>` and `<quad>` are control tokens in what people wrote.
 
     Raises:
-        ValueError: Placeholders and images of different number, a lone surrogate, or a text that spells a control token and
+        ValueError: The numbers of placeholders and images differ, a lone surrogate, or a text that spells a control token and
             a tokenizer that is not a fast one.
     """
     spellings = control_tokens(tokenizer, grounding_tokens)
@@ -417,7 +417,7 @@ def render(
 
 
 def has_pictures(messages: list) -> bool:
-    """Whether chat messages (one conversation or a batch of them) hold a picture."""
+    """Tell whether chat messages (one conversation or a batch of them) hold an image."""
     if isinstance(messages, (list, tuple)):
         return any(map(has_pictures, messages))
     content = messages.get("content")
@@ -425,7 +425,7 @@ def has_pictures(messages: list) -> bool:
 
 
 ROLES = ("system", "user", "assistant")
-# What the templates write for an item that is no text.
+# What the templates write for an item that is not text.
 _WRITTEN = {
     "image": f"{IMAGE_PLACEHOLDER}\n",
     "image_url": f"{IMAGE_PLACEHOLDER}\n",
@@ -438,7 +438,7 @@ def check_messages(messages: list) -> None:
 
     Raises:
         ValueError: No messages, a role that is unknown, content or an item that is neither text nor an image nor a video,
-            or text that is no string or no characters.
+            or text that is not a string of whole characters.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(
@@ -487,7 +487,7 @@ def _check_item(item: dict, role: str) -> None:
 
 
 def protect_messages(messages: list, spellings: list[str]) -> list:
-    """A copy of chat messages (one conversation or a batch of them) in which every text is protected.
+    """Return a copy of chat messages (one conversation or a batch of them) in which every text is protected.
 
     Raises:
         ValueError: Messages that `check_messages` refuses.
@@ -511,7 +511,7 @@ def _protect_content(content: str | list[dict], spellings: list[str]) -> str | l
 
 
 def _crosses_a_border(parts: list[str], spellings: list[str]) -> bool:
-    """Whether one of `spellings` begins in one of the parts and ends in another."""
+    """Tell whether one of `spellings` begins in one of the parts and ends in another."""
     joined, ends = "".join(parts), accumulate(map(len, parts))
     return any(
         spelling in joined[max(0, end - len(spelling) + 1) : end + len(spelling) - 1]
@@ -524,7 +524,7 @@ def read_messages(messages: list[dict]) -> tuple[str | None, list[tuple[str, str
     """Take chat messages apart: (system message or None, history, question, images, videos), placeholders in the questions.
 
     Args:
-        messages: In the form of transformers or OpenAI: a system message or none, then user and assistant by turns, a user
+        messages: In the form of transformers or OpenAI: a system message or none, then user and assistant alternating, a user
             last. An item of a user's content is a text, an image (`image`, `url`, `path` or `base64`, or OpenAI's
             `image_url`) or a video (`video`, `url` or `path`).
 
@@ -584,7 +584,7 @@ def write_messages(
     """Write turns as chat messages, each image and video in the place of its placeholder.
 
     Raises:
-        ValueError: Placeholders and images or videos of different number.
+        ValueError: The numbers of placeholders and of images or videos differ.
     """
     questions = [question for question, _ in history]
     check_placeholders(questions, len(images))

@@ -54,7 +54,7 @@ from .transformers_bridge import (
 )
 
 
-# On a cache: its positions are not those of the ids that were returned with it.
+# Set on a cache whose positions are not those of the ids that were returned with it.
 REPACKED = "prompt_was_repacked"
 
 
@@ -82,7 +82,7 @@ WARPERS = {
     "typical_p": TypicalLogitsWarper,
 }
 OFF_AT_ZERO = ("no_repeat_ngram_size", "top_k")
-# Taken by `generate` without standing in its signature.
+# Taken by `generate` without being in its signature.
 ALSO_TAKEN = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
 
 
@@ -95,7 +95,7 @@ def check_generation_options(model, generation_config: GenerationConfig | None, 
         options: The other arguments of `generate`; they are not changed.
     """
     if options.get("custom_generate") is not None:
-        return  # which may take whatever it likes
+        return  # which may take anything
     taken = {*inspect.signature(type(model).generate).parameters, *ALSO_TAKEN} - vars(GenerationConfig()).keys()
     settings = {name: value for name, value in options.items() if name not in taken}
     for name in COUNTS:
@@ -142,7 +142,7 @@ class GenerateMixin:
         tile_grids: torch.Tensor | None = None,
         **scm_options: Any,
     ) -> list[torch.Tensor]:
-        """The positions of a prompt that scale compression keeps; see `generate` for the arguments.
+        """Return the positions of a prompt that scale compression keeps; see `generate` for the arguments.
 
         Returns:
             For each row the indices into the padded row that stay, ascending int64, padding left out.
@@ -175,7 +175,7 @@ class GenerateMixin:
         tile_order: str = "detailed_first",
         **kwargs: Any,
     ):
-        """Generate as any transformers model does; returns the prompt's ids and the new ones (B, N + new).
+        """Generate as any transformers model does; return the prompt's ids and the new ones (B, N + new).
 
         Vision runs once, before the first step, whatever the number of beams or returned sequences. Prompts with images may
         be padded on either side.
@@ -197,7 +197,7 @@ class GenerateMixin:
                 the processor's is "detailed_first".
             scm_select: Chooses the detailed tokens that stay instead of attention, see `compression.CompressionSettings`.
             **kwargs: Everything `GenerationMixin.generate` takes. A cache may also be a `Turn` of prompt_memory.py, as `chat`
-                hands it over; `pixel_values` are then the tiles of those images alone whose features it does not hold, and
+                hands it over; `pixel_values` are then only the tiles of the images whose features it does not hold, and
                 `tile_counts` those of all; one row without padding.
 
         `scm_keep_ratio`, `scm_layer` and `scm_queries` are by default those of the configuration.
@@ -332,7 +332,7 @@ class GenerateMixin:
         return _Embedded(embeddings, kept, prompt, cache)
 
     def _recall_features(self, turn: Turn, counts: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """The features (tokens, D) of all images of a conversation; only those of unseen images are computed."""
+        """Return the features (tokens, D) of all images of a conversation; compute only those of unseen images."""
         tiles = {key: int(count.sum()) for key, count in zip(turn.keys, counts)}
         unseen = [key for key in tiles if key not in turn.features]
         given, expected = 0 if pixel_values is None else len(pixel_values), sum(tiles[key] for key in unseen)
@@ -350,7 +350,7 @@ class GenerateMixin:
         return torch.cat([features[key] for key in turn.keys])
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
-        """Whether this generation can go on from a cache and leave one: one row, an ordinary cache, no other decoding."""
+        """Tell whether this generation can go on from a cache and leave one: one row, an ordinary cache, no other decoding."""
         asked = partial(self._setting, generation_config=generation_config, options=options)
         is_one_row = all((asked(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
         others = ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
@@ -369,7 +369,7 @@ class GenerateMixin:
     def _use_embedded(
         self, generation_config: GenerationConfig | None, options: dict[str, Any], embedded: _Embedded
     ) -> tuple[GenerationConfig | None, bool]:
-        """Put the prompt's embeddings into `options`, without what is left out and padded on the left.
+        """Put the prompt's embeddings into `options`, without what is left out, and padded on the left.
 
         Returns:
             The generation configuration for it, and whether tokens were left out or moved.
@@ -451,14 +451,14 @@ class GenerateMixin:
                 )
 
     def _setting(self, name: str, generation_config: GenerationConfig | None, options: dict[str, Any]):
-        """What a generation is told by its options, its configuration or the model's own, in this order."""
+        """Return a setting from the options of a generation, its configuration or the model's own, in this order."""
         sources = (options, vars(generation_config or GenerationConfig()), vars(self.generation_config))
         return next((source[name] for source in sources if source.get(name) is not None), None)
 
     def _lengths_in_new_tokens(
         self, generation_config: GenerationConfig | None, options: dict[str, Any], prompt_length: int
     ) -> GenerationConfig | None:
-        """Say limits that count the prompt as limits of new tokens: what is embedded is shorter than the prompt's ids.
+        """Turn limits that count the prompt into limits of new tokens: what is embedded is shorter than the prompt's ids.
 
         Moves them in `options` and returns the configuration without them; that of the caller is not changed.
         """
@@ -480,7 +480,7 @@ class GenerateMixin:
 
 
 def _whole_mask(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
-    """The mask of a prompt (B, N), ones where there is none."""
+    """Return the mask of a prompt (B, N), all ones where none is given."""
     if attention_mask is None:
         return torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
@@ -492,7 +492,7 @@ def _whole_mask(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) ->
 
 
 def _with_prompt(output, prompt_ids: torch.Tensor):
-    """What `generate` returned, its sequences beginning with the prompt as it was given, padding in its place."""
+    """Return what `generate` returned, its sequences beginning with the prompt as it was given, padding in its place."""
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     prompts = prompt_ids.repeat_interleave(len(sequences) // len(prompt_ids), dim=0).to(sequences.device)
     sequences = torch.cat([prompts, sequences[:, prompts.shape[1] :]], dim=1)

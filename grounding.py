@@ -5,9 +5,9 @@
     >>> denormalise((100, 250, 500, 1000), (640, 480))
     (64.0, 120.0, 320.0, 480.0)
 
-A box is (x1, y1, x2, y2), left, top, right, bottom, from 0 to 1000 of the whole upright picture, however it was cut.
+A box is (x1, y1, x2, y2), left, top, right, bottom, from 0 to 1000 of the whole upright image, however it was cut.
 
-Knows text and pictures, no model.
+Deals with text and images, not with models.
 
 Source: the chat data format in InternVL's documentation.
 """
@@ -23,7 +23,7 @@ from .picture_decoding import to_rgb
 
 
 SCALE = 1000
-"""The right and lower edge of every picture in the coordinates of an answer."""
+"""The right and lower edge of every image in the coordinates of an answer."""
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#8c564b")
 """Outlines, one for each label in turn."""
@@ -52,7 +52,7 @@ class Grounding:
 
 
 def parse_boxes(text: str) -> list[Grounding]:
-    """Every box of an answer, in order.
+    """Parse every box of an answer, in order.
 
     Reads `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`, each box of a list with the same label, and `<box>`
     without a label. Decoding with `skip_special_tokens=True` takes these tags away; in an answer without `<box>`,
@@ -62,7 +62,7 @@ def parse_boxes(text: str) -> list[Grounding]:
         An empty list where the answer has no box. A `<ref>` without a box gives none.
 
     Raises:
-        ValueError: What stands in a `<box>` is no list of boxes, or the answer ends in it. Nothing is left out or
+        ValueError: What stands in a `<box>` is not a list of boxes, or the answer ends in it. Nothing is left out or
             repaired.
     """
     if "<box>" not in text:
@@ -77,7 +77,7 @@ def parse_boxes(text: str) -> list[Grounding]:
 
 
 def _read_list(text: str, is_closed: bool) -> list[Box]:
-    """The boxes in the text of one `<box>`."""
+    """Read the boxes in the text of one `<box>`."""
     if not is_closed:
         raise ValueError(
             f"<box>{text} has no </box>: the answer was cut there (raise max_new_tokens), or something else stands "
@@ -89,14 +89,14 @@ def _read_list(text: str, is_closed: bool) -> list[Box]:
 
 
 def format_box(label: str | None, boxes: Iterable[Sequence[float]]) -> str:
-    """The text of one object as the published data writes it: `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`.
+    """Write one object as the published data does: `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`.
 
     Args:
         label: What stands in the boxes; None for boxes alone.
         boxes: One or more boxes, 0 to 1000; see `normalise`.
 
     Raises:
-        ValueError: No box, something that is no box, or a label that holds one of the tags.
+        ValueError: No box, something that is not a box, or a label that holds one of the tags.
     """
     lists = [[int(v) if v == int(v) else v for v in _checked(_as_box(box), "The box")] for box in _box_list(boxes)]
     if label is None:
@@ -118,14 +118,14 @@ def _box_list(boxes: Iterable[Sequence[float]]) -> list[Sequence[float]]:
 
 
 def denormalise(box: Sequence[float], size: tuple[int, int]) -> Box:
-    """A box of 0 to 1000 as (left, top, right, bottom) in pixels, not rounded.
+    """Convert a box of 0 to 1000 to (left, top, right, bottom) in pixels, not rounded.
 
     Args:
         box: (x1, y1, x2, y2).
-        size: (width, height) of the upright picture in pixels, `image.size` in PIL.
+        size: (width, height) of the upright image in pixels, `image.size` in PIL.
 
     Raises:
-        ValueError: No box, or a size below one pixel.
+        ValueError: Not a box, or a size below one pixel.
     """
     width, height = _check_size(size)
     x1, y1, x2, y2 = _checked(_as_box(box), "The box")
@@ -133,14 +133,14 @@ def denormalise(box: Sequence[float], size: tuple[int, int]) -> Box:
 
 
 def normalise(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A box of (left, top, right, bottom) in pixels as integers of 0 to 1000, rounded as in the published data.
+    """Convert a box of (left, top, right, bottom) in pixels to integers of 0 to 1000, rounded as in the published data.
 
     Args:
-        box: (left, top, right, bottom), within the picture.
-        size: (width, height) of the upright picture in pixels.
+        box: (left, top, right, bottom), within the image.
+        size: (width, height) of the upright image in pixels.
 
     Raises:
-        ValueError: A box that is none or lies outside the picture, or a size below one pixel.
+        ValueError: Something that is not a box, a box that lies outside the image, or a size below one pixel.
     """
     width, height = _check_size(size)
     left, top, right, bottom = _checked(_as_box(box), f"The box in a {width} x {height} picture", width, height)
@@ -159,7 +159,7 @@ def _as_box(values: Sequence) -> Box:
 
 
 def _fault(box: Box, width: float = SCALE, height: float = SCALE) -> str | None:
-    """What is wrong with a box, if anything is; one without extent is a box, as small objects are rounded to."""
+    """Return what is wrong with a box, if anything; one without extent is a box, since small objects are rounded to that."""
     x1, y1, x2, y2 = box
     if not all(map(math.isfinite, box)) or min(box) < 0 or max(x1, x2) > width or max(y1, y2) > height:
         return f"its x must be from 0 to {width} and its y from 0 to {height}"
@@ -169,7 +169,7 @@ def _fault(box: Box, width: float = SCALE, height: float = SCALE) -> str | None:
 
 
 def _checked(box: Box, subject: str, width: float = SCALE, height: float = SCALE) -> Box:
-    """`box`, if it is one."""
+    """Return `box`, if it is one."""
     fault = _fault(box, width, height)
     if fault:
         raise ValueError(f"{subject} cannot be used: of ({', '.join(f'{value:g}' for value in box)}), {fault}.")
@@ -183,7 +183,7 @@ def _check_size(size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 def draw_boxes(
@@ -192,17 +192,17 @@ def draw_boxes(
     colours: Sequence[str | tuple[int, int, int]] = COLOURS,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont | None = None,
 ) -> Image.Image:
-    """A picture with boxes and captions drawn in, as a new upright RGB image of the same pixels otherwise.
+    """Draw boxes and captions into a copy of an image, a new upright RGB image with otherwise the same pixels.
 
     Args:
-        image: The picture that the boxes are of; EXIF orientation is applied, as for the model.
-        groundings: Boxes and their labels, see `parse_boxes`; the same label has the same colour, None has no caption.
+        image: The image that the boxes are of; EXIF orientation is applied, as for the model.
+        groundings: Boxes and their labels, see `parse_boxes`; the same label gets the same colour, None gets no caption.
         colours: One for each label in turn.
-        font: By default Pillow's own in a size that fits the picture; it has Latin letters only, so that Chinese labels
+        font: By default Pillow's own in a size that fits the image; it has Latin letters only, so that Chinese labels
             need `ImageFont.truetype(...)`.
 
     Raises:
-        ValueError: No PIL image, a grounding whose box is none, or no colours.
+        ValueError: Not a PIL image, a grounding whose box is not one, or no colours.
     """
     if not isinstance(image, Image.Image):
         raise ValueError(
@@ -229,7 +229,7 @@ def draw_boxes(
 
 
 def _draw_caption(draw: ImageDraw.ImageDraw, size: tuple[int, int], corner: tuple[float, float], text, colour, font):
-    """`text` on a filled patch above `corner`, moved so that it lies in the picture."""
+    """Draw `text` on a filled patch above `corner`, moved so that it lies within the image."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     margin = max(2, (bottom - top) // 5)
     width, height = right - left + 2 * margin, bottom - top + 2 * margin

@@ -1,13 +1,13 @@
-"""Pictures to tiles: multi-scale adaptive cropping (MSAC) and normalisation.
+"""Images to tiles: multi-scale adaptive cropping (MSAC) and normalisation.
 
     processor = AutoImageProcessor.from_pretrained("path/of/this/repository", trust_remote_code=True)
     inputs = processor("page.png", preset="docvqa", return_tensors="pt")
 
-`backend="pil"` gives the pixels of the published code bit by bit; `backend="torchvision"` (the default) is faster and
+`backend="pil"` gives the pixels of the published code, bit for bit; `backend="torchvision"` (the default) is faster and
 differs by at most one level of 255 before normalisation.
 
-Knows pictures, not prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each picture is cut as soon as
-it is decoded, so that only a few are in memory at a time.
+Deals with images, not with prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as
+soon as it is decoded, so that only a few are in memory at a time.
 """
 
 import os
@@ -53,8 +53,8 @@ KINDS = {
 }
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 RESIZED_BY_TORCH = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)  # others mean something else there
-MOST_PIXELS = 2**29  # of all tiles of a picture: 6 GB of float32
-DECODED_AHEAD = 3  # pictures in memory at a time, beside the one that is cut
+MOST_PIXELS = 2**29  # of all tiles of an image: 6 GB of float32
+DECODED_AHEAD = 3  # images in memory at a time, besides the one that is cut
 
 
 class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
@@ -70,8 +70,8 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     preset (`str`, *optional*):
         A name of `tiling.PRESETS`, the tile ranges of a published benchmark; sets those of the four that are not given.
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
-        Whether the whole picture follows its tiles as one more. Mini-Monkey always does that; without it a picture is seen
-        in parts alone, which is of use for comparisons.
+        Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
+        only in parts, which is useful for comparisons.
     untrusted_sources (`bool`, *optional*, defaults to `self.untrusted_sources`):
         For servers: whether paths are refused, and URLs of addresses that are not public.
     """
@@ -111,19 +111,19 @@ class _MsacMixin:
         self.check_options({})
 
     def preprocess(self, images: ImageInput, *args, **kwargs) -> BatchFeature:
-        """Cut pictures into tiles.
+        """Cut images into tiles.
 
         Args:
-            images: One picture or a (nested) list: PIL images, arrays, tensors, paths, URLs, data URIs.
+            images: One image or a (nested) list: PIL images, arrays, tensors, paths, URLs, data URIs.
             **kwargs: See `MiniMonkeyImageProcessorKwargs` and transformers' `ImagesKwargs`.
 
         Returns:
-            pixel_values (T, 3, S, S), the tiles of all pictures: detailed, adaptive, thumbnail of the first and so on;
+            pixel_values (T, 3, S, S), the tiles of all images: detailed, adaptive, thumbnail of the first and so on;
             tile_counts (images, 3), how many of each kind; tile_grids (images, 4), columns and rows of the detailed
             and the adaptive grid.
 
         Raises:
-            ValueError: A picture that cannot be read, or settings that cannot work.
+            ValueError: An image that cannot be read, or settings that cannot work.
         """
         self.check_options(kwargs)
         return super().preprocess(images, *args, **expand_preset(kwargs))
@@ -131,7 +131,7 @@ class _MsacMixin:
     __call__ = preprocess
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise `ValueError` for options of a call that cannot work; no picture is needed for that."""
+        """Raise `ValueError` for options of a call that cannot work; no image is needed for that."""
         options = expand_preset(options)
         unknown = options.keys() - self.valid_kwargs.__annotations__.keys()
         if unknown:
@@ -182,16 +182,16 @@ class _MsacMixin:
                 )
 
     def fetch_images(self, image_url_or_urls):
-        """Read every path, URL and data URI in a picture or a (nested) list of pictures; leave the rest as it is."""
+        """Read every path, URL and data URI in an image or a (nested) list of images; leave the rest as it is."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        _ = list(_flat(image_url_or_urls))  # which raises for what is no picture
+        _ = list(_flat(image_url_or_urls))  # which raises for what is not an image
         if isinstance(image_url_or_urls, SOURCES):
             return load_picture(image_url_or_urls, self.untrusted_sources)
         return image_url_or_urls
 
     def process_image(self, image, input_data_format=None, untrusted_sources=False, **kwargs) -> Image.Image:
-        """One picture of any accepted type as upright 8-bit RGB."""
+        """Return one image of any accepted type as upright 8-bit RGB."""
         if isinstance(image, SOURCES):
             return load_picture(image, untrusted_sources)
         if isinstance(image, Image.Image):
@@ -200,14 +200,14 @@ class _MsacMixin:
         return convert(image, input_data_format)
 
     def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list:
-        """The pictures in one list, as they were given; `_decoded` opens each when its turn comes."""
+        """Return the images in one list, as they were given; `_decoded` opens each when its turn comes."""
         pictures = list(_flat(images))
         if not pictures:
             raise ValueError("The list of pictures is empty.")
         return pictures
 
     def _decoded(self, pictures: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
-        """The pictures one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
+        """Yield the images one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
         options = {name: settings.get(name) for name in ("input_data_format", "untrusted_sources")}
         sources = iter([picture for picture in pictures if isinstance(picture, SOURCES)])
         with ThreadPoolExecutor(DECODED_AHEAD) as threads:  # Pillow and the network let go of the interpreter meanwhile
@@ -222,7 +222,7 @@ class _MsacMixin:
                 read.extend(threads.submit(self.process_image, source, **options) for source in islice(sources, 1))
 
     def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
-        """The four tile ranges that a call with these options uses."""
+        """Return the four tile ranges that a call with these options uses."""
         settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs)}
         ranges = tuple(settings[name] for name in RANGE_NAMES)
         check_tile_range(*ranges[:2], "detailed tile")
@@ -230,7 +230,7 @@ class _MsacMixin:
         return ranges
 
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
-        """How many detailed, adaptive and thumbnail tiles a picture of this size gives, without its pixels."""
+        """Count the detailed, adaptive and thumbnail tiles of an image of this size, without its pixels."""
         own = {name: getattr(self, name) for name in (*RANGE_NAMES, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
@@ -238,11 +238,11 @@ class _MsacMixin:
         return tile_counts(*msac_grids(width, height, *ranges, tile_size), settings["use_thumbnail"])
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """How many tiles a picture of this size gives, all three kinds together, without its pixels."""
+        """Count the tiles of an image of this size, all three kinds together, without its pixels."""
         return sum(self.count_tiles(height, width, images_kwargs))
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; keeps both back ends in `auto_map`, which saving would narrow to one."""
+        """Return what transformers returns, but keep both back ends in `auto_map`, which saving would narrow to one."""
         settings = super().to_dict()
         settings.pop("preset", None)
         settings["image_processor_type"] = "MiniMonkeyImageProcessor"
@@ -258,10 +258,10 @@ class _MsacMixin:
 
 
 def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` with the four tile ranges of its `preset`, where they are not given themselves.
+    """Return `kwargs` with the four tile ranges of its `preset`, where they are not given themselves.
 
     Raises:
-        ValueError: There is no preset of that name.
+        ValueError: No preset has that name.
     """
     if not isinstance(kwargs, Mapping):
         raise ValueError(f"images_kwargs are a dict of options, {{'max_tiles': 12}} for example, got {kwargs!r}.")
@@ -275,10 +275,10 @@ def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tile_side(size) -> int:
-    """The side of a tile in pixels, from any of transformers' ways to write a size.
+    """Return the side of a tile in pixels, from any of transformers' ways to write a size.
 
     Raises:
-        ValueError: It is no square.
+        ValueError: It is not a square.
     """
     sides = [size, size] if isinstance(size, int) else size
     if isinstance(size, (Mapping, SizeDict)):
@@ -290,7 +290,7 @@ def _tile_side(size) -> int:
 
 
 def _flat(images) -> Iterator:
-    """The pictures of lists within lists, in order; an array of four dimensions is a batch."""
+    """Flatten lists of images within lists, in order; an array of four dimensions is a batch."""
     if isinstance(images, (list, tuple)):
         for image in images:
             yield from _flat(image)
@@ -315,7 +315,7 @@ def _batch(tiles, grids: list[tuple], use_thumbnail: bool, return_tensors) -> Ba
 
 
 class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
-    """MSAC with PIL and NumPy: the pixels of the published code, bit by bit."""
+    """MSAC with PIL and NumPy: the pixels of the published code, bit for bit."""
 
     def _preprocess(
         self,
@@ -348,7 +348,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
 
     @staticmethod
     def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int, resample) -> np.ndarray:
-        """(columns * rows, 3, S, S) uint8, row by row."""
+        """Cut into (columns * rows, 3, S, S) uint8, row by row."""
         columns, rows = grid
         resized = np.asarray(resize_picture(image, tile_size * columns, tile_size * rows, resample))
         tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
@@ -389,7 +389,7 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
     def _cut(
         self, image: Image.Image, pixels: torch.Tensor, grid: tuple[int, int], tile_size: int, resample
     ) -> torch.Tensor:
-        """(columns * rows, 3, S, S) uint8, row by row."""
+        """Cut into (columns * rows, 3, S, S) uint8, row by row."""
         columns, rows = grid
         resized = self._resize_as_pil(image, pixels, tile_size * columns, tile_size * rows, resample)
         tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
@@ -398,7 +398,7 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
     def _resize_as_pil(
         self, image: Image.Image, pixels: torch.Tensor, width: int, height: int, resample
     ) -> torch.Tensor:
-        """(3, height, width) uint8, at most one level away from `resize_picture`; `pixels` are those of `image`.
+        """Resize to (3, height, width) uint8, at most one level away from `resize_picture`; `pixels` are those of `image`.
 
         Pillow resizes one direction after the other with 8-bit samples in between. The two kernels differ by a rounding
         in each pass. Reducing averages that out; enlarging does not, nor does reducing by a little, and there Pillow
@@ -413,7 +413,7 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
 
 
 def _to_tensor(image: Image.Image, device) -> torch.Tensor:
-    """(3, H, W) uint8 with the channels last in memory, which torch resizes fastest."""
+    """Return (3, H, W) uint8 with the channels last in memory, which torch resizes fastest."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
 
 

@@ -1,16 +1,16 @@
-"""Where pictures and videos come from: paths, URLs, data URIs and base64 text become bytes and files, safely.
+"""Where images and videos come from: paths, URLs, data URIs and base64 text become bytes and files, safely.
 
     data = read_source("https://example.org/page.png")
     with local_file("https://example.org/clip.mp4", VIDEO_DOWNLOAD) as path:
         ...
 
-One downloader for both: http and https alone (redirects too), at most so many bytes, and at most so many seconds in all,
+One downloader for both: http and https alone (redirects too), within a limit of bytes and of seconds in all,
 however slowly a server answers. Paths are those of regular files: a pipe or a device would never end.
 
-`untrusted` is for programs that pass on what strangers ask for: paths are refused, and so is every address that is not public,
+`untrusted` is for programs that pass on requests of strangers: paths are refused, and so is every address that is not public,
 which is checked for the very address that is connected to. Proxies are not used then, since they would connect instead.
 
-Knows bytes, no pictures and no videos. Standard library only.
+Deals with bytes, not with images or videos. Standard library only.
 """
 
 import base64
@@ -54,7 +54,7 @@ class DownloadLimits(NamedTuple):
 PICTURE_DOWNLOAD = DownloadLimits(128 * 2**20, 60.0)
 VIDEO_DOWNLOAD = DownloadLimits(2**30, 180.0)
 
-SILENCE = 30.0  # seconds without a byte after which a server is given up
+SILENCE = 30.0  # seconds without a byte after which we give up on a server
 MAX_REDIRECTS = 10
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK = 2**16  # bytes
@@ -62,18 +62,18 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that lead to the 
 
 
 def short_name(source: str | os.PathLike) -> str:
-    """What messages call a source: base64 text is cut, what cannot be printed is written out."""
+    """Return what messages call a source: base64 text is cut, unprintable characters are escaped."""
     text = os.fsdecode(source).encode(errors="backslashreplace").decode()
     return text if len(text) < 200 else text[:60] + "..."
 
 
 def is_url(text: str) -> bool:
-    """Whether text is an http or https URL."""
+    """Tell whether text is an http or https URL."""
     return text[:8].lower().startswith(("http://", "https://"))
 
 
 def path_of(source: str | os.PathLike) -> str | None:
-    """The path that a source means: a path object, a file:// URL, text that names a file; None for other text.
+    """Return the path that a source means: a path object, a file:// URL, text that names a file; None for other text.
 
     Raises:
         ValueError: A file:// URL of another machine.
@@ -118,7 +118,7 @@ def _is_base64(text: str) -> bool:
 
 
 def read_source(source: str | os.PathLike, untrusted: bool = False) -> bytes | str:
-    """The bytes that a picture's URL, data URI or base64 text gives; of a file its path, which has been checked.
+    """Return the bytes behind an image's URL, data URI or base64 text; for a file its path, which has been checked.
 
     Raises:
         ValueError: It cannot be found or downloaded, or is refused.
@@ -143,10 +143,10 @@ def read_source(source: str | os.PathLike, untrusted: bool = False) -> bytes | s
 
 
 def decode_base64(text: str, name: str) -> bytes:
-    """The bytes of base64 text, which may have spaces and line ends in it.
+    """Decode base64 text, which may have spaces and line ends in it.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not base64.
     """
     try:
         return base64.b64decode("".join(text.split()), validate=True)
@@ -156,7 +156,7 @@ def decode_base64(text: str, name: str) -> bytes:
 
 @contextlib.contextmanager
 def local_file(source: str | os.PathLike, limits: DownloadLimits, untrusted: bool = False) -> Iterator[str]:
-    """The path of a video file; what a URL gives lies in a temporary one meanwhile.
+    """Yield the path of a video file; what a URL gives lies in a temporary one meanwhile.
 
     Raises:
         ValueError: There is no such file, it cannot be downloaded, or it is refused.
@@ -199,7 +199,7 @@ def download(url: str, file: BinaryIO, limits: DownloadLimits, untrusted: bool =
 
 
 def _open(url: str, watch: "_Watch") -> HTTPResponse:
-    """The response of a URL, behind its redirects; their bodies are left unread."""
+    """Return the response of a URL, behind its redirects; their bodies are left unread."""
     opener = OpenerDirector()
     for handler in (
         ProxyHandler({} if watch.untrusted else None),
@@ -225,7 +225,7 @@ def _open(url: str, watch: "_Watch") -> HTTPResponse:
 
 
 def _ascii_url(url: str) -> str:
-    """A URL as it is sent: other characters are quoted, the host's name in its own way."""
+    """Return a URL as it is sent: other characters are quoted, the host's name in its own way."""
     parts = urlsplit(url)
     host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     path, query = (quote(part, safe="%/:=&?~#+!$,;'@()*[]|") for part in (parts.path, parts.query))
@@ -273,7 +273,7 @@ class _Watch:
             raise TimeoutError(self.overdue())
 
     def connect(self, host: str, port: int) -> socket.socket:
-        """A connection to the first address of a host that answers.
+        """Connect to the first address of a host that answers.
 
         Raises:
             ValueError: `untrusted`, and one of them is not public.
@@ -297,7 +297,7 @@ class _Watch:
                 failure = error
                 continue
             connection.settimeout(SILENCE)
-            self._keep(connection.dup())  # TLS takes the connection's own handle away
+            self._keep(connection.dup())  # TLS takes over the connection's own handle
             return connection
         raise failure
 
@@ -316,7 +316,7 @@ class _Watch:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet, also if it is written within another."""
+    """Tell whether an IP address belongs to the public internet, also if it is written within another."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)

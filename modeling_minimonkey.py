@@ -2,7 +2,7 @@
 
 There is no attention code here: vision tower and language model are transformers' own, with all their attention back
 ends, caches and parallel plans. This file adds the older options of the published family and weights under their published
-names; `generate` with scale compression and `chat` with history come from the files beside it.
+names; `generate` with scale compression and `chat` with history come from the files next to it.
 
     model = AutoModel.from_pretrained("path/of/this/repository", trust_remote_code=True)
     answer = model.chat(processor, "receipt.png", "What is the total?")
@@ -55,7 +55,7 @@ class MiniMonkeyModel(InternVLModel):
 
     @extends(InternVLModel.get_image_features)
     def get_image_features(self, pixel_values, vision_feature_layer: int | None = None, **kwargs):
-        """As in transformers, for every layer, the embeddings (0) among them."""
+        """Return image features as transformers does, for every layer, the embeddings (0) among them."""
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         if not self.config.vision_config.num_hidden_layers:
             layer = -1  # without layers the only hidden state, the embeddings, is also the last
@@ -65,7 +65,7 @@ class MiniMonkeyModel(InternVLModel):
 
     @extends(InternVLModel.forward)
     def forward(self, input_ids=None, pixel_values=None, *, inputs_embeds=None, visual_token_mask=None, **kwargs):
-        """As in transformers. `visual_token_mask` (B, N) tells visual experts which of `inputs_embeds` are image tokens.
+        """Run as in transformers; `visual_token_mask` (B, N) tells visual experts which of `inputs_embeds` are image tokens.
 
         Raises:
             ValueError: Visual experts are given embeddings without a mask.
@@ -84,7 +84,7 @@ class MiniMonkeyModel(InternVLModel):
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)
 
     def pixel_shuffle(self, vision_features: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
-        """(T, rows, columns, width) -> (T, rows * f, columns * f, width / f^2) with f = `scale_factor`.
+        """Shuffle (T, rows, columns, width) to (T, rows * f, columns * f, width / f^2) with f = `scale_factor`.
 
         Version 1 of the published code leaves out the last transposition of the grid.
         """
@@ -100,7 +100,7 @@ class ScaledHead(nn.Linear):
         self.factor, self.softcap = factor, softcap
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., vocabulary)"""
+        """Return the logits (..., vocabulary) of hidden states (..., D)."""
         logits = super().forward(hidden_states) * self.factor
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
@@ -130,11 +130,11 @@ class MiniMonkeyForConditionalGeneration(
 
     @classmethod
     def from_pretrained(cls, *args, use_flash_attn: bool | None = None, load_in_8bit: bool = False, **kwargs):
-        """As in transformers; also takes two arguments of the published README.
+        """Load a model as transformers does; also take two arguments of the published README.
 
         Args:
-            use_flash_attn: True is `attn_implementation="flash_attention_2"`, False or None leave the choice open.
-            load_in_8bit: False only; 8-bit loading is `quantization_config=BitsAndBytesConfig(load_in_8bit=True)`.
+            use_flash_attn: True means `attn_implementation="flash_attention_2"`; False and None leave the choice open.
+            load_in_8bit: Only False; 8-bit loading is `quantization_config=BitsAndBytesConfig(load_in_8bit=True)`.
 
         Raises:
             ValueError: `load_in_8bit=True`.
@@ -149,7 +149,7 @@ class MiniMonkeyForConditionalGeneration(
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
-        """As in transformers, always under transformers' own weight names, with the code that loads the model.
+        """Save as transformers does, always under its own weight names, with the code that loads the model.
 
         Raises:
             ValueError: `save_original_format=True`; the published names are only read.
@@ -165,7 +165,7 @@ class MiniMonkeyForConditionalGeneration(
     def encode_images(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_flags: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Embeddings of a prompt with the image features in the places of its image tokens.
+        """Return the embeddings of a prompt with the image features in the places of its image tokens.
 
         Args:
             input_ids: (B, N)
@@ -177,14 +177,14 @@ class MiniMonkeyForConditionalGeneration(
             (B, N, D)
 
         Raises:
-            ValueError: Shapes, types or devices that do not fit, or image tokens and features of different number.
+            ValueError: Shapes, types or devices that do not fit, or the numbers of image tokens and features differ.
         """
         return self.place_features(input_ids, self._features_for(input_ids, pixel_values, image_flags))
 
     def _features_for(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_flags: torch.Tensor | None
     ) -> torch.Tensor:
-        """The image features (T, K, D) of a prompt; see `encode_images`."""
+        """Return the image features (T, K, D) of a prompt; see `encode_images`."""
         self._check_pixel_values(pixel_values)
         if image_flags is not None:
             pixel_values = pixel_values[image_flags.flatten() == 1]
@@ -200,7 +200,7 @@ class MiniMonkeyForConditionalGeneration(
         return self.encode_tiles(pixel_values)
 
     def encode_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the language model sees of tiles (T, 3, S, S): (T, K, D), for `pixel_values` see `encode_images`."""
+        """Return what the language model sees of tiles (T, 3, S, S): (T, K, D); for `pixel_values` see `encode_images`."""
         self._check_pixel_values(pixel_values)
         if not len(pixel_values):
             return pixel_values.new_empty(0, self.tokens_per_tile(pixel_values), self.config.text_config.hidden_size)
@@ -209,13 +209,13 @@ class MiniMonkeyForConditionalGeneration(
         return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
 
     def place_features(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Embeddings (B, N, D) of a prompt (B, N) with `features` (..., D) in the places of its image tokens."""
+        """Return embeddings (B, N, D) of a prompt (B, N) with `features` (..., D) in the places of its image tokens."""
         embeddings = self.model.get_input_embeddings()(input_ids)
         is_image = (input_ids == self.config.image_token_id).unsqueeze(-1).to(embeddings.device)
         return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
 
     def tokens_per_tile(self, pixel_values: torch.Tensor) -> int:
-        """Image tokens that each of these tiles gives."""
+        """Return how many image tokens each of these tiles gives."""
         patch_size, ratio = self.config.vision_config.patch_size[0], self.config.downsample_ratio
         return int(pixel_values.shape[-1] // patch_size * ratio) ** 2
 
@@ -259,7 +259,7 @@ class MiniMonkeyForConditionalGeneration(
         visual_token_mask: torch.Tensor | None = None,
         **kwargs,
     ):
-        """One pass over a batch; see `InternVLForConditionalGeneration.forward` for the arguments not named here.
+        """Run one pass over a batch; see `InternVLForConditionalGeneration.forward` for the arguments not named here.
 
         Args:
             input_ids: (B, N)

@@ -1,13 +1,13 @@
-"""Several cameras of one scene as one picture, and points of it back in their cameras.
+"""Several cameras of one scene as one image, and points of it back in their cameras.
 
     stitched = stitch_views({"CAM_FRONT_LEFT": left, "CAM_FRONT": front, "CAM_FRONT_RIGHT": right})
     inputs = processor(stitched.image, "<image>\\nWhat is ahead?", preset="multi_view")
-    stitched.locate(512, 480)  # ("CAM_FRONT", 857.6, 432.0): pixels of that camera's own picture
+    stitched.locate(512, 480)  # ("CAM_FRONT", 857.6, 432.0): pixels of that camera's own image
 
 Every camera fills two whole tiles of 448 pixels, so no tile shows two cameras: six in three columns are 6 x 2 tiles.
 The preset cuts that grid alone; adaptive tiles would mix cameras.
 
-Knows pictures and points, no questions and no tags.
+Deals with images and points, not with questions or tags.
 
 Source: DriveLM in Mini-InternVL (arXiv 2410.16261), the published stitching and evaluation code. The captions differ:
 they are in Pillow's own font instead of DejaVu Sans Bold, which is not everywhere; size, colour and place are the same.
@@ -22,7 +22,7 @@ from .picture_decoding import resize_picture, to_rgb
 
 
 SCALE = 1000
-"""The right and lower edge of a picture in the coordinates of questions and answers."""
+"""The right and lower edge of an image in the coordinates of questions and answers."""
 
 CAPTION_COLOUR = (255, 0, 255)
 CAPTION_SIZE = 50 / 448  # of the height of a view
@@ -33,12 +33,12 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class StitchedViews:
-    """One picture of several cameras, row by row, and what it takes to find a point again.
+    """One image of several cameras, row by row, and what it takes to find a point again.
 
     Attributes:
-        image: The stitched picture, RGB; cells without a camera are black.
+        image: The stitched image, RGB; cells without a camera are black.
         names: The cameras in order.
-        sizes: The size of each camera's own upright picture.
+        sizes: The size of each camera's own upright image.
         columns: Cameras side by side.
         view_size: The size of each camera in `image`.
     """
@@ -50,17 +50,17 @@ class StitchedViews:
     view_size: Size
 
     def locate(self, x: float, y: float, name: str | None = None) -> tuple[str, float, float]:
-        """The camera at a point of the stitched picture, and the point in that camera's own picture.
+        """Find the camera at a point of the stitched image, and the point in that camera's own image.
 
         Args:
-            x, y: 0 to 1000 of the stitched picture.
+            x, y: 0 to 1000 of the stitched image.
             name: The camera, where it is known, as in DriveLM's tags: integers next to a seam may fall beyond it.
 
         Returns:
-            The camera's name, and x and y in pixels of its own picture, clamped to it and not rounded.
+            The camera's name, and x and y in pixels of its own image, clamped to it and not rounded.
 
         Raises:
-            ValueError: A point outside the picture or in a cell without a camera, or an unknown camera.
+            ValueError: A point outside the image or in a cell without a camera, or an unknown camera.
         """
         if not (0 <= x <= SCALE and 0 <= y <= SCALE):
             raise ValueError(f"A point of the stitched picture has x and y from 0 to {SCALE}, got ({x}, {y}).")
@@ -72,10 +72,10 @@ class StitchedViews:
         return self.names[index], float(min(max(x_px, 0), width)), float(min(max(y_px, 0), height))
 
     def place(self, name: str, x_px: float, y_px: float) -> tuple[int, int]:
-        """A point of a camera's own picture, in pixels, as integers of 0 to 1000 of the stitched picture.
+        """Convert a point of a camera's own image, in pixels, to integers of 0 to 1000 of the stitched image.
 
         Raises:
-            ValueError: An unknown camera, or a point outside its picture.
+            ValueError: An unknown camera, or a point outside its image.
         """
         index = self._index(name)
         row, column = divmod(index, self.columns)
@@ -111,17 +111,17 @@ def stitch_views(
     view_size: Size = (896, 448),
     captions: bool = True,
 ) -> StitchedViews:
-    """Put the pictures of several cameras side by side, each resized to the same size (its proportions may change).
+    """Put the images of several cameras side by side, each resized to the same size (its proportions may change).
 
     Args:
-        views: Pictures by camera name, in the order in which they are put, row by row; they become upright RGB.
+        views: Images by camera name, in the order in which they are put, row by row; they become upright RGB.
             nuScenes' order is CAM_FRONT_LEFT, CAM_FRONT, CAM_FRONT_RIGHT, CAM_BACK_LEFT, CAM_BACK, CAM_BACK_RIGHT.
         columns: Cameras side by side; no more than there are.
         view_size: (width, height) of each in pixels; whole tiles (448) keep cameras apart.
         captions: Write each camera's name in its upper left corner.
 
     Raises:
-        ValueError: No views, something that is no PIL image, or sizes below 1.
+        ValueError: No views, something that is not a PIL image, or sizes below 1.
     """
     _check_views(views, columns, view_size)
     columns = min(columns, len(views))

@@ -1,12 +1,12 @@
-"""Files, URLs, PIL images and arrays as pictures: upright 8-bit RGB, whatever they were.
+"""Upright 8-bit RGB images from files, URLs, PIL images and arrays of any kind.
 
     picture = load_picture("page.png")
     pages = pages_of("scan.tiff")  # each of them for load_picture
 
 EXIF orientation is applied, transparency is put on white (the published code dropped it, which shows the hidden colours),
-16-bit samples keep their upper half, of an animation the first frame is taken. The pages of a TIFF are pictures of their own.
+16-bit samples keep their upper half, of an animation the first frame is taken. The pages of a TIFF are images of their own.
 
-Knows pictures, no tiles. Whatever is broken, or no picture at all, raises a ValueError.
+Deals with images, not with tiles. Whatever is broken, or not an image at all, raises a ValueError.
 """
 
 import base64
@@ -96,7 +96,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture of an EXIF orientation upright."""
+"""What makes an image of an EXIF orientation upright."""
 
 
 class Page(str):
@@ -120,7 +120,7 @@ class Page(str):
 
 
 def load_picture(source: str | os.PathLike, untrusted: bool = False) -> Image.Image:
-    """Read a picture from a path, a URL, a data URI or a base64 string, as upright 8-bit RGB.
+    """Read an image from a path, a URL, a data URI or a base64 string, as upright 8-bit RGB.
 
     Of a file of several pages the first is read, with a warning, unless `source` is one of `pages_of`.
 
@@ -147,7 +147,7 @@ def load_picture(source: str | os.PathLike, untrusted: bool = False) -> Image.Im
 
 
 def several_pages(name: str, pages: int) -> str:
-    """The warning for a file of pages where one picture must be."""
+    """Return the warning for a file of pages where one image must be."""
     return (
         f"{name} has {pages} pages, but only one picture is wanted here, so that the first alone is read. In chat, leave out "
         f"<image> or write it {pages} times to show all; or pass pages that you choose, "
@@ -156,7 +156,7 @@ def several_pages(name: str, pages: int) -> str:
 
 
 def pages_of(source, untrusted: bool = False) -> list:
-    """A picture as the list of its pages, each for `load_picture`; `[source]` where it has one, or is no file of pages.
+    """List the pages of an image, each for `load_picture`; `[source]` where it has one, or is not a file of pages.
 
     Only TIFF and DCX have pages. A URL is not downloaded for that, and a PIL image is the page at which it stands.
 
@@ -170,7 +170,7 @@ def pages_of(source, untrusted: bool = False) -> list:
     try:
         is_file = not untrusted and os.path.isfile(source)
         start = _first_bytes(source, 4) if is_file else _start(source, untrusted)
-    except OSError:  # whoever reads the picture says so
+    except OSError:  # whoever reads the image says so
         return [source]
     if not start.startswith(PAGED_STARTS):
         return [source]
@@ -185,7 +185,7 @@ def pages_of(source, untrusted: bool = False) -> list:
 
 
 def _start(source: str | os.PathLike, untrusted: bool) -> bytes:
-    """The first bytes of a file, data URI or base64 text; none of what is not there."""
+    """Return the first bytes of a file, data URI or base64 text; none if it is not there."""
     path = None if untrusted else path_of(source)
     if path is not None:
         return _first_bytes(path, 4) if os.path.isfile(path) else b""
@@ -198,7 +198,7 @@ def _start(source: str | os.PathLike, untrusted: bool) -> bytes:
 
 
 def _opened(source: str | os.PathLike, untrusted: bool) -> Image.Image:
-    """A picture file, opened and not decoded.
+    """Open an image file without decoding it.
 
     Raises:
         ValueError: It cannot be found, downloaded or opened, with what would read it where that is known.
@@ -236,7 +236,7 @@ def _is_heif(start: bytes) -> bool:
 
 
 def _hint(start: bytes) -> str:
-    """What is wrong with a file that is no picture, where its first bytes tell."""
+    """Return what is wrong with a file that is not an image, where its first bytes tell."""
     if start.startswith(b"%PDF"):
         return (
             "is a PDF, not a picture. pypdfium2 makes pictures of its pages: "
@@ -256,7 +256,7 @@ def _count_pages(image: Image.Image) -> int:
 
 
 def _check_pixels(image: Image.Image) -> None:
-    """Refuse where Pillow only warns."""
+    """Refuse an image at whose size Pillow only warns."""
     pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise Image.DecompressionBombError(f"{pixels} pixels, the limit is {limit}")
@@ -270,7 +270,7 @@ def _reason(error: BaseException) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL picture of any mode as upright 8-bit RGB, transparency on white, the first frame of an animation.
+    """Convert a PIL image of any mode to upright 8-bit RGB, transparency on white, the first frame of an animation.
 
     Of a file of several pages it is the page at which it stands; at the first a warning tells of the others.
 
@@ -286,7 +286,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _decoded(image: Image.Image) -> Image.Image:
-    """`to_rgb`, with the decoder's own errors."""
+    """Do what `to_rgb` does, with the decoder's own errors."""
     _check_sides(image.width, image.height)
     image = upright(standing_frame(image))
     if image.mode.startswith("I;16"):
@@ -302,9 +302,9 @@ def _check_sides(width: int, height: int) -> None:
 
 
 def standing_frame(image: Image.Image) -> Image.Image:
-    """What is seen of a file of several pictures: the page at which it stands, of an animation the first frame.
+    """Return what is seen of a file of several images: the page at which it stands, of an animation the first frame.
 
-    The caller's picture stays at its own.
+    The caller's image stays at its own.
     """
     is_animation = image.format not in (*PAGED_FORMATS, "PSD") and getattr(image, "is_animated", False)
     position = image.tell() if is_animation else 0
@@ -317,7 +317,7 @@ def standing_frame(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF orientation says."""
+    """Turn an image as its EXIF orientation says."""
     image.load()
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if turn is None else image.transpose(turn)
@@ -333,17 +333,17 @@ def _on_background(image: Image.Image) -> Image.Image:
 
 
 def array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """An array of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels as 8-bit RGB.
+    """Convert an array of (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels to 8-bit RGB.
 
     Integers are taken as 0 to 255, or as 0 to 65535 if one exceeds 255; floats as 0 to 1, or as 0 to 255 if one exceeds 1.
 
     Raises:
-        ValueError: Another shape, or values that are no colours (a normalised tensor, say).
+        ValueError: Another shape, or values that are not colours (a normalised tensor, say).
     """
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"A picture has shape (H, W), (H, W, C) or (C, H, W), got an array of {array.shape}.")
     if array.ndim == 3:
-        # A picture of three rows has channels at both ends, as it were; arrays have theirs last by custom.
+        # An image of three rows has channels at both ends, as it were; arrays have theirs last by custom.
         layout = input_data_format or (ChannelDimension.LAST if array.shape[-1] in (3, 4) else None)
         layout = layout or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
         array = np.moveaxis(array, 0, -1) if ChannelDimension(layout) == ChannelDimension.FIRST else array
@@ -356,7 +356,7 @@ def array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | 
 
 
 def tensor_to_rgb(tensor: torch.Tensor, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """A tensor as `array_to_rgb` takes an array; where both ends could be channels, its first is by custom."""
+    """Convert a tensor as `array_to_rgb` does an array; where both ends could be channels, the first is by custom."""
     if input_data_format is None and tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4):
         input_data_format = ChannelDimension.FIRST
     try:
@@ -390,7 +390,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def resizing_steps(old_width: int, old_height: int, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two (width, height) through which a picture is resized, one direction after the other.
+    """Return the two (width, height) through which an image is resized, one direction after the other.
 
     The samples in between are rounded to 8 bits, so that the order decides the pixels: the height goes first where it shrinks
     by more than twice what the width does, which Pillow does by itself from version 13 on and not before.
@@ -401,7 +401,7 @@ def resizing_steps(old_width: int, old_height: int, width: int, height: int) -> 
 
 
 def resize_picture(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
-    """`image.resize((width, height), resample)` of Pillow 13, with the same pixels under every Pillow."""
+    """Resize as `image.resize((width, height), resample)` of Pillow 13, with the same pixels under every Pillow."""
     for step in resizing_steps(*image.size, width, height):
         image = image.resize(step, resample)
     return image

@@ -1,10 +1,10 @@
-"""Messages and pictures to model inputs: chat template, placeholders, token ids, padding.
+"""Messages and images to model inputs: chat template, placeholders, token ids, padding.
 
     processor = AutoProcessor.from_pretrained("path/of/this/repository", trust_remote_code=True)
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     model.generate(**inputs)
 
-Knows no model. A picture's place in the text is `<image>`; it becomes `<img>`, one `<IMG_CONTEXT>` for each image token of
+Knows no model. An image's place in the text is `<image>`; it becomes `<img>`, one `<IMG_CONTEXT>` for each image token of
 its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the tile counts of the image processor.
 """
 
@@ -78,7 +78,7 @@ class MiniMonkeyProcessorKwargs(ProcessingKwargs, total=False):
 
 
 def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[str, tuple[int, int]]]]:
-    """Where each `<image>` stood and where its image tokens stand now, in characters, as transformers asks for it."""
+    """Return where each `<image>` stood and where its image tokens stand now, in characters, as transformers asks for it."""
     image = re.compile(f"{re.escape(IMAGE_START)}(?:{re.escape(IMAGE_TOKEN)})+{re.escape(IMAGE_END)}")
     return [
         [
@@ -97,7 +97,7 @@ def expand_videos(texts: Iterable[str], frames: list[int]) -> tuple[list[str], l
         frames: How many frames each video has.
 
     Returns:
-        The texts, and in the order of their pictures whether each is an `<image>` or a frame of a `<video>`.
+        The texts, and for each of their images in order whether it is an `<image>` or a frame of a `<video>`.
     """
     videos, kinds = iter(frames), []
 
@@ -124,7 +124,7 @@ def place_frames(
         videos_kwargs: Of VIDEO_OPTIONS.
 
     Returns:
-        The texts with `<image>` for every frame too, and in this order the pictures, each with the image processor's options.
+        The texts with `<image>` for every frame too, and in this order the images, each with the image processor's options.
 
     Raises:
         ValueError: See `video_options` and `video_frames.load_frames`.
@@ -140,7 +140,7 @@ def place_frames(
 
 
 def cut_pictures(image_processor, pictures: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
-    """What the image processor gives for pictures that have options of their own, beside `options` of all, in their order."""
+    """Cut images that have options of their own, beside `options` for all, with the image processor, in order."""
     parts = [
         image_processor([picture for picture, _ in group], **{**own, **options})
         for own, group in groupby(pictures, key=lambda picture: picture[1])
@@ -149,7 +149,7 @@ def cut_pictures(image_processor, pictures: list[tuple[Any, dict[str, Any]]], **
 
 
 def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) -> tuple[dict, dict]:
-    """How the frames of videos are chosen, and the image processor's options for them: one tile each, else as for images.
+    """Return how frames of videos are chosen, and the image processor's options for them: one tile each, else as for images.
 
     Raises:
         ValueError: An option that videos do not have.
@@ -166,21 +166,21 @@ def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) 
 
 
 def _joined(parts: list):
-    """Tensors, arrays or lists as one."""
+    """Join tensors, arrays or lists into one."""
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts)
     return [item for part in parts for item in part] if isinstance(parts[0], list) else np.concatenate(parts)
 
 
 def _of_the_same_kind(mask, ids):
-    """A mask (B, N) as a tensor, an array or lists, whichever the ids (B, N) are."""
+    """Return a mask (B, N) as a tensor, an array or lists, whichever the ids (B, N) are."""
     if isinstance(ids, torch.Tensor):
         return torch.as_tensor(mask)
     return np.asarray(mask) if isinstance(ids, np.ndarray) else mask
 
 
 def with_pages(pictures: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
-    """`pictures`, with the pages of TIFF files as pictures of their own.
+    """Return `pictures`, with the pages of TIFF files as images of their own.
 
     Where `texts` have one `<image>` for each file, its first page alone is shown, which the image processor warns about.
 
@@ -194,10 +194,10 @@ def with_pages(pictures: list, texts: list[str], image_processor, options: dict[
 
 
 def list_videos(videos) -> list:
-    """The videos of a (nested) list, each a path, a URL or frames; a list of pictures is one video.
+    """List the videos of a (nested) list, each a path, a URL or frames; a list of images is one video.
 
     Raises:
-        ValueError: A list of nothing: None or an empty list in it, or an array of no videos.
+        ValueError: A list of nothing: None or an empty list in it, or an array that is not videos.
     """
     return [] if _is_none(videos) else _listed_videos(videos)
 
@@ -214,10 +214,10 @@ def _listed_videos(videos) -> list:
 
 
 def flatten_pictures(images) -> list:
-    """The pictures of a (nested) list, without opening one; an array of four dimensions is a batch.
+    """List the images of a (nested) list without opening any; an array of four dimensions is a batch.
 
     Raises:
-        ValueError: A list of nothing: None or an empty list in it, or an array of no pictures.
+        ValueError: A list of nothing: None or an empty list in it, or an array that is not images.
     """
     if images is None:
         return []
@@ -228,12 +228,12 @@ def flatten_pictures(images) -> list:
 
 
 def _is_none(media) -> bool:
-    """Whether no pictures or videos are meant: None, or the empty list that chat windows send."""
+    """Tell whether no images or videos are meant: None, or the empty list that chat windows send."""
     return media is None or (isinstance(media, (list, tuple)) and not media)
 
 
 def _not_empty(media, name: str):
-    """`media`, if there is something in it: what was to be shown and got lost must not become an answer without it."""
+    """Return `media` unless it is empty: what was to be shown and got lost must not become an answer without it."""
     is_nothing = media is None or (isinstance(media, (list, tuple)) and not media)
     if is_nothing or (hasattr(media, "shape") and not math.prod(media.shape)):
         what = f"an array of shape {tuple(media.shape)}" if hasattr(media, "shape") else repr(media)
@@ -280,11 +280,11 @@ class MiniMonkeyProcessor(ProcessorMixin):
             )
 
     def __call__(self, images=None, text=None, videos=None, **kwargs: Any) -> BatchFeature:
-        """Token ids of ready prompts and the tiles of their pictures.
+        """Return the token ids of ready prompts and the tiles of their images.
 
         Args:
             images: As the image processor takes them; nested lists give each text its own.
-            text: A prompt or a list of prompts with one `<image>` for each picture and one `<video>` for each video. Control
+            text: A prompt or a list of prompts with one `<image>` for each image and one `<video>` for each video. Control
                 tokens in them count; text that is not to be trusted goes through `apply_chat_template(tokenize=True)`.
             videos: A path, a URL or frames, or a (nested) list of them. `<video>` becomes numbered frames of one tile each;
                 `num_frames`, `fps`, `start` and `end` choose them, see `video_frames.load_frames`.
@@ -293,12 +293,12 @@ class MiniMonkeyProcessor(ProcessorMixin):
                 are returned; `return_tensors=None` leaves token ids as lists.
 
         Returns:
-            input_ids, attention_mask (B, N) and, with pictures, pixel_values, tile_counts, tile_grids (see
+            input_ids, attention_mask (B, N) and, with images, pixel_values, tile_counts, tile_grids (see
             `MiniMonkeyImageProcessor.preprocess`).
 
         Raises:
-            ValueError: No text, placeholders and pictures or videos of different number, a video that cannot be read, or a
-                limit that would cut an image.
+            ValueError: No text, numbers of placeholders and of images or videos that differ, a video that cannot be read, or
+                a limit that would cut an image.
         """
         if text is None:
             raise ValueError("text is missing; to cut pictures alone, call processor.image_processor(images).")
@@ -332,7 +332,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         )
 
     def _merged_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of a call by what they are for: text, images or videos; checked."""
+        """Check the options of a call and return them by what they are for: text, images or videos."""
         for name in ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs"):
             if not isinstance(options.get(name, {}), dict):
                 raise ValueError(f"{name} is a dict of options, got {options[name]!r}.")
@@ -351,7 +351,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
     def _with_frames(
         self, texts: list[str], images, videos, merged: dict[str, Any]
     ) -> tuple[list[str], dict[str, Any]]:
-        """The texts with the frames of their videos, and the tiles of images and frames in the order of the texts."""
+        """Return the texts with the frames of their videos, and the tiles of images and frames in the order of the texts."""
         is_by_text = isinstance(videos, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in videos)
         if is_by_text and len(videos) == len(texts) > 1:
             videos = [video for row in videos for video in list_videos(row)]
@@ -365,14 +365,12 @@ class MiniMonkeyProcessor(ProcessorMixin):
         return texts, cut_pictures(self.image_processor, pictures)
 
     def _check_images(self, texts: list[str], images, options: dict[str, Any]) -> list:
-        """The pictures in one list, pages of their own among them; each has its placeholder."""
+        """Return the images in one list, with pages as images of their own; check that each has its placeholder."""
         is_by_text = isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images)
         if is_by_text:
             if len(images) != len(texts):
                 raise ValueError(f"{len(images)} lists of images were given for {len(texts)} texts.")
-            rows = (
-                images if len(texts) > 1 else [flatten_pictures(images)]
-            )  # of several texts some may have no pictures
+            rows = images if len(texts) > 1 else [flatten_pictures(images)]  # of several texts some may have no images
             pictures = []
             for row, (text, given) in enumerate(zip(texts, rows)):
                 of_row = with_pages(flatten_pictures(given), [text], self.image_processor, options)
@@ -384,7 +382,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         return pictures
 
     def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
-        """Token ids, padded as `options` say; nothing is added in front or behind."""
+        """Return token ids, padded as `options` say; nothing is added in front or behind."""
         ignored = ("add_special_tokens", "return_tensors", "return_text_replacement_offsets")
         options = {name: value for name, value in options.items() if name not in ignored and value is not None}
         with_types = options.pop("return_mm_token_type_ids", False)
@@ -425,9 +423,11 @@ class MiniMonkeyProcessor(ProcessorMixin):
         return row[:max_length]
 
     def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
-        """As in transformers, after a check of the messages. With `tokenize=True`, text of the messages that spells a control
-        token, or `<image>`, is encoded as plain text; `sanitize_control_tokens=False` turns that off, and
-        `grounding_tokens=True` turns it off for `<ref>`, `<box>` and `<quad>`.
+        """Apply the chat template as transformers does, after a check of the messages.
+
+        With `tokenize=True`, text of the messages that spells a control token, or `<image>`, is encoded as plain text;
+        `sanitize_control_tokens=False` turns that off, and `grounding_tokens=True` turns it off for `<ref>`, `<box>` and
+        `<quad>`.
 
         Raises:
             ValueError: No messages, an unknown role, or content that is neither text nor an image nor a video.
@@ -446,7 +446,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         return prompt
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Tokens and tiles of pictures of (height, width) `image_sizes`, for serving engines."""
+        """Count the tokens and tiles of images of (height, width) `image_sizes`, for serving engines."""
         if image_sizes is None:
             return MultiModalData()
         tiles = [
@@ -457,11 +457,11 @@ class MiniMonkeyProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=tokens, num_image_patches=tiles)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, with the class to load it by."""
+        """Return what transformers returns, with the class to load it by."""
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_minimonkey.MiniMonkeyProcessor"}}
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers; the code that loads the processor is always saved beside it."""
+        """Save as transformers does, always with the code that loads the processor beside it."""
         saved = super().save_pretrained(save_directory, **kwargs)
         custom_object_save(self, save_directory)
         return saved

@@ -1,11 +1,12 @@
 """What a conversation remembers of its prompt, so that its next turn costs only what is new.
 
-Three things, all of one conversation: the features of its pictures, which positions of its ids the language model read
+Three things, all of one conversation: the features of its images, which positions of its ids the language model read
 (scale compression leaves some out), and the key/value cache of those. A later prompt uses the cache as far as it begins with
-the same tokens and the same pictures, compressed in the same way; everything behind that is computed anew. So an edited
+the same tokens and the same images, compressed in the same way; everything after that is computed again. So an edited
 history can never meet a cache that does not fit it.
 
-Knows ids, tensors and caches; no text. `generate` reads and writes a memory, `chat` hangs it on the history it returns.
+Deals with ids, tensors and caches, not with text. `generate` reads and writes a memory, `chat` hangs it on the history it
+returns.
 """
 
 import hashlib
@@ -27,13 +28,13 @@ from .picture_decoding import to_rgb
 
 
 def common_length(first: list[int], second: list[int]) -> int:
-    """How many tokens two sequences have in common from the start on."""
+    """Count the tokens that two sequences share from the start."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What decides what the language model computes: the ids of one row (N,), which pictures stand where, and how these are
+    """What decides what the language model computes: the ids of one row (N,), which images stand where, and how these are
     compressed (`settings.keep_ratio` 1: not at all)."""
 
     token_ids: list[int]
@@ -41,7 +42,7 @@ class Prompt:
     settings: CompressionSettings
 
     def common_start(self, other: "Prompt") -> int:
-        """How many of its first tokens mean the same in `other`: all that the language model computes for them is equal."""
+        """Count its first tokens that mean the same in `other`: all that the language model computes for them is equal."""
         same = common_length(self.token_ids, other.token_ids)
         is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
         is_compressed = min(self.settings.keep_ratio, other.settings.keep_ratio) < 1
@@ -78,10 +79,10 @@ class Recalled:
 class PromptMemory:
     """The memory of one conversation with `model`; a plain object to everyone but `generate`.
 
-    Weights and buffers that are trained, replaced or moved, and another value in the model's configuration, make it void; a
+    Training, replacing or moving weights or buffers, or changing the model's configuration, makes it void; a
     change through `parameter.data` in place is not noticed, so call `forget` after one.
 
-    `tile_counts` and `features` are those of its pictures, by their key (see `picture_key`).
+    `tile_counts` and `features` are those of its images, by their key (see `picture_key`).
     """
 
     def __init__(self, model: nn.Module):
@@ -94,7 +95,7 @@ class PromptMemory:
         self._beginning: list[tuple] = []
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether this is a memory of `model`, whose weights are still those that it had."""
+        """Tell whether this is a memory of `model`, with its weights unchanged since."""
         return self._model() is model and self._weights == _weights_version(model)
 
     def forget(self) -> None:
@@ -107,26 +108,26 @@ class PromptMemory:
             self._beginning.append(("assistant", answer))
 
     def nbytes(self) -> int:
-        """Bytes that it holds: keys, values and features."""
+        """Count the bytes that it holds: keys, values and features."""
         layers = [] if self._state is None else self._state.cache.layers
         tensors = [*self.features.values(), *(t for layer in layers for t in (layer.keys, layer.values))]
         return sum(tensor.nbytes for tensor in tensors)
 
     def begin_turn(self, keys: list[bytes]) -> "Turn":
-        """What the next turn, about the pictures `keys`, starts from."""
+        """Return what the next turn, about the images `keys`, starts from."""
         return Turn(self, keys, self.tile_counts, self.features)
 
     def remember_pictures(self, pictures: dict[bytes, tuple[list[int], torch.Tensor]]) -> None:
-        """Keep the tile counts and features of exactly these pictures, those of the prompt that is about to be read."""
+        """Keep the tile counts and features of exactly these images, those of the prompt that is about to be read."""
         self.tile_counts = {key: counts for key, (counts, _) in pictures.items()}
         self.features = {key: features for key, (_, features) in pictures.items()}
         forget_the_oldest(self._model(), self)
 
     def take_cache(self, prompt: Prompt) -> Recalled:
-        """The cache of as much of `prompt` as it can serve; at least the prompt's last token is left to compute.
+        """Take out the cache of as much of `prompt` as it can serve; at least the prompt's last token is left to compute.
 
-        The memory is without a cache until `remember`: should the generation fail, or two run at once, none meets a cache
-        that is half written.
+        The memory has no cache until `remember`: should the generation fail, or two run at once, none meets a cache that
+        is half written.
         """
         with self._lock:
             state, self._state = self._state, None
@@ -154,7 +155,7 @@ class PromptMemory:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn starts from: its pictures in order, and the tile counts and features of those that the memory knows."""
+    """What a turn starts from: its images in order, and the tile counts and features of those that the memory knows."""
 
     memory: PromptMemory
     keys: list[bytes]
@@ -163,12 +164,12 @@ class Turn:
 
 
 def new_cache(model: nn.Module) -> Cache:
-    """An empty cache, as `generate` makes it when nothing else is asked for."""
+    """Return an empty cache, as `generate` makes it when nothing else is asked for."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def picture_key(picture, options: object) -> bytes:
-    """Tells pictures apart by what they show and by how they are to be cut.
+    """Return what tells images apart: what they show and how they are to be cut.
 
     Args:
         picture: A PIL image (what is shown of it counts), an array or tensor (their values), a path (the file's bytes), a URL
@@ -176,7 +177,7 @@ def picture_key(picture, options: object) -> bytes:
         options: Whatever else decides how it is cut; its `repr` counts.
 
     Raises:
-        ValueError: Anything else, or a picture whose file is broken.
+        ValueError: Anything else, or an image whose file is broken.
     """
     digest = hashlib.sha256(repr(options).encode())
     if isinstance(picture, (str, os.PathLike)):
@@ -218,7 +219,7 @@ def _digest_source(digest, source: str | os.PathLike) -> None:
 
 
 def _holds_everything(cache: Cache) -> bool:
-    """Whether no layer has let go of old tokens, as sliding windows do when they are full."""
+    """Tell whether no layer has let go of old tokens, as sliding windows do when they are full."""
     return all(
         isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys.shape[-2] == layer.get_seq_length()
         for layer in cache.layers
@@ -226,7 +227,7 @@ def _holds_everything(cache: Cache) -> bool:
 
 
 def _weights_version(model: nn.Module) -> int:
-    """Changes when a weight or buffer is replaced, moved or trained, an adapter switched or the configuration changed."""
+    """Return what changes when a weight or buffer is replaced, moved or trained, an adapter or the configuration changed."""
     buffers = (
         buffer
         for module in model.modules()
@@ -248,7 +249,7 @@ def _weights_version(model: nn.Module) -> int:
 
 
 def _rewrites_its_buffers(module: nn.Module) -> bool:
-    """Whether these are rotary frequencies that follow the prompt's length; up to `cacheable_length` it does not matter."""
+    """Tell whether these are rotary frequencies that follow the prompt's length, which is harmless up to `cacheable_length`."""
     return any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))
 
 
@@ -276,7 +277,7 @@ def recall(
         known = [memory for memory in _found_by_messages.get(model, []) if memory.belongs_to(model)]
         shared = [common_length(memory._beginning, beginning) for memory in known]
         best = max(reversed(range(len(known))), key=lambda i: shared[i], default=None)
-        # A system message alone is no conversation.
+        # A system message alone is not a conversation.
         memory = known[best] if best is not None and shared[best] > 1 else PromptMemory(model)
         memory._beginning = list(beginning)
         _found_by_messages[model] = [*(other for other in known if other is not memory), memory]

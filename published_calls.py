@@ -4,7 +4,7 @@
     model.chat(tokenizer, pixel_values, question, generation_config, ...)                         published InternVL
     model.batch_chat(tokenizer, pixel_values, questions, generation_config, ...)                  published InternVL
 
-Nothing else knows them. Source: `InternVLChatModel` of InternVL2 and Mini-Monkey.
+No other file knows them. Source: `InternVLChatModel` of InternVL2 and Mini-Monkey.
 """
 
 from typing import Any

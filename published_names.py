@@ -62,7 +62,7 @@ class PublishedNamesMixin:
     # transformers looks for these behind the published name, which would build a whole language model each time.
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embeddings of the language model's tokens."""
+        """Return the embeddings of the language model's tokens."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -70,7 +70,7 @@ class PublishedNamesMixin:
         self.model.set_input_embeddings(value)
 
     def get_decoder(self) -> nn.Module:
-        """The language model without its head."""
+        """Return the language model without its head."""
         return self.model.language_model
 
     def set_decoder(self, decoder: nn.Module) -> None:
@@ -78,5 +78,5 @@ class PublishedNamesMixin:
         self.model.language_model = decoder
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the language model sees of tiles (T, 3, S, S): (T, K, D); raises `ValueError` as `encode_images` does."""
+        """Return what the language model sees of tiles (T, 3, S, S): (T, K, D); raise `ValueError` as `encode_images` does."""
         return self.encode_tiles(pixel_values)

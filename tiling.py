@@ -1,7 +1,7 @@
 """Which grids an image is cut in: multi-scale adaptive cropping (MSAC) as pure integers.
 
-Knows sizes and tile counts, no pixels, so that a serving engine can ask how many tokens an image costs before opening it.
-Standard library only.
+Deals with sizes and tile counts, not with pixels, so that a serving engine can ask how many tokens an image costs before
+opening it. Standard library only.
 
     >>> msac_grids(1280, 720)
     ((4, 2), (3, 2))
@@ -19,7 +19,7 @@ TileRanges = tuple[int, int, int, int]
 """(min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles)"""
 
 # Tile ranges of the published evaluation, by benchmark; "default" is that of the demo, "others" that of every
-# benchmark without a row of its own. "multi_view" is ours, for pictures of `multi_view.py`: no adaptive tiles, which
+# benchmark without a row of its own. "multi_view" is ours, for images of `multi_view.py`: no adaptive tiles, which
 # would mix cameras (a range of one tile holds no grid that does not divide the detailed one).
 PRESETS: dict[str, TileRanges] = {
     "default": (4, 12, 3, 7),
@@ -42,14 +42,14 @@ PRESETS: dict[str, TileRanges] = {
 
 SINGLE_TILE: Grid = (1, 1)
 
-MOST_TILES = 1000  # of a grid; to list all grids of a million tiles takes minutes
+MOST_TILES = 1000  # of a grid; listing all grids of a million tiles takes minutes
 
 RANGE_NAMES = ("min_tiles", "max_tiles", "adaptive_min_tiles", "adaptive_max_tiles")
 
 
 @lru_cache
 def grids_in_range(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
-    """Every grid of `min_tiles` to `max_tiles` tiles, in order of its number of tiles (then of its columns)."""
+    """Return every grid of `min_tiles` to `max_tiles` tiles, in order of its number of tiles (then of its columns)."""
     grids = (
         (columns, rows)
         for columns in range(1, max_tiles + 1)
@@ -60,7 +60,7 @@ def grids_in_range(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
 
 
 def closest_grid(width: int, height: int, grids: tuple[Grid, ...], tile_size: int) -> Grid:
-    """The grid whose aspect ratio is nearest to that of the image; `(1, 1)` if there are none.
+    """Return the grid whose aspect ratio is nearest to that of the image; `(1, 1)` if there are none.
 
     On a tie the later (larger) grid wins if the image has more than half as many pixels as that grid.
     """
@@ -98,7 +98,7 @@ def msac_grids(
     adaptive_max_tiles: int = 7,
     tile_size: int = 448,
 ) -> tuple[Grid, Grid]:
-    """The detailed and the adaptive grid of an image, as ((columns, rows), (columns, rows)).
+    """Return the detailed and the adaptive grid of an image, as ((columns, rows), (columns, rows)).
 
     The adaptive grid is chosen among those that do not divide the detailed grid in both directions, so that its seams
     fall elsewhere. A grid of (1, 1) means that this layer has no tiles: the thumbnail already shows the whole image.
@@ -126,7 +126,7 @@ def msac_grids(
 
 
 def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> list[Grid]:
-    """The grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; a one-tile grid gives none.
+    """Return the grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; a one-tile grid gives none.
 
     Args:
         use_thumbnail: Whether the whole image comes last as one tile. An image without other tiles is one in any case.
@@ -136,19 +136,19 @@ def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> l
 
 
 def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> tuple[int, int, int]:
-    """Number of detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none."""
+    """Count the detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none."""
     grids = layer_grids(detailed, adaptive, use_thumbnail)
     cut = [0 if grid == SINGLE_TILE else grid[0] * grid[1] for grid in (detailed, adaptive)]
     return cut[0], cut[1], int(SINGLE_TILE in grids)
 
 
 def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges, use_thumbnail: bool = True) -> TileRanges:
-    """Tile ranges for each of `images` pictures that together give at most `tile_budget` tiles, thumbnails counted.
+    """Return tile ranges for each of `images` images that together give at most `tile_budget` tiles, thumbnails counted.
 
-    Every picture gets the same share; within it detailed and adaptive tiles keep their proportion.
+    Every image gets the same share; within it detailed and adaptive tiles keep their proportion.
 
     Raises:
-        ValueError: Less than one tile for each picture.
+        ValueError: Less than one tile for each image.
     """
     share = tile_budget // images
     if share < 1:

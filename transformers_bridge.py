@@ -2,7 +2,7 @@
 
 A release of transformers that breaks something here breaks it in one place. CONTRIBUTING.md counts what is left.
 
-Knows transformers, nothing of MiniMonkey.
+Knows transformers, but nothing of MiniMonkey.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping  # noqa: F401
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming  # noqa: F401
 
-# Saving puts the code that loads a model beside it; transformers does so only for classes registered by hand.
+# Saving puts the code that loads a model next to it; transformers does so only for classes registered by hand.
 from transformers.dynamic_module_utils import custom_object_save  # noqa: F401
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -96,7 +96,7 @@ def extends(parent: Callable) -> Callable[[Callable], Callable]:
     adds. What the override takes by position stands first in `parent` too.
 
     Raises:
-        TypeError: It does not, with this release of transformers.
+        TypeError: It does not with this release of transformers.
     """
     inherited = {name: p for name, p in _parameters(parent).items() if name != "self"}
 

@@ -7,7 +7,7 @@ Frames are the middles of equal segments, as InternVL2 takes them. Seconds are t
 the frame rate varies, as on phones and screens. Files are decoded by transformers, with whichever of PyAV, decord,
 torchcodec and OpenCV is installed.
 
-Knows frames and seconds, no prompts and no tiles.
+Deals with frames and seconds, not with prompts or tiles.
 """
 
 import importlib
@@ -48,7 +48,7 @@ BACKENDS: dict[str, _Backend] = {
 }
 """What can decode a file, in the order in which it is looked for."""
 
-# What the back ends raise for files they cannot read, beside their own: no stream (LookupError, ValueError), no frame
+# What the back ends raise for files they cannot read, besides their own: no stream (LookupError, ValueError), no frame
 # rate (TypeError), an unknown codec (AttributeError), a broken container (the others).
 READ_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
@@ -68,7 +68,7 @@ def frame_indices(
     end: float | None = None,
     times: Sequence[float] | None = None,
 ) -> list[int]:
-    """Which frames of a video to take, ascending and each once; the first frame is 0.
+    """Choose which frames of a video to take, ascending and each once; the first frame is 0.
 
     Args:
         total_frames: How many frames the video has.
@@ -76,7 +76,7 @@ def frame_indices(
         num_frames: Take this many, at the middle of equal segments of the span. Where the span has no more than that,
             each of its frames once, so fewer may come back than were asked for; InternVL2 would repeat some.
         fps: Take this many per second of the span, rounded, at least one; in the same places.
-        start, end: The span in seconds, both frames included; what lies before or behind the video is left out.
+        start, end: The span in seconds, both frames included; what lies before or after the video is left out.
             Default: the whole video.
         times: When each frame is shown, in seconds from the first, ascending. By default frames follow each other at
             `video_fps`; where they do not, `start`, `end` and `fps` go by these.
@@ -114,7 +114,7 @@ def frame_indices(
 
 
 def _middles(first: int, last: int, num_frames: int | None) -> list[int]:
-    """The frames at the middle of equal segments; all of them where there are no more."""
+    """Return the frames at the middle of equal segments; all of them where there are no more."""
     if num_frames is None or num_frames > last - first:
         return list(range(first, last + 1))
     segment = (last - first) / num_frames
@@ -122,7 +122,7 @@ def _middles(first: int, last: int, num_frames: int | None) -> list[int]:
 
 
 def _is_regular(times: Sequence[float], video_fps: float | None) -> bool:
-    """Whether frames follow each other at the frame rate, give or take half a frame."""
+    """Tell whether frames follow each other at the frame rate, give or take half a frame."""
     if video_fps is None or not 0 < video_fps < math.inf:
         return False
     return bool(np.abs(np.asarray(times) * video_fps - np.arange(len(times))).max() < 0.5)
@@ -131,7 +131,7 @@ def _is_regular(times: Sequence[float], video_fps: float | None) -> bool:
 def _indices_by_time(
     times: np.ndarray, num_frames: int | None, fps: float | None, start: float | None, end: float | None
 ) -> list[int]:
-    """`frame_indices` of frames that are shown at `times`.
+    """Choose frames as `frame_indices` does, of those that are shown at `times`.
 
     `num_frames` counts frames of the span, as in a video of one rate; `fps` takes what is shown at equal distances of time.
     """
@@ -153,7 +153,7 @@ def _nearest(times: np.ndarray, seconds: float) -> int:
 
 
 def _shown_at(times: np.ndarray, seconds: float) -> int:
-    """The frame that stands on the screen at that time."""
+    """Return the frame that is on the screen at that time."""
     return max(0, int(np.searchsorted(times, seconds + 1e-6, side="right")) - 1)
 
 
@@ -186,7 +186,7 @@ def load_frames(
     backend: str | None = None,
     untrusted_sources: bool = False,
 ) -> list[Frame]:
-    """The frames of a video that a model shall see.
+    """Load the frames of a video that a model is to see.
 
     Args:
         video: A path, the URL of a video file (not of a page that shows it), or frames: an array or a tensor (frames,
@@ -205,8 +205,8 @@ def load_frames(
     counted.
 
     Raises:
-        ValueError: The file is missing, broken or without pictures, it cannot be downloaded, or nothing is selected.
-        ImportError: There is no back end to decode it.
+        ValueError: The file is missing, broken or without frames, it cannot be downloaded, or nothing is selected.
+        ImportError: No back end is installed to decode it.
     """
     _check_selection(num_frames, fps, start, end)
     if not isinstance(video, (str, os.PathLike)):
@@ -226,7 +226,7 @@ def load_frames(
 
 
 def _given_frames(video) -> list[Frame]:
-    """The frames of an array, a tensor or a list of pictures; tensors become arrays, channels come last."""
+    """Return the frames of an array, a tensor or a list of images; tensors become arrays, channels come last."""
     if isinstance(video, (np.ndarray, torch.Tensor)):
         return _frames_of_array(video)
     if not isinstance(video, (list, tuple)):
@@ -253,10 +253,11 @@ def _is_picture(frame: np.ndarray | torch.Tensor) -> bool:
 
 
 def _frames_of_array(video: np.ndarray | torch.Tensor) -> list[np.ndarray]:
-    """The frames of (frames, height, width, channels), (frames, channels, height, width) or grey (frames, height, width).
+    """Return the frames of (frames, height, width, channels), (frames, channels, height, width) or grey (frames,
+    height, width).
 
     Raises:
-        ValueError: Another shape, or one that could be a picture as well.
+        ValueError: Another shape, or one that could be an image as well.
     """
     shape = tuple(video.shape)
     if len(shape) == 4 and (shape[1] in CHANNELS or shape[3] in CHANNELS):
@@ -273,7 +274,10 @@ def _frames_of_array(video: np.ndarray | torch.Tensor) -> list[np.ndarray]:
 
 
 def _channels_last(frame: np.ndarray | torch.Tensor) -> np.ndarray:
-    """A frame as (height, width, 3 or 4); where both ends could be channels, by custom tensors have them first, arrays last."""
+    """Return a frame as (height, width, 3 or 4).
+
+    Where both ends could be channels, by custom tensors have them first and arrays last.
+    """
     is_tensor = isinstance(frame, torch.Tensor)
     is_first = frame.ndim == 3 and (
         (frame.shape[0] == 3 and (is_tensor or frame.shape[2] != 3))
@@ -291,7 +295,7 @@ def _channels_last(frame: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def _choose_backend(backend: str | None) -> str:
-    """`backend` if it is installed; for None the first that is."""
+    """Return `backend` if it is installed; for None the first that is."""
     if backend is None:
         for name, candidate in BACKENDS.items():
             if candidate.is_available():
@@ -305,7 +309,7 @@ def _choose_backend(backend: str | None) -> str:
 
 
 def _errors_of(backend: str) -> tuple[type[Exception], ...]:
-    """The exceptions that only `backend` has, and PyAV, which tells the times of frames for all of them.
+    """Return the exceptions that only `backend` has, and PyAV's, which tells the times of frames for all of them.
 
     Not imported at the top: the packages are optional.
     """
@@ -323,7 +327,7 @@ def _refuse_playlist(path: str) -> None:
 
 
 def _decode(path: str, backend: str, selection: tuple) -> list[np.ndarray]:
-    """The selected frames of a file; `selection` is (num_frames, fps, start, end)."""
+    """Decode the selected frames of a file; `selection` is (num_frames, fps, start, end)."""
     asks_for_seconds = any(value is not None for value in selection[1:])
     times = _times_of(path, backend) if asks_for_seconds else None
     frames, missing = _read(path, backend, selection, times)
@@ -331,14 +335,14 @@ def _decode(path: str, backend: str, selection: tuple) -> list[np.ndarray]:
         frames, missing = _read(path, backend, selection, _frame_times(path, decode=True))
     if missing:
         raise ValueError(f"the file ends early, {missing} of the frames cannot be decoded.")
-    if backend == "pyav":  # the others turn the pictures themselves
+    if backend == "pyav":  # the others turn the frames themselves
         turns = _quarter_turns(path)
         frames = [np.rot90(frame, turns) for frame in frames] if turns else frames
     return frames
 
 
 def _read(path: str, backend: str, selection: tuple, times: list[float | None] | None) -> tuple[list[np.ndarray], int]:
-    """The selected frames of a file, and how many of them lack.
+    """Read the selected frames of a file, and return them with how many are missing.
 
     `times` are those of its frames; by default it has as many as it says, at its frame rate.
     """
@@ -358,7 +362,7 @@ def _read(path: str, backend: str, selection: tuple, times: list[float | None] |
 
 
 def _times_of(path: str, backend: str) -> list[float | None] | None:
-    """When each frame of a file is shown, from whichever package tells; None where none does (torchcodec alone)."""
+    """Return when each frame of a file is shown, from whichever package tells; None where none does (torchcodec alone)."""
     if is_av_available():
         return _frame_times(path, decode=False)
     if backend == "decord":
@@ -375,8 +379,10 @@ def _times_of(path: str, backend: str) -> list[float | None] | None:
 
 
 def _frame_times(path: str, decode: bool) -> list[float | None]:
-    """When PyAV shows each frame of a file, in seconds from the first, None where that is unknown: those of its packets,
-    which is quick and may be too many, or what decoding really gives."""
+    """Return when PyAV shows each frame of a file, in seconds from the first, None where that is unknown.
+
+    The times are those of its packets, which is quick and may be too many, or what decoding really gives.
+    """
     with importlib.import_module("av").open(path) as container:
         if decode:
             container.streams.video[0].thread_type = "AUTO"
@@ -391,7 +397,7 @@ def _frame_times(path: str, decode: bool) -> list[float | None]:
 
 
 def _quarter_turns(path: str) -> int:
-    """How many quarter turns counter-clockwise make the pictures upright; phones film sideways and say so."""
+    """Count the counter-clockwise quarter turns that make the frames upright; phones film sideways and say so."""
     with importlib.import_module("av").open(path) as container:
         return round(getattr(next(container.decode(video=0), None), "rotation", 0) / 90) % 4
 

@@ -1,8 +1,8 @@
 """Visual experts: decoder layers with a second feed-forward block that only image tokens go through.
 
 That is how Mono-InternVL (arXiv 2410.08202) sees without a vision tower: `mlp` is the feed-forward block of the language
-model, `visual_mlp` was trained beside it on images, attention and norms are shared. Which token takes which is given, not
-learned: `visual_token_mask`. Stands on transformers' Llama, which InternLM2 is.
+model, `visual_mlp` was trained alongside it on images, attention and norms are shared. Which token takes which is given by
+`visual_token_mask`, not learned. Builds on transformers' Llama, which InternLM2 is.
 """
 
 import torch
@@ -22,19 +22,19 @@ class VisualExpertDecoderLayer(LlamaDecoderLayer):
     def forward(
         self, hidden_states: torch.Tensor, visual_token_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        """As in transformers.
+        """Run the layer as transformers does.
 
         Args:
             hidden_states: (B, N, D)
             visual_token_mask: (B, N) bool, true for the image tokens among these N; None: there are none.
-            **kwargs: What transformers gives to its layers; attention uses it.
+            **kwargs: What transformers passes to its layers; attention uses it.
         """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.feed_forward(self.post_attention_layernorm(hidden_states), visual_token_mask)
 
     def feed_forward(self, hidden_states: torch.Tensor, visual_token_mask: torch.Tensor | None) -> torch.Tensor:
-        """(B, N, D) -> (B, N, D), each token through the one block that is its own."""
+        """Send each token of (B, N, D) through the one block that is its own, and return (B, N, D)."""
         if visual_token_mask is None:
             return self.mlp(hidden_states)
         is_visual = visual_token_mask.to(hidden_states.device)
