@@ -124,7 +124,7 @@ def image_options(args: argparse.Namespace) -> dict:
 
 
 def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
-    """The model and how it is asked; raises `ValueError` for tile ranges that cannot work before the weights are read."""
+    """Load the model and how it is asked; raises `ValueError` for impossible tile ranges before the weights are read."""
     tiles = image_options(args)
     processor = load_processor(args.model)
     processor.image_processor.get_number_of_image_patches(100, 100, tiles)
@@ -134,7 +134,7 @@ def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
 
 
 def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> dict:
-    """What decides the answers of a run."""
+    """Return the settings that decide the answers of a run."""
     names = (
         "model",
         "subfolder",
@@ -161,7 +161,7 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
 
 
 def draw_sheet(suite: Suite, predictions: list[dict], answering: Answering, path: Path) -> None:
-    """Write the first picture of each of the first items, with what was asked, the right answer, and the model's."""
+    """Write the first image of each of the first items, with the question, the right answer, and the model's."""
     captioned = []
     for number, line in enumerate(predictions[:SHEET_ITEMS]):
         (image, *_) = answering.open(suite.item(number))

@@ -90,7 +90,7 @@ class Reading:
 
 
 def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
-    """What is to be read, by suite and subject, with the predictions of an earlier run.
+    """Plan what is read, by suite and subject, with the predictions of an earlier run.
 
     Raises:
         ValueError: Predictions in the folder that were made with other weights or settings, or no fonts.
@@ -130,7 +130,7 @@ class Reader:
         self.model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
 
     def __call__(self, reading: Reading) -> list[dict]:
-        """The predictions of a way, those of an earlier run among them."""
+        """Return the predictions of a way, including those of an earlier run."""
         suite, way = reading.suite, reading.way
         print(f"{reading.name}, {way.name}", file=sys.stderr)
         answering = Answering(
@@ -143,7 +143,7 @@ class Reader:
 
 
 def compare_ways(args: argparse.Namespace) -> list[Comparison]:
-    """Every suite of `args` in every way: first the tilings of all, then compression."""
+    """Compare every suite of `args` in every way: first the tilings of all, then compression."""
     readings, read = plan(args), Reader(args)
     return [
         Comparison(name, subject, {reading.way: read(reading) for reading in chosen})

@@ -36,7 +36,7 @@ from minimonkey.scripts.training.trainer import FineTuner, last_checkpoint
 
 
 def begin(recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from, after a check that this is the same run.
+    """Return the checkpoint to resume from, after checking that this is the same run.
 
     Raises:
         ValueError: The output folder holds a run that is not to be resumed, or another one.
@@ -61,14 +61,14 @@ def begin(recipe: Recipe, resume: bool) -> Path | None:
 
 
 def check_materials(recorded: dict) -> None:
-    """Raise `ValueError` if the documents of the run to go on with have other words or fonts than there are here."""
+    """Raise `ValueError` if the documents of the run to resume have other words or fonts than are here."""
     before, here = recorded.get("materials"), materials()
     if before is not None and before["digest"] != here["digest"]:
         raise ValueError(f"The run began with other words and fonts: {before}, here there are {here}.")
 
 
 def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
-    """Everything up to the first step: trainer, the folder of the first model, the checkpoint to go on from."""
+    """Prepare everything before the first step: trainer, folder of the first model, checkpoint to resume from."""
     checkpoint = begin(recipe, resume)
     output = Path(recipe.output_dir)
     record = output / "run.json"
@@ -114,7 +114,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
 
 
 def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
-    """Train and measure; what metrics.json will say."""
+    """Train and measure; return the contents of metrics.json."""
     samples = trainer.train_dataset
     if trainer.args.should_save:
         print(f"{samples.epoch_size} examples ({samples.skipped} too long, skipped), {samples.steps} steps.")

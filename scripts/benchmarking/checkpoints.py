@@ -37,7 +37,7 @@ _VISION = (
 
 
 def save_published(model: torch.nn.Module, folder: Path, shard_size: str = "3GB") -> None:
-    """The weights of a model whose language model is a Llama, under InternLM2's names."""
+    """Save the weights of a model whose language model is a Llama, under InternLM2's names."""
     weights = {}
     state = model.state_dict()
     for name, tensor in state.items():
@@ -56,7 +56,7 @@ def save_published(model: torch.nn.Module, folder: Path, shard_size: str = "3GB"
 
 
 def published_config(model: torch.nn.Module) -> dict:
-    """A `config.json` in the published format for a model whose language model is a Llama."""
+    """Return a `config.json` in the published format for a model whose language model is a Llama."""
     text, vision = model.config.text_config, model.config.vision_config
     names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"]
     names += ["vocab_size", "max_position_embeddings", "rms_norm_eps"]

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tile_counts(text: str) -> str:
-    """Detailed, adaptive and thumbnail tiles, as 12+6+1."""
+    """Parse the number of detailed, adaptive and thumbnail tiles, written as 12+6+1."""
     if not re.fullmatch(r"\d+\+\d+\+\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 12+6+1 (detailed, adaptive and thumbnail tiles)")
     return text
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def published_scores(language_model: nn.Module, embeddings: torch.Tensor, block: slice) -> torch.Tensor:
-    """The scores as published: two whole layers in eager attention, every weight of every head.
+    """Compute the scores as published: two whole layers in eager attention, every weight of every head.
 
     Only for models of Llama's structure, which InternLM2 has; (n, D) embeddings give (keys of the block,) scores.
     """
@@ -113,17 +113,17 @@ class Prompt:
         self.tile_counts = tile_counts
 
     def kept_positions(self) -> torch.Tensor:
-        """As `generate` finds them."""
+        """Return the positions that are kept, found as `generate` finds them."""
         return kept_positions(self.embeddings, self.mask, self.images, self.settings, self.probe)[0]
 
     def compressed(self) -> torch.Tensor:
-        """The shorter prompt (1, M, D), scoring included."""
+        """Return the shorter prompt (1, M, D), scoring included."""
         return pack((self.embeddings,), [self.kept_positions()])[0][0]
 
 
 @torch.no_grad()
 def scoring(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Kept positions by ours and by the published way, from the same embeddings."""
+    """Measure finding the kept positions our way and the published way, from the same embeddings."""
     config = random_config(args.size, layers=2)
     model = random_model(config, device, getattr(torch, args.scoring_dtype))
     rows = []
@@ -148,7 +148,7 @@ def scoring(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def published_kept(language_model: nn.Module, prompt: Prompt) -> torch.Tensor:
-    """The positions that the published scores keep, without the token that the published code loses beside them."""
+    """Return the positions that the published scores keep, without the token that the published code also loses."""
     scores = published_scores(language_model, prompt.embeddings[0], prompt.block)
     kept = scores.topk(int(len(scores) * prompt.settings.keep_ratio)).indices.sort().values + prompt.block.start
     positions = torch.arange(prompt.tokens, device=scores.device)
@@ -157,7 +157,7 @@ def published_kept(language_model: nn.Module, prompt: Prompt) -> torch.Tensor:
 
 @torch.no_grad()
 def prefill(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """The language model reads the prompt up to its first new token, with and without compression."""
+    """Measure the language model reading the prompt up to its first new token, with and without compression."""
     model = random_model(random_config(args.size, args.layers), device, getattr(torch, args.dtype))
     rows = []
     for tiles in args.tiles:
@@ -179,7 +179,7 @@ def prefill(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def generate(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """The peak memory of a whole `generate` of 8 tokens, vision included, beyond the weights."""
+    """Measure the peak memory of a whole `generate` of 8 tokens, vision included, beyond the weights."""
     model = random_model(random_config(args.size, args.layers), device, getattr(torch, args.dtype))
     rows = []
     for tiles in args.tiles:

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace):
-    """Nano's processor, at the tile size of a model of the size that is asked for."""
+    """Load a model of the requested size, and Nano's processor at its tile size."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     if args.size == "Nano" and args.layers is None:
@@ -103,7 +103,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
 
 
 def _ask(processor, model, args, pictures, question, history, remember):
-    """The first token's logits, the seconds until they were there, and the whole answer."""
+    """Return the first token's logits, the seconds until they were there, and the whole answer."""
     first = FirstLogits()
     synchronize(model.device)
     start = time.perf_counter()

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def bytes_read(model: nn.Module) -> int:
-    """Of the weights, for one new token; of the input embeddings it is a single row."""
+    """Return the bytes of weights read for one new token; of the input embeddings this is a single row."""
     body = sum(parameter.nbytes for parameter in model.model.language_model.layers.parameters())
     return body + model.lm_head.weight.nbytes
 

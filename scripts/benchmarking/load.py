@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_plain(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every file, nothing else."""
+    """Read every tensor of every file, and do nothing else."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
@@ -44,7 +44,7 @@ def read_plain(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def evict(folder: Path) -> None:
-    """Let the system forget that it has read these files, as after a restart; only where it can be asked to."""
+    """Make the system forget that it has read these files, as after a restart; only where the system allows it."""
     if hasattr(os, "posix_fadvise"):
         for path in folder.glob("*.safetensors"):
             with path.open("rb") as file:

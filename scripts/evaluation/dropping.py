@@ -35,7 +35,7 @@ def selection(drop: str, row_names: list[str]) -> Callable[[int, int, int], list
 
 
 def choose(tokens: int, count: int, drop: str, rng: random.Random) -> list[int]:
-    """Return `count` of `tokens` places in ascending order: a random set, or evenly spread."""
+    """Choose `count` of `tokens` places, in ascending order: a random set, or evenly spread."""
     if drop == "random":
         return sorted(rng.sample(range(tokens), count))
     return [(2 * i + 1) * tokens // (2 * count) for i in range(count)]

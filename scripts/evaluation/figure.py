@@ -54,7 +54,7 @@ def _draw_compression(panel: Axes, rows: list[dict], suite: str) -> None:
 
 
 def _errors(rows: list[dict]) -> list[list[float]]:
-    """Distances of the 95% interval from the score, below and above, in points."""
+    """Return the distances of the 95% interval from the score, below and above, in points."""
     return [
         [100 * max(0.0, row["score"] - row["low"]) for row in rows],
         [100 * max(0.0, row["high"] - row["score"]) for row in rows],

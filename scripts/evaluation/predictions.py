@@ -32,7 +32,7 @@ class Predictions:
             self._is_begun = True
 
     def add(self, lines: list[dict]) -> None:
-        """Keep predictions, and write them down before returning."""
+        """Keep predictions, and write them to the file before returning."""
         self.lines |= {line["id"]: line for line in lines}
         if self.path is None:
             return
@@ -46,7 +46,7 @@ class Predictions:
 
 
 def weights_digest(model: str, subfolder: str = "") -> str | None:
-    """What tells the weights of a folder from others; None for a Hub id, whose revision stands for its weights."""
+    """Return what tells the weights of a folder from others; None for a Hub id, whose revision stands for its weights."""
     files = sorted(Path(model, subfolder).glob("*.safetensors"))
     if not files:
         return None
@@ -63,7 +63,7 @@ def _settings_path(path: Path) -> Path:
 
 
 def read_predictions(path: Path) -> dict[str, dict]:
-    """The predictions of a file, by id.
+    """Read the predictions of a file, by id.
 
     Raises:
         ValueError: There is no such file, or a line that is no prediction.
@@ -74,13 +74,13 @@ def read_predictions(path: Path) -> dict[str, dict]:
 
 
 def _whole_lines(path: Path) -> str:
-    """The text of a file without a last line that was cut off."""
+    """Return the text of a file without a last line that was cut off."""
     text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1]
 
 
 def parse_predictions(text: str, path: Path) -> list[dict]:
-    """Predictions, one for each line of `text`."""
+    """Parse predictions, one for each line of `text`."""
     lines = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:

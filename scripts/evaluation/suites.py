@@ -79,7 +79,7 @@ def synthetic_suite(
     metric: str | None = None,
     questions: str = "any",
 ) -> Suite:
-    """Unseen words in unseen fonts: "word" as held_out_word of text_images.py gives them, or documents of a kind.
+    """Make a suite of unseen words in unseen fonts: "word" as held_out_word of text_images.py, or documents of a kind.
 
     Args:
         difficulty: 0 to 1 (None: 1). Of "word" it is the amount of damage alone.
@@ -103,7 +103,7 @@ def synthetic_suite(
         return Item(ids[index], [sample.image], WORD_QUESTION, [sample.text], metric)
 
     def asked(index: int) -> Item:
-        """One of the questions of a document, so that items are independent of each other."""
+        """Choose one of the questions of a document, so that items are independent of each other."""
         for redraw in range(MOST_REDRAWS):
             drawn = document(name, index, seed + redraw * REDRAWN_SEED, "held_out", difficulty)
             fitting = [question for question in drawn.questions if QUESTIONS[questions](question)]
@@ -121,7 +121,7 @@ def synthetic_suite(
 
 
 def read_benchmark(path: Path, items: int | None = None, metric: str = DEFAULT_METRIC) -> Suite:
-    """The first `items` lines of a benchmark, all of it checked before anything is asked.
+    """Read the first `items` lines of a benchmark, checking all of it before anything is asked.
 
     Raises:
         ValueError: A line that is no item, an id used twice or a missing picture, with the number of the line.
@@ -165,7 +165,7 @@ def _read_item(line: str, where: str, folder: Path, metric: str) -> Item:
 
 
 def check_metric(name: str, where: str = "") -> str:
-    """`name`, if there is such a metric; raises `ValueError` otherwise."""
+    """Return `name` if there is such a metric; raises `ValueError` otherwise."""
     if name not in METRICS:
         raise ValueError(f"{where + ': ' if where else ''}There is no metric {name!r}; known are {', '.join(METRICS)}.")
     return name

@@ -28,7 +28,7 @@ class Way:
 
 
 def tilings(ranges: tuple[int, int, int, int]) -> list[Way]:
-    """The whole image as one tile, its detailed tiles, these and the whole, and multi-scale cropping with `ranges`."""
+    """Return four ways: the whole image as one tile, its detailed tiles, these and the whole, and MSAC with `ranges`."""
     detailed = dict(zip(RANGE_NAMES, (*ranges[:2], 1, 1)))
     return [
         Way("whole image", dict(zip(RANGE_NAMES, (1, 1, 1, 1)))),
@@ -39,7 +39,7 @@ def tilings(ranges: tuple[int, int, int, int]) -> list[Way]:
 
 
 def droppings(ranges: tuple[int, int, int, int], keep_ratios: Sequence[float] = KEEP_RATIOS) -> list[Way]:
-    """Multi-scale cropping with fewer and fewer detailed tokens, dropped by scale compression and by its baselines."""
+    """Return multi-scale cropping with fewer and fewer detailed tokens, dropped by scale compression and by its baselines."""
     return [_msac(f"{drop} {ratio}", ranges, ratio, drop) for ratio in keep_ratios for drop in DROPS]
 
 

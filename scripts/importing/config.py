@@ -45,7 +45,7 @@ def read_json(path: Path, unique: bool = False) -> dict:
 
 
 def without_doubles(pairs: list[tuple[str, object]]) -> dict:
-    """Make the object of `json.loads`, as its `object_pairs_hook`; raises `ValueError` for a key that is there twice."""
+    """Build the object for `json.loads` as its `object_pairs_hook`; raises `ValueError` for a key that is there twice."""
     found: dict = {}
     for key, value in pairs:
         if key in found:
@@ -55,12 +55,12 @@ def without_doubles(pairs: list[tuple[str, object]]) -> dict:
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
+    """Return an error's message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_config(config: dict, path: Path) -> None:
-    """Raise `ValueError` for sections of a `config.json` that are no objects, and sizes that are none or far too large."""
+    """Raise `ValueError` for sections of a `config.json` that are not objects, and sizes that are invalid or far too large."""
     for name in SECTIONS:
         if not isinstance(config.get(name, {}), dict):
             raise ValueError(f"{path}: {name} must be an object, {{...}}, got {config[name]!r:.80}.")

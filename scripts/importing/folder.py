@@ -80,7 +80,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _record(work: Path) -> str | None:
-    """Return which source an unfinished folder of ours is of, None for any other folder."""
+    """Return the source that an unfinished folder of ours belongs to, None for any other folder."""
     try:
         record = json.loads((work / RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -112,13 +112,13 @@ def _finish(work: Path, out: Path) -> None:
 
 
 def image_processor(config):
-    """The image processor of a model of this configuration."""
+    """Return the image processor of a model of this configuration."""
     size = {"height": config.tile_size, "width": config.tile_size}
     return MiniMonkeyImageProcessor(size=size)
 
 
 def save_processor(folder: Path, config, tokenizer, with_bos: bool) -> None:
-    """Tokenizer, image processor and chat template as one."""
+    """Save tokenizer, image processor and chat template as one processor."""
     template = get_template(config.template)
     jinja = chat_template_jinja(template, config.system_message, with_bos)
     MiniMonkeyProcessor(
@@ -127,7 +127,7 @@ def save_processor(folder: Path, config, tokenizer, with_bos: bool) -> None:
 
 
 def generation_config(config, tokenizer) -> GenerationConfig:
-    """Answers end with the template's separator."""
+    """Return a generation configuration whose answers end with the template's separator."""
     separator = tokenizer.convert_tokens_to_ids(get_template(config.template).separator)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

@@ -28,7 +28,7 @@ class Shard:
 
 
 def read_shards(folder: Path) -> list[Shard]:
-    """The weight files of a checkpoint, from their headers alone.
+    """Read the weight files of a checkpoint, from their headers alone.
 
     Raises:
         ValueError: No weights, a missing, damaged or truncated file, or an index that does not match the files.
@@ -210,7 +210,7 @@ def _convert_shard(shard: Shard, target: Path, convert, progress) -> None:
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a weight, if all its values are numbers.
+    """Return a weight if all its values are finite.
 
     Raises:
         ValueError: It holds NaN or infinity.
