@@ -36,7 +36,7 @@ Grid = tuple[int, int]
 
 
 def draw(picture: Image.Image, detailed: Grid, adaptive: Grid, lit: list[list[bool]]) -> Image.Image:
-    """The picture with seams and tokens.
+    """Draw the image with seams and tokens.
 
     Args:
         detailed, adaptive: (columns, rows) of the grids.
@@ -63,7 +63,7 @@ def draw(picture: Image.Image, detailed: Grid, adaptive: Grid, lit: list[list[bo
 
 
 def dash(length: int, dashes: int) -> list[tuple[int, int]]:
-    """Where the dashes of a line start and end; a seam that both grids have shows both colours."""
+    """Return where the dashes of a line start and end; a seam that both grids have shows both colours."""
     ends = [length * end // (2 * dashes - 1) for end in range(2 * dashes)]
     return list(zip(ends[::2], ends[1::2]))
 
@@ -71,7 +71,7 @@ def dash(length: int, dashes: int) -> list[tuple[int, int]]:
 def lit_tokens(
     kept: torch.Tensor, first: int, detailed: Grid, tokens_per_tile: int, transposed: bool
 ) -> list[list[bool]]:
-    """Which of an image's detailed tokens are kept, put in the places of the picture that they stand for.
+    """Return which detailed tokens of an image are kept, put in the places of the image that they stand for.
 
     Args:
         kept: Kept positions of the prompt.

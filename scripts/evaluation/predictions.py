@@ -46,7 +46,7 @@ class Predictions:
 
 
 def weights_digest(model: str, subfolder: str = "") -> str | None:
-    """Return what tells the weights of a folder from others; None for a Hub id, whose revision stands for its weights."""
+    """Return a digest of the weights of a folder; None for a Hub id, whose revision stands for its weights."""
     files = sorted(Path(model, subfolder).glob("*.safetensors"))
     if not files:
         return None

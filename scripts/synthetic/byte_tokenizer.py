@@ -25,7 +25,7 @@ SPECIAL_TOKENS = [
 
 
 def build_byte_tokenizer(merged_text: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer in which the non-ASCII runs of `merged_text` become single tokens.
+    """Build a byte-level tokenizer in which the non-ASCII runs of `merged_text` become single tokens.
 
     Ids: `<pad>` 0, `<s>` 1, `</s>` 2, 256 bytes, the merges, then SPECIAL_TOKENS.
     """

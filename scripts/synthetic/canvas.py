@@ -48,7 +48,7 @@ class Style:
         return load_font(self.path, max(10, round(self.size * scale)))
 
     def fitting_font(self, text: str, width: float, scale: float = 1.0) -> ImageFont.FreeTypeFont:
-        """The font at `scale`, or as much smaller as `text` needs in order to be at most `width` pixels long."""
+        """Return the font at `scale`, or as much smaller as `text` needs to be at most `width` pixels long."""
         while scale > 0.5 and self.font(scale).getlength(text) > width:
             scale -= 0.1
         return self.font(scale)
@@ -59,7 +59,7 @@ class Style:
         return line_height(self.font())
 
     def mix(self, share: float) -> Colour:
-        """A colour between background (0) and ink (1)."""
+        """Mix a colour between background (0) and ink (1)."""
         return blend(self.background, self.ink, share)
 
 
@@ -104,6 +104,6 @@ class Canvas:
         self.characters += character_boxes(text, font, x, y)
 
     def cut(self, height: float) -> None:
-        """End the picture below `height` pixels."""
+        """End the image below `height` pixels."""
         self.image = self.image.crop((0, 0, self.width, round(height)))
         self.draw = ImageDraw.Draw(self.image)

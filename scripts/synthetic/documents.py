@@ -46,7 +46,7 @@ KINDS: dict[str, Callable[[random.Random, str, float], Document]] = {
 
 
 def document(kind: str, index: int, seed: int, split: str = "training", difficulty: float = 1.0) -> Document:
-    """Document `index` of an endless row.
+    """Make document `index` of an endless series.
 
     Args:
         kind: One of KINDS.

@@ -25,7 +25,7 @@ QUESTIONS = (
 
 
 def letters(index: int, seed: int, progress: float) -> Document:
-    """Pages of small text first, black on white among them; single words, large and stretched, more and more."""
+    """Draw pages of small text first, black on white among them; single words, large and stretched, more and more."""
     if random.Random(f"{seed}/letters/{index}").random() > min(0.6, 1.6 * progress):
         strength, plain_share = min(1.0, 1.07 * progress), max(0.15, 1 - 3.2 * progress)
         return _document(training_page(index, seed, strength, plain_share))
@@ -33,7 +33,7 @@ def letters(index: int, seed: int, progress: float) -> Document:
 
 
 def words(index: int, seed: int, progress: float) -> Document:
-    """Mostly single words, whose length and damage grow; pages for one picture in five or eight."""
+    """Draw mostly single words, whose length and damage grow; pages for one image in five or eight."""
     rng = random.Random(f"{seed}/reading/{index}")
     if rng.random() < (0.12 if progress < 0.15 else 0.2):
         return _document(training_page(index, seed, strength=0.6))

@@ -56,7 +56,7 @@ class _Roll:
         self.lines.append(text)
 
     def rule(self) -> None:
-        """A line of dashes, drawn and not written, or only space."""
+        """Draw a rule of dashes (lines, not characters), or leave only space."""
         self.y += 2
         if self.rng.random() < 0.8:
             dash = self.rng.choice((3, 6, self.canvas.width))
@@ -66,12 +66,12 @@ class _Roll:
         self.y += 4
 
     def room(self, right: str) -> float:
-        """Pixels for what stands left of `right`."""
+        """Return the width in pixels left for what stands left of `right`."""
         return self.canvas.width - 2 * self.margin - self.style.font().getlength(right + "  ")
 
 
 def receipt(rng: random.Random, split: str, difficulty: float) -> Document:
-    """Shop, perhaps address and date, items, sums, perhaps how it was paid."""
+    """Draw a receipt: shop, perhaps address and date, items, sums, perhaps how it was paid."""
     style = document_style(rng, split, difficulty, is_printed=True)
     roll = _Roll(style, round(style.size * rng.uniform(13.5, 17)), rng)
     label = {name: rng.choice(spellings) for name, spellings in RECEIPT_LABELS.items()}
@@ -108,7 +108,7 @@ def _head(roll: _Roll, label: dict, rng: random.Random, split: str, difficulty: 
 
 
 def _items(roll: _Roll, rng: random.Random, split: str, count: int) -> dict[str, str]:
-    """Draw distinct items; returns their prices as they are written."""
+    """Draw distinct items; return their prices as they are written."""
     sign, form = rng.choice(("", "", "$")), rng.choice((str.lower, str.upper, str.capitalize))
     prices = {}
     for name in distinct_words(rng, split, count, 9):

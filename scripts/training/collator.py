@@ -24,7 +24,7 @@ class Collator:
         self.always_with_tile = always_with_tile
 
     def __call__(self, samples: list[dict]) -> dict:
-        """input_ids, labels (B, N), pixel_values (T, 3, S, S) as uint8, and how many were redrawn.
+        """Return input_ids, labels (B, N), pixel_values (T, 3, S, S) as uint8, and how many were redrawn.
 
         No attention_mask: a causal language model sees no padding behind its tokens, and attention needs no mask in memory.
         """
@@ -46,7 +46,7 @@ class Collator:
 
 
 def _cell_labels(sample: dict, like: torch.Tensor) -> torch.Tensor:
-    """Those of the sample; masked ones for pictures whose characters are not known."""
+    """Return the sample's cell labels; masked ones for images whose characters are not known."""
     if "cell_labels" in sample:
         return sample["cell_labels"]
     return like.new_full((len(sample["pixel_values"]), *like.shape[1:]), IGNORED)

@@ -62,11 +62,11 @@ class Source:
     repeats: int
 
     def example(self, index: int, round_: int, attempt: int = 0) -> Example:
-        """An example of the dataset. `round_` counts repetitions and epochs."""
+        """Return an example of the dataset. `round_` counts repetitions and epochs."""
         raise NotImplementedError
 
     def tile_range(self, index: int, round_: int, seed: int) -> TileRanges:
-        """The tile ranges of this sample: always the same for the same arguments."""
+        """Return the tile ranges of this sample: always the same for the same arguments."""
         if len(self.ranges) == 1:
             return self.ranges[0]
         return random.Random(f"{seed}/tiles/{self.name}/{index}/{round_}").choice(self.ranges)
@@ -98,7 +98,7 @@ class SyntheticSource(Source):
     MOST_ATTEMPTS = 8
 
     def example(self, index: int, round_: int, attempt: int = 0) -> Example:
-        """A conversation about one document; another document for every attempt."""
+        """Make a conversation about one document; another document for every attempt."""
         number = index + self.size * (round_ * self.MOST_ATTEMPTS + attempt)
         low, high = self.difficulty
         difficulty = low + (high - low) * index / max(1, self.size - 1)
@@ -119,7 +119,7 @@ class SyntheticSource(Source):
 
 
 def read_sources(data: str | dict, folder: Path, ranges: list[list[int]], encoder: Encoder) -> list[Source]:
-    """The datasets of a meta JSON, every line of their files checked and measured.
+    """Read the datasets of a meta JSON, with every line of their files checked and measured.
 
     Args:
         data: Path of a meta JSON from `folder`, or its content.
@@ -171,7 +171,7 @@ def _tile_ranges(name: str, entry: dict, ranges: list[list[int]]) -> tuple[TileR
 
 
 def _repeats(name: str, repeat_time) -> tuple[float, int]:
-    """Which part of a dataset is taken, and how often."""
+    """Return which part of a dataset is taken, and how often."""
     is_number = isinstance(repeat_time, (int, float)) and not isinstance(repeat_time, bool)
     if not is_number or repeat_time <= 0 or (repeat_time > 1 and repeat_time != int(repeat_time)):
         raise ValueError(f"Dataset {name}: repeat_time is a part below 1 or a whole number, got {repeat_time!r}.")
@@ -228,7 +228,7 @@ def _synthetic_source(
 
 
 def _read_lines(name: str, entry: dict, folder: Path, encoder: Encoder) -> Dataset:
-    """The lines of an annotation file as rows: images, system, questions, answers, text_tokens, sizes (height, width)."""
+    """Read an annotation file as rows: images, system, questions, answers, text_tokens, sizes (height, width)."""
     if "annotation" not in entry:
         raise ValueError(f"Dataset {name} needs an annotation (a JSONL file) or synthetic (a kind of document).")
     if entry.get("data_augment"):
@@ -259,7 +259,7 @@ class LineReader:
         self.annotation, self.root, self.encoder = annotation, root, encoder
 
     def key(self) -> list:
-        """Everything but the lines that decides the rows."""
+        """Return everything, apart from the lines, that decides the rows."""
         encoder = self.encoder
         spelled = [
             str(self.root),
@@ -283,7 +283,7 @@ class LineReader:
 
 
 def parse_line(text: str, where: str) -> dict:
-    """Pictures, system message, questions and answers of a line.
+    """Return images, system message, questions and answers of a line.
 
     Raises:
         ValueError: Anything that is not the InternVL format, with `where` it is.
@@ -319,7 +319,7 @@ def _turns(messages, where: str) -> tuple[str | None, list[tuple[str, str]]]:
 
 
 def picture_size(path: Path, where: str) -> tuple[int, int]:
-    """(height, width) of a picture, upright, from the head of its file."""
+    """Return (height, width) of an image, upright, from the header of its file."""
     if not path.is_file():
         raise ValueError(f"{where}: there is no picture {path}.")
     try:

@@ -46,7 +46,7 @@ class Encoder:
         self.grounding_tokens = grounding_tokens
 
     def ids_and_labels(self, conversation: Conversation, tiles: list[int]) -> tuple[list[int], list[int]]:
-        """Token ids (N) and labels (N) of a conversation whose pictures have this many tiles each.
+        """Return token ids (N) and labels (N) of a conversation whose images have this many tiles each.
 
         Raises:
             ValueError: Placeholders and pictures of different number, or an answer whose first letters the tokenizer joins to
@@ -61,13 +61,13 @@ class Encoder:
         return whole.token_ids, labels
 
     def text_length(self, conversation: Conversation, pictures: int) -> int:
-        """Tokens of a conversation without those of its tiles."""
+        """Count the tokens of a conversation without those of its tiles."""
         return len(self.ids_and_labels(conversation, [0] * pictures)[0])
 
     def image_length(
         self, sizes: list[tuple[int, int]], ranges: tuple[int, int, int, int], use_thumbnail: bool | None = None
     ) -> int:
-        """Tokens that the tiles of pictures of these (height, width) take; `use_thumbnail` is the processor's if None."""
+        """Count the tokens for the tiles of images of these (height, width); `use_thumbnail` is the processor's if None."""
         options = self._tile_options(ranges, len(sizes), use_thumbnail)
         tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in sizes]
         return sum(tiles) * self.tokens_per_tile
@@ -79,7 +79,7 @@ class Encoder:
         ranges: tuple[int, int, int, int],
         use_thumbnail: bool | None = None,
     ) -> dict:
-        """One sample: input_ids, labels (N) and, with pictures, pixel_values (T, 3, S, S) as uint8, tile_grids (images, 4)."""
+        """Return one sample: input_ids, labels (N) and, with images, uint8 pixel_values (T, 3, S, S), tile_grids (images, 4)."""
         sample, tiles = {}, []
         if pictures:
             options = {**self._tile_options(ranges, len(pictures), use_thumbnail), **AS_BYTES}
@@ -96,8 +96,11 @@ class Encoder:
 
 
 def tile_options(ranges: tuple[int, int, int, int], pictures: int, use_thumbnail: bool = True) -> dict[str, int]:
-    """Tile ranges as options of the image processor. Several pictures of an example share the tiles of one, each of them
-    with at least one; `chat` does the same with that `tile_budget`."""
+    """Return tile ranges as options of the image processor.
+
+    Several images of an example share the tiles of one, each of them with at least one; `chat` does the same with that
+    `tile_budget`.
+    """
     if pictures > 1:
         _, most, _, adaptive_most = ranges
         budget = max(pictures, most + adaptive_most + use_thumbnail)

@@ -1,4 +1,4 @@
-"""A second loss that teaches a fresh vision tower its letters: a linear head names the character at every patch.
+"""An auxiliary loss that teaches a fresh vision tower its letters: a linear head names the character at every patch.
 
 Rendered documents know the place of every character, so a picture gives hundreds of labels instead of one answer, and letters
 are learned in minutes instead of hours. The head is dropped from the trained model.
@@ -21,7 +21,7 @@ BACKGROUND_WEIGHT = 0.2  # most of a picture is background
 
 
 def cell_labels(image: Image.Image, characters: Sequence, grids: list[tuple[int, int]], patches: int) -> torch.Tensor:
-    """The character at each cell of each tile: (tiles, patches, patches * CELLS_PER_PATCH).
+    """Return the character at each cell of each tile: (tiles, patches, patches * CELLS_PER_PATCH).
 
     Args:
         characters: With `character` and `box` (x0, y0, x1, y1) in pixels of the image.
@@ -48,7 +48,7 @@ def _labels_of_grid(image: Image.Image, characters: Sequence, grid: tuple[int, i
 
 
 def letters_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of (tiles, patches of a tile, CELLS_PER_PATCH * CLASSES) logits and `cell_labels`."""
+    """Return the cross entropy of (tiles, patches of a tile, CELLS_PER_PATCH * CLASSES) logits and `cell_labels`."""
     weight = torch.ones(CLASSES, device=logits.device)
     weight[0] = BACKGROUND_WEIGHT
     return nn.functional.cross_entropy(
@@ -57,7 +57,7 @@ def letters_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def with_letters(model_class: type, loss_weight: float | None) -> type:
-    """The model's class with the head, whose loss is added to that of the answers; without a weight it replaces it.
+    """Return the model's class with the head, whose loss is added to that of the answers; without a weight it replaces it.
 
     It keeps name and module of the model's class: weights are converted and code is saved by these.
     """
@@ -74,7 +74,7 @@ def with_letters(model_class: type, loss_weight: float | None) -> type:
             self._patch_states.append(output.last_hidden_state[:, 1:])  # without the class token
 
         def forward(self, cell_labels=None, labels=None, num_items_in_batch=None, **inputs):
-            """As the model's, with cell_labels (tiles, patches, cells of a row of patches)."""
+            """Run as the model does, with cell_labels (tiles, patches, cells of a row of patches)."""
             if cell_labels is None:
                 self._patch_states.clear()
                 return super().forward(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)

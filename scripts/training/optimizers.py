@@ -15,7 +15,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One step, from the gradients as they are."""
+        """Take one step, from the gradients as they are."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -32,7 +32,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
-    """A matrix (m, n) with all singular values drawn near 1, by Newton-Schulz iteration.
+    """Return a matrix (m, n) with all singular values drawn near 1, by Newton-Schulz iteration.
 
     Source: https://kellerjordan.github.io/posts/muon, as torch.optim.Muon has it.
     """
@@ -74,7 +74,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Both parts work on the groups and the state of the whole."""
+        """Make both parts work on the groups and the state of the whole."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
@@ -86,7 +86,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step of both."""
+        """Take one step with both."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,7 +97,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters that are trained: matrices inside layers, and all others.
+    """Split the parameters that are trained into matrices inside layers, and all others.
 
     Raises:
         ValueError: One of the two is empty, so that this is no case for two optimizers.

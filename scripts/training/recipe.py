@@ -127,7 +127,7 @@ class Recipe(TrainingArguments):
         self._divide_batch()
 
     def _choose_types(self) -> None:
-        """Put in types that were left to the machine, which is said in a line."""
+        """Fill in types that were left to the machine, and say so in a line."""
         if self.bf16 is not False and not self.use_cpu and not torch.accelerator.is_available():
             raise ValueError("There is no GPU here; train on the CPU with use_cpu: true (--set use_cpu=true).")
         if self.bf16 is None or self.dtype == "auto":
@@ -153,7 +153,7 @@ class Recipe(TrainingArguments):
         return self.letters_only or self.letters_weight is not None
 
     def set_steps(self, steps: int) -> None:
-        """Put in the number of optimizer steps, which the data decide, and what follows from it.
+        """Set the number of optimizer steps, which the data decide, and what follows from it.
 
         Raises:
             ValueError: The rate would still rise when the run ends or begins to decay.
@@ -181,7 +181,7 @@ class RecipeParser(HfArgumentParser):
 
 
 def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
-    """The recipe of a YAML file, with `name=value` put in.
+    """Read the recipe of a YAML file, with `name=value` put in.
 
     Raises:
         ValueError: No such file, or options or values that a recipe does not have.
@@ -241,7 +241,7 @@ def _check_types(options: dict) -> None:
 
 
 def _as_arguments(name: str, value) -> list[str]:
-    """An option as on a command line, where the parser checks types; null leaves its default."""
+    """Return an option as on a command line, where the parser checks types; null leaves its default."""
     if value is None:
         return []
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
@@ -253,7 +253,7 @@ def _as_arguments(name: str, value) -> list[str]:
 
 
 def _structure(name: str, value):
-    """Lists and objects of what the parser left as JSON."""
+    """Parse lists and objects that the argument parser left as JSON."""
     if not isinstance(value, str) or not value.startswith(("{", "[")):
         return value
     try:
@@ -378,7 +378,7 @@ FREE_ON_RESUME = (
 
 
 def changed_options(recipe: Recipe, recorded: dict[str, Any]) -> list[str]:
-    """Names of options in which a recipe differs from the recorded one of the run that it is to go on with.
+    """Return the names of options in which a recipe differs from the recorded one of the run that it is to resume.
 
     Those that only one of two releases of transformers knows are left aside.
     """
