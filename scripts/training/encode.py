@@ -79,7 +79,7 @@ class Encoder:
         ranges: tuple[int, int, int, int],
         use_thumbnail: bool | None = None,
     ) -> dict:
-        """Return one sample: input_ids, labels (N) and, with images, uint8 pixel_values (T, 3, S, S), tile_grids (images, 4)."""
+        """Return a sample: input_ids, labels (N) and, with images, uint8 pixel_values (T, 3, S, S), tile_grids (images, 4)."""
         sample, tiles = {}, []
         if pictures:
             options = {**self._tile_options(ranges, len(pictures), use_thumbnail), **AS_BYTES}

@@ -31,7 +31,7 @@ class FineTuner(Trainer):
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sharded_layers(self.model)
 
     def _check_wrapper(self) -> None:
-        """Raise `ValueError` where Trainer would quietly run DDP though sharding was asked for but is not available (on a CPU, say)."""
+        """Raise `ValueError` where Trainer would quietly run DDP in place of sharding that it cannot do (on a CPU, say)."""
         for variable, name, is_enabled in (
             ("ACCELERATE_USE_FSDP", "FSDP", self.is_fsdp_enabled),
             ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", self.is_deepspeed_enabled),
