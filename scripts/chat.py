@@ -1,4 +1,4 @@
-"""Ask a model about pictures and videos, in one question or in a conversation.
+"""Ask a model about images and videos, in one question or in a conversation.
 
     python scripts/chat.py assets/example.png "Read the text."
     python scripts/chat.py page-1.png page-2.png "Compare them." --model MiniMonkey-2B --preset docvqa
@@ -6,7 +6,7 @@
     python scripts/chat.py clip.mp4 "What happens?" --num-frames 8
 
 The answer is printed as it is made; later questions of a conversation cost only what is new. In a conversation,
-`/add page-2.png` shows another picture or video. Without --model, MiniMonkey-Nano of this repository answers.
+`/add page-2.png` shows another image or video. Without --model, MiniMonkey-Nano of this repository answers.
 """
 
 import argparse

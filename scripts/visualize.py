@@ -1,4 +1,4 @@
-"""See what multi-scale cropping and scale compression do to a picture.
+"""See what multi-scale cropping and scale compression do to an image.
 
     python scripts/visualize.py assets/example.png "Read the text." --out seen.png
     python scripts/visualize.py page.png "What is the total?" --model MiniMonkey-2B --preset docvqa --keep-ratio 0.25
@@ -30,7 +30,7 @@ from minimonkey.scripts.repository import (
 
 DETAILED_COLOUR, ADAPTIVE_COLOUR = (40, 110, 255), (255, 140, 0)
 DARKNESS = 0.3  # brightness of a token that is left out
-SHORT_SIDE = 448  # smaller pictures are enlarged to this, so that seams are narrow beside letters
+SHORT_SIDE = 448  # smaller images are enlarged to this, so that seams are narrow beside letters
 
 Grid = tuple[int, int]
 
@@ -40,7 +40,7 @@ def draw(picture: Image.Image, detailed: Grid, adaptive: Grid, lit: list[list[bo
 
     Args:
         detailed, adaptive: (columns, rows) of the grids.
-        lit: Which detailed tokens are kept, by rows over the whole picture.
+        lit: Which detailed tokens are kept, by rows over the whole image.
     """
     scale = max(1.0, SHORT_SIDE / min(picture.size))
     size = (round(picture.width * scale), round(picture.height * scale))

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tile_counts(text: str) -> str:
-    """Parse the number of detailed, adaptive and thumbnail tiles, written as 12+6+1."""
+    """Check the numbers of detailed, adaptive and thumbnail tiles, written as 12+6+1, and return them unchanged."""
     if not re.fullmatch(r"\d+\+\d+\+\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 12+6+1 (detailed, adaptive and thumbnail tiles)")
     return text

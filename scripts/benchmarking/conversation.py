@@ -1,6 +1,6 @@
 """A long conversation: what each turn costs with the memory of its history, and computed from the start.
 
-The second turn about one picture is the case that people feel most:
+The second turn about one image is the case that people feel most:
 
     python scripts/benchmark.py conversation --turns 2 --size 2B --use-scm      a 12-megapixel JPEG, 12 + 6 + 1 tiles
     python scripts/benchmark.py conversation --turns 20 --pictures-at 1 5 12 --size Nano --dtype float32

@@ -1,4 +1,4 @@
-"""Preprocessing: from a picture's file to normalised tiles, beside the way it was published.
+"""Preprocessing: from an image's file to normalised tiles, beside the way it was published.
 
 The baseline does what the published demo does: it opens the file for each grid, resizes with PIL to each grid and to a
 thumbnail each time, and makes a tensor of every tile by itself.

@@ -24,7 +24,7 @@ DEFAULT_METRIC = "anls"
 
 @dataclass(frozen=True)
 class Item:
-    """A question about pictures (or paths of them), its right answers, and how answers are scored."""
+    """A question about images (or paths of them), its right answers, and how answers are scored."""
 
     id: str
     images: list[Image.Image | str]
@@ -124,7 +124,7 @@ def read_benchmark(path: Path, items: int | None = None, metric: str = DEFAULT_M
     """Read the first `items` lines of a benchmark, checking all of it before anything is asked.
 
     Raises:
-        ValueError: A line that is no item, an id used twice or a missing picture, with the number of the line.
+        ValueError: A line that is no item, an id used twice or a missing image, with the number of the line.
     """
     if not path.is_file():
         raise ValueError(f"There is no benchmark {path}.")

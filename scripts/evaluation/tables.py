@@ -1,4 +1,4 @@
-"""Ways to show a picture side by side, as rows of numbers and as Markdown."""
+"""Ways to show an image side by side, as rows of numbers and as Markdown."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The ways to show a picture that are compared: four tilings, and which detailed tokens go."""
+"""The ways to show an image that are compared: four tilings, and which detailed tokens go."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ KEEP_RATIOS = (0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Way:
-    """How a picture reaches the language model."""
+    """How an image reaches the language model."""
 
     name: str
     images_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)

@@ -9,18 +9,18 @@ from minimonkey.scripts.synthetic.materials import load_font
 from minimonkey.scripts.synthetic.text_images import CharacterBox, character_boxes, no_ligatures
 
 
-TILE_SIZE = 112  # of MiniMonkey-Nano; pictures are about a whole number of tiles wide
+TILE_SIZE = 112  # of MiniMonkey-Nano; images are about a whole number of tiles wide
 
 Colour = tuple[int, ...]
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels of the picture."""
+"""Left, top, right, bottom in pixels of the image."""
 
 LEFT, CENTRE, RIGHT = 0.0, 0.5, 1.0
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, and the one right answer; lines of an answer are joined by newlines."""
+    """A question about an image, and the one right answer; lines of an answer are joined by newlines."""
 
     text: str
     answer: str
@@ -28,7 +28,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A picture, what may be asked about it, and the place of every character, line by line."""
+    """An image, what may be asked about it, and the place of every character, line by line."""
 
     image: Image.Image
     questions: tuple[Question, ...]
@@ -72,7 +72,7 @@ def blend(first: Colour, second: Colour, share: float) -> Colour:
 
 
 class Canvas:
-    """A picture that is being drawn."""
+    """An image that is being drawn."""
 
     def __init__(self, size: tuple[int, int], background: Colour):
         self.image = Image.new("RGB", size, background)

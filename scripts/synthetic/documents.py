@@ -2,7 +2,7 @@
 
     python scripts/synthetic/documents.py sheet.png --kind receipt --split held_out
 
-`document(kind, i, seed)` depends on nothing but its arguments. Pictures are a few 112 px tiles wide with text of 12 to 24
+`document(kind, i, seed)` depends on nothing but its arguments. Images are a few 112 px tiles wide with text of 12 to 24
 px, so that a model of small tiles needs several of them. Words and fonts come from one side of the split of materials.py;
 the fixed words of receipts and forms are the same on both. All text is printable ASCII.
 """

@@ -1,4 +1,4 @@
-"""Pictures from which a fresh Nano learns its letters and its first words: for training alone, drawn harder and harder.
+"""Images from which a fresh Nano learns its letters and its first words: for training alone, drawn harder and harder.
 
 drawn = KINDS["first-words"](index, seed, progress)      progress from 0, short and clean, to 1
 """

@@ -19,7 +19,7 @@ MOST_TRIES = 600
 
 @dataclass(frozen=True)
 class Seams:
-    """Where a grid cuts a picture: x of the upright cuts, y of the level ones."""
+    """Where a grid cuts an image: x of the upright cuts, y of the level ones."""
 
     upright: tuple[float, ...]
     level: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Pictures with captions on one sheet, for a person to look at."""
+"""Images with captions on one sheet, for a person to look at."""
 
 from PIL import Image, ImageDraw
 

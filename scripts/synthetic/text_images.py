@@ -1,4 +1,4 @@
-"""Pictures of words with known text: the endless, deterministic training and test material of MiniMonkey-Nano.
+"""Images of words with known text: the endless, deterministic training and test material of MiniMonkey-Nano.
 
 Sample `i` is a pure function of (seed, i): nothing is stored, and any worker can make any sample. Words and fonts are those
 of materials.py.
@@ -32,7 +32,7 @@ CHARACTERS = string.ascii_letters + string.digits + ".,:;-!?'\"()/&%$#@+*="
 
 @dataclass(frozen=True)
 class CharacterBox:
-    """Where one character stands, in pixels of the picture: left, top, right, bottom."""
+    """Where one character stands, in pixels of the image: left, top, right, bottom."""
 
     character: str
     box: tuple[float, float, float, float]
@@ -40,7 +40,7 @@ class CharacterBox:
 
 @dataclass(frozen=True)
 class TextImage:
-    """A picture, the text it shows (lines joined by newlines) and the place of every character."""
+    """An image, the text it shows (lines joined by newlines) and the place of every character."""
 
     image: Image.Image
     text: str
@@ -143,7 +143,7 @@ def render(
         lines: Text, one string a line.
         font_path: A TrueType or OpenType file.
         rng: Decides size, colours, margins and damage.
-        strength: 0 gives clean pictures, 1 the full range of blur, noise, tilt and JPEG artefacts.
+        strength: 0 gives clean images, 1 the full range of blur, noise, tilt and JPEG artefacts.
         margin: Largest empty border, in line heights.
     """
     size = rng.randint(18, 44)

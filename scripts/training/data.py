@@ -11,7 +11,7 @@ false` leaves the whole image out. A rendered document is asked one of its quest
 conversation, the whole text last. Relative paths count from the folder of the meta JSON.
 
 A line is {"image": path or [paths], "conversations": [{"from": "human", "value": "<image>\\nRead."}, {"from": "gpt", ...}]}.
-All lines are checked, and measured from the heads of their pictures, before training begins.
+All lines are checked, and measured from the heads of their images, before training begins.
 """
 
 import json
@@ -42,7 +42,7 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation and its pictures."""
+    """A conversation and its images."""
 
     conversation: Conversation
     pictures: list
@@ -108,7 +108,7 @@ class SyntheticSource(Source):
             drawn = documents.document(self.kind, number, self.seed, self.split, difficulty)
         rng = random.Random(f"{self.seed}/question/{number}")
         count = min(rng.randint(1, self.turns), len(drawn.questions))
-        # The whole text comes last: what is asked after it would be copied from there, not from the picture.
+        # The whole text comes last: what is asked after it would be copied from there, not from the image.
         questions = sorted(rng.sample(drawn.questions, count), key=lambda question: question.text in READ_ALL)
         turns = [(question.text, question.answer) for question in questions]
         turns[0] = (f"{IMAGE_PLACEHOLDER}\n{turns[0][0]}", turns[0][1])

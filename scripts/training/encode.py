@@ -20,7 +20,7 @@ AS_BYTES = {"do_rescale": False, "do_normalize": False}
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of (question, answer); in questions `<image>` stands where a picture belongs."""
+    """Turns of (question, answer); in questions `<image>` stands where an image belongs."""
 
     turns: tuple[tuple[str, str], ...]
     system: str | None = None
@@ -28,7 +28,7 @@ class Conversation:
 
 
 class Encoder:
-    """Conversations and pictures to samples for one model.
+    """Conversations and images to samples for one model.
 
     Args:
         processor: The model's `MiniMonkeyProcessor`.
@@ -49,7 +49,7 @@ class Encoder:
         """Return token ids (N) and labels (N) of a conversation whose images have this many tiles each.
 
         Raises:
-            ValueError: Placeholders and pictures of different number, or an answer whose first letters the tokenizer joins to
+            ValueError: Placeholders and images of different number, or an answer whose first letters the tokenizer joins to
                 the prompt, so that the prompt of training would not be that of `chat`.
         """
         system = self.system_message if conversation.system is None else conversation.system

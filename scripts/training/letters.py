@@ -1,6 +1,6 @@
 """An auxiliary loss that teaches a fresh vision tower its letters: a linear head names the character at every patch.
 
-Rendered documents know the place of every character, so a picture gives hundreds of labels instead of one answer, and letters
+Rendered documents know the place of every character, so an image gives hundreds of labels instead of one answer, and letters
 are learned in minutes instead of hours. The head is dropped from the trained model.
 """
 
@@ -17,7 +17,7 @@ from minimonkey.scripts.training.encode import IGNORED
 CELLS_PER_PATCH = 2  # characters are narrower than a patch, so each patch names two, side by side
 CHARACTER_CLASS = {chr(33 + i): i + 1 for i in range(94)}  # printable ASCII; 0: no character here
 CLASSES = len(CHARACTER_CLASS) + 1
-BACKGROUND_WEIGHT = 0.2  # most of a picture is background
+BACKGROUND_WEIGHT = 0.2  # most of an image is background
 
 
 def cell_labels(image: Image.Image, characters: Sequence, grids: list[tuple[int, int]], patches: int) -> torch.Tensor:

@@ -32,7 +32,7 @@ class Samples(torch.utils.data.Dataset):
 
     Args:
         sources: The datasets.
-        encoder: Makes samples of conversations and pictures.
+        encoder: Makes samples of conversations and images.
         recipe: Order, steps, lengths and seed.
         is_evaluation: One pass in the order of the files, without a last partial batch being filled up.
 
@@ -147,7 +147,7 @@ class Samples(torch.utils.data.Dataset):
         """Return a sample, see `Encoder`, and `redrawn`: how many documents before it were too long.
 
         Raises:
-            ValueError: It is too long (a document with `too_long: raise`, or a picture other than its file's head said).
+            ValueError: It is too long (a document with `too_long: raise`, or an image other than its file's head said).
         """
         slot = Slot(*self.slots[position].tolist())
         source, limit = self.sources[slot.source], self.recipe.max_seq_length
