@@ -4,9 +4,9 @@
     python scripts/assemble.py OpenGVLab/InternVL2-1B HuggingFaceTB/SmolLM2-135M-Instruct SmolMonkey --template chatml
 
 VISION is an InternViT, published or in transformers' format, or a whole InternVL, Mini-Monkey or MiniMonkey, whose vision
-tower is taken. LANGUAGE is a causal language model of transformers that is built like Llama (Qwen, Mistral, Phi, SmolLM, OLMo,
+tower is used. LANGUAGE is a causal language model of transformers that is built like Llama (Qwen, Mistral, Phi, SmolLM, OLMo,
 ...). The result has everything a MiniMonkey has (MSAC, SCM, chat) but sees nothing yet: its projector is random, to be trained.
-That the language model still says what it said is checked before anything is written; OUT appears when it is complete.
+Before anything is written, the language model is checked to compute what it did before; OUT appears when it is complete.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def read_whole_config(folder: Path) -> dict:
     """Return the checked `config.json` of a part.
 
     Raises:
-        ValueError: There is none, or it is none.
+        ValueError: The file is missing or is not a configuration.
     """
     path = folder / "config.json"
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""The mean of a run's last checkpoints as a model: what a falling learning rate would give, without ending the run.
+"""Average a run's last checkpoints into a model: what a falling learning rate would give, without ending the run.
 
     python scripts/average.py runs/nano-one --last 12 --output runs/nano-one-mean
 
-Takes runs that train whole weights, not LoRA adapters. The recipe's save_total_limit says how many there are.
+Takes runs that train whole weights, not LoRA adapters. The recipe's save_total_limit says how many a run keeps.
 """
 
 import argparse

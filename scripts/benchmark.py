@@ -1,4 +1,4 @@
-"""Speed and memory, always as a ratio against a named baseline of the same run.
+"""Measure speed and memory, always as a ratio to a named baseline of the same run.
 
     python scripts/benchmark.py compression                 SCM at the published 2B dimensions, random weights
     python scripts/benchmark.py preprocessing               a 12-megapixel JPEG to 12 + 6 + 1 tiles
@@ -6,7 +6,7 @@
     python scripts/benchmark.py conversation --use-scm      the second turn about one image
     python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
 
-Prints a table for people and one JSON line for machines. Runs anywhere: weights are random, nothing is downloaded.
+Prints a table for people and one JSON line for machines. Runs anywhere: weights are random and nothing is downloaded.
 """
 
 import argparse

@@ -139,7 +139,7 @@ def converse(processor, model, args: argparse.Namespace) -> None:
             shown = args.media
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             print(f"error: {error}", file=sys.stderr)
-            args.media = shown  # what was added since the last answer may be what is wrong
+            args.media = shown  # what was added since the last answer may be the cause
 
 
 @reports_errors

@@ -1,4 +1,4 @@
-"""How well a model reads: words and documents it never saw in fonts it never saw, or a benchmark of your own.
+"""Measure how well a model reads words and documents it never saw, in fonts it never saw, or a benchmark of your own.
 
     python scripts/evaluate.py --items 1000
     python scripts/evaluate.py --suite receipt --items 200 --max-tiles 12 --adaptive-max-tiles 6 --out receipts.jsonl
@@ -7,7 +7,7 @@
     python scripts/evaluate.py compare scm.jsonl random.jsonl
 
 Prints scores with their 95% intervals and the character error rate, and one JSON line. --out keeps every prediction, written
-as it is made; --resume goes on with such a file; --sheet draws the first items. The suites are rendered on the spot from words
+as it is made; --resume continues such a file; --sheet draws the first items. The suites are rendered on the spot from words
 and fonts that training leaves out (synthetic/documents.py); see synthetic/text_images.py for the Debian packages they come
 from. The form of a benchmark is in evaluation/suites.py, the metrics are in evaluation/metrics.py.
 """

@@ -1,4 +1,4 @@
-"""What multi-scale cropping and scale compression are worth to a model: the same items, shown in different ways.
+"""Measure what multi-scale cropping and scale compression are worth to a model: an ablation over the same items.
 
     python scripts/evidence.py runs/evidence                                          all of it; hours on a CPU, and goes on
     python scripts/evidence.py runs/evidence --suites seams --items 100                 a first look
@@ -6,7 +6,7 @@
 Held-out documents (evaluation/suites.py) are read as one whole image, as detailed tiles, as these and a thumbnail, and with
 multi-scale cropping; then with fewer detailed tokens, chosen by scale compression, at random and evenly. Writes to the folder:
 predictions of every way, evidence.json, the tables as evidence.md and the figure evidence.png. Differences are paired, their
-95% intervals bootstrapped and not corrected for how many there are. What is there already is not asked again. Needs the
+95% intervals are bootstrapped, not corrected for their number. What is there already is not asked again. Needs the
 `training` extra.
 """
 
@@ -36,7 +36,7 @@ from minimonkey.scripts.synthetic.materials import materials
 from minimonkey.tiling import PRESETS
 
 
-# Kind of document, its questions, the metric that ways are compared by.
+# Kind of document, its questions, and the metric by which ways are compared.
 SUITES = {
     "lines": ("line", "text", "word_accuracy"),
     "pages": ("page", "text", "word_accuracy"),
@@ -136,7 +136,7 @@ class Reader:
         answering = Answering(
             self.model, self.processor, suite.max_new_tokens, way.images_kwargs, way.keep_ratio, way.drop
         )
-        if len(reading.predictions.lines) < len(suite):  # a first pass takes longer, and seconds are compared
+        if len(reading.predictions.lines) < len(suite):  # warm-up: a first pass takes longer, and seconds are compared
             items = [suite.item(index) for index in range(2)]
             answering(items, [answering.open(item) for item in items])
         return answer_suite(suite, answering, reading.predictions, self.batch_size)

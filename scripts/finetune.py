@@ -2,7 +2,7 @@
 
     python scripts/finetune.py scripts/training/recipes/nano-smoke.yaml
     python scripts/finetune.py RECIPE.yaml --set output_dir=runs/other --set learning_rate=1e-5
-    python scripts/finetune.py RECIPE.yaml --resume                      goes on after the last checkpoint, if there is one
+    python scripts/finetune.py RECIPE.yaml --resume                      continues from the last checkpoint, if there is one
 
 On several GPUs, with the same recipe (its batch_size is that of all of them together):
 
@@ -39,7 +39,7 @@ def begin(recipe: Recipe, resume: bool) -> Path | None:
     """Return the checkpoint to resume from, after checking that this is the same run.
 
     Raises:
-        ValueError: The output folder holds a run that is not to be resumed, or another one.
+        ValueError: The output folder holds a run that is not to be resumed, or a different one.
     """
     folder = Path(recipe.output_dir)
     record = folder / "run.json"
@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
     output = Path(recipe.output_dir)
     record = output / "run.json"
     recorded = read_json(record) if record.exists() else {}
-    recipe.distributed_state.wait_for_everyone()  # nobody looks for the record after it is written
+    recipe.distributed_state.wait_for_everyone()  # nothing looks for the record after it is written
     if recipe.should_save:
         output.mkdir(parents=True, exist_ok=True)
         run = recorded | {"recipe": recipe.to_dict(), "world_size": recipe.world_size}
@@ -86,7 +86,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
     with readable(folder):
         config = MiniMonkeyConfig.from_pretrained(folder)
     encoder = Encoder(processor, config, recipe.grounding_tokens)
-    with recipe.main_process_first():  # the others find the checked lines in the cache
+    with recipe.main_process_first():  # the other processes find the checked lines in the cache
         sources = read_sources(recipe.data, Path(), recipe.tile_ranges, encoder)
         evaluation = recipe.eval_data and read_sources(recipe.eval_data, Path(), recipe.tile_ranges, encoder)
     if any(isinstance(source, SyntheticSource) for source in (*sources, *(evaluation or ()))):

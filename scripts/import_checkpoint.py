@@ -6,7 +6,7 @@
 
 Takes published Mini-Monkey, InternVL2, InternVL2.5 and Mono-InternVL checkpoints, and InternVL in transformers' own format.
 Every name and shape is checked before anything is written. OUT appears when it is complete; until then the work is in
-OUT.partial, and the same command goes on there after an interruption.
+OUT.partial, and the same command resumes there after an interruption.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def make_config(config_dict: dict):
     """Make the `MiniMonkeyConfig` of a dict.
 
     Raises:
-        ValueError: A value of it cannot be.
+        ValueError: A value in it is not possible.
     """
     try:
         return MiniMonkeyConfig.from_dict(config_dict)

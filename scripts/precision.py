@@ -1,9 +1,9 @@
-"""Which type of numbers the scripts compute in, by what the machine can.
+"""Which data type the scripts compute in, depending on what the machine supports.
 
-bfloat16 halves memory and, with units for it, time. A processor without them (x86 without AVX512-BF16 and AMX) converts every
-number, or computes without vectors: there it is 6 to 200 times slower than float32.
+bfloat16 halves memory and, with hardware for it, time. A processor without it (x86 without AVX512-BF16 and AMX) converts every
+number, or computes without vectors, which makes it 6 to 200 times slower than float32.
 
-    dtype = choose_dtype(args.dtype, args.device)      what --dtype says, or what suits the device; said in a line
+    dtype = choose_dtype(args.dtype, args.device)      what --dtype says, or what suits the device; reported in a line
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# oneDNN, which computes torch's matrix products on x86, can be kept from using what a processor has.
+# oneDNN, which computes torch's matrix products on x86, can be kept from using all that a processor has.
 ONEDNN_CAP = "ONEDNN_MAX_CPU_ISA"
 CAPS_WITH_BFLOAT16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10", "DEFAULT", "ALL")
 

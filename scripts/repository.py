@@ -1,7 +1,7 @@
-"""Where the repository is, how scripts load a model by its code alone, and the options that several of them have.
+"""Where the repository is, how scripts load a model with its code alone, and the options that several of them share.
 
-Scripts run the code of this repository alone: of a Hub id or folder they read configuration, tokenizer and weights, and
-the Python files beside them are never executed.
+Scripts run the code of this repository alone: from a Hub id or folder they read configuration, tokenizer and weights;
+the Python files beside these are never executed.
 """
 
 import argparse
@@ -30,10 +30,10 @@ PROCESSOR_FILES = ("config.json", "processor_config.json", "tokenizer_config.jso
 
 
 def load_processor(source: str | Path):
-    """Load the processor of a Hub id or folder, by this repository's code.
+    """Load the processor of a Hub id or folder with this repository's code.
 
     Raises:
-        ValueError: There is no MiniMonkey processor, or a tokenizer that needs code of its own.
+        ValueError: There is no MiniMonkey processor, or its tokenizer needs code of its own.
     """
     for path in (Path(source, name) for name in PROCESSOR_FILES):
         if path.is_file():
@@ -52,13 +52,13 @@ def load_processor(source: str | Path):
 
 
 def load_model(source: str | Path, **options):
-    """Load the model of a Hub id or folder, by this repository's code, ready to answer.
+    """Load the model of a Hub id or folder with this repository's code, ready to answer.
 
     Args:
         options: As `from_pretrained` takes them: `subfolder`, `dtype`, `attn_implementation`.
 
     Raises:
-        ValueError: The model is of another kind, its files are damaged, or an option is not to be had here.
+        ValueError: The model is of another kind, its files are damaged, or an option is not available here.
     """
     config_path = Path(source, options.get("subfolder", ""), "config.json")
     if config_path.is_file():

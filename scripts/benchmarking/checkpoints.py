@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in the format in which they are published, to measure loading."""
+"""Checkpoints with random weights in the published format, to measure loading."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from huggingface_hub import save_torch_state_dict
 from minimonkey.checkpoint import fuse_wqkv
 
 
-# Ours to published, each applied wherever it fits, in this order.
+# From our names to the published ones; each is applied wherever it matches, in this order.
 _LANGUAGE = (
     ("lm_head.", "language_model.output."),
     ("model.language_model.embed_tokens.", "language_model.model.tok_embeddings."),

@@ -1,6 +1,6 @@
-"""Scale compression: what scoring costs beside the published way of doing it, and what prefill gains.
+"""Scale compression: what scoring costs compared with the published method, and what prefill gains.
 
-Measured on the language model alone, and for the memory of a whole `generate` with vision, at random weights.
+Measured with random weights, on the language model alone; the memory is also that of a whole `generate` with vision.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from minimonkey.scripts.repository import add_device_argument, whole_number
 
 TEXT_BEFORE, TEXT_AFTER = 40, 30  # tokens of a prompt around its image
 PARTS = ("scoring", "prefill", "generate")
-# heads x N x N matrices in float32 that the published way holds at a time.
+# heads x N x N matrices in float32 that the published method holds at a time.
 EAGER_MATRICES = 3
 
 
@@ -123,7 +123,7 @@ class Prompt:
 
 @torch.no_grad()
 def scoring(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Measure finding the kept positions our way and the published way, from the same embeddings."""
+    """Measure our and the published way of finding the kept positions, from the same embeddings."""
     config = random_config(args.size, layers=2)
     model = random_model(config, device, getattr(torch, args.scoring_dtype))
     rows = []

@@ -1,11 +1,11 @@
-"""A long conversation: what each turn costs with the memory of its history, and computed from the start.
+"""A long conversation: what each turn costs with its history cached, and computed from the start.
 
-The second turn about one image is the case that people feel most:
+The second turn about one image is the case that users notice most:
 
     python scripts/benchmark.py conversation --turns 2 --size 2B --use-scm      a 12-megapixel JPEG, 12 + 6 + 1 tiles
     python scripts/benchmark.py conversation --turns 20 --pictures-at 1 5 12 --size Nano --dtype float32
 
-Both ways get the same prompts and give the same first token; how far their logits are apart is in the table.
+Both ways get the same prompts and give the same first token; the table shows how far apart their logits are.
 """
 
 import argparse

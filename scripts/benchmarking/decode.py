@@ -1,4 +1,4 @@
-"""Decoding: tokens a second with a growing and a static cache, compiled, beside what memory bandwidth allows.
+"""Decoding: tokens per second with a growing and a static cache, and compiled, compared with what memory bandwidth allows.
 
 Every new token reads all weights of the language model once; the floor is that time at the bandwidth that this machine
 reaches when it copies memory. The prompt is short, so that what is timed are the new tokens.

@@ -1,6 +1,6 @@
-"""How this project measures: interleaved runs, medians, ratios against a baseline of the same run, peak memory.
+"""How this project measures: interleaved runs, medians, ratios to a baseline of the same run, peak memory.
 
-Machines are shared, so two ways are never timed one after the other but in turns, and what counts is their ratio.
+Machines are shared, so two ways are never timed one after the other but in turns, and their ratio is what counts.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def median_seconds(functions: dict[str, Callable], device: torch.device, repeats
 def peak_extra_bytes(function: Callable, device: torch.device) -> int | None:
     """Return the most memory a function held beyond what was held before it; None where the system does not tell.
 
-    On a GPU as PyTorch's allocator counts it; on the CPU resident memory as Linux counts it.
+    On a GPU it is what PyTorch's allocator counts; on the CPU, resident memory as Linux counts it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -54,7 +54,7 @@ def peak_extra_bytes(function: Callable, device: torch.device) -> int | None:
     if not sys.platform.startswith("linux"):
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed must not be counted as held
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _resident_bytes("VmRSS")
     function()
     return _resident_bytes("VmHWM") - before

@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights, so that speed can be measured without any download."""
+"""Models of the published sizes with random weights, so that speed can be measured without a download."""
 
 import torch
 from accelerate import init_empty_weights

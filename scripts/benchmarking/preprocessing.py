@@ -1,7 +1,7 @@
-"""Preprocessing: from an image's file to normalised tiles, beside the way it was published.
+"""Preprocessing: from an image file to normalised tiles, compared with the published code.
 
 The baseline does what the published demo does: it opens the file for each grid, resizes with PIL to each grid and to a
-thumbnail each time, and makes a tensor of every tile by itself.
+thumbnail each time, and converts every tile to a tensor by itself.
 """
 
 import argparse

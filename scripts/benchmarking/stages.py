@@ -1,4 +1,4 @@
-"""Where the time goes from an image's file to the first token, with and without scale compression, as stacked bars."""
+"""Where the time goes from an image file to the first token, with and without scale compression, as stacked bars."""
 
 import argparse
 import tempfile

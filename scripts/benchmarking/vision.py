@@ -1,4 +1,4 @@
-"""Vision: tiles through the vision tower and projector, in chunks of several sizes and compiled, beside all at once."""
+"""Vision: tiles through the vision tower and projector, in chunks of several sizes and compiled, compared with all at once."""
 
 import argparse
 from collections.abc import Callable

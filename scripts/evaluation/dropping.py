@@ -1,6 +1,6 @@
-"""Which detailed tokens an image loses: those that scale compression scores lowest, or as many by chance or evenly.
+"""Which detailed tokens an image loses: those that scale compression scores lowest, or as many at random or evenly spread.
 
-The two others are what SCM has to beat: `model.generate(use_scm=True, scm_select=selection("random", names))`.
+The other two are the baselines that SCM has to beat: `model.generate(use_scm=True, scm_select=selection("random", names))`.
 """
 
 import random

@@ -1,6 +1,6 @@
 """The figure of a comparison: accuracy of each tiling, and what dropping tokens costs.
 
-Its bars are intervals of each score by itself; whether two ways differ is for the paired differences to say.
+Its bars are intervals of each score by itself; whether two ways differ is shown by the paired differences.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """How good an answer is: the metrics of text-reading benchmarks, as their authors compute them.
 
-Each takes an answer and the right answers, and gives a number from 0 to 1.
+Each takes an answer and the right answers, and returns a number from 0 to 1.
 """
 
 import re
@@ -49,7 +49,7 @@ def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> floa
     similarities = []
     for reference in references:
         pair = [" ".join(text.lower().split()) for text in (answer, reference)]
-        length = max(len(text.upper()) for text in (answer, reference))  # upper case as in the script: "ß" is two
+        length = max(len(text.upper()) for text in (answer, reference))  # upper case as in the script: "ß" counts as two
         similarities.append(1 - edit_distance(*pair) / length if length else 1.0)
     best = max(similarities)
     return best if best >= threshold else 0.0

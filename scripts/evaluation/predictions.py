@@ -1,6 +1,6 @@
-"""Predictions in a file that grows while a model answers, so that a run that was killed goes on where it was.
+"""Predictions in a file that grows while a model answers, so that a run that was killed resumes where it stopped.
 
-One line for each item, in JSON; what was asked of which model stands beside it in `<file>.settings.json`.
+Each item is one line of JSON; what was asked of which model is kept next to it in `<file>.settings.json`.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ class Predictions:
 
     Args:
         path: The JSONL file; None keeps them in memory alone.
-        settings: What decides the answers; a file can only be continued with the same.
+        settings: What decides the answers; a file can only be continued with the same settings.
         resume: Continue the file if it is there; otherwise it is written anew.
 
     Raises:
@@ -36,7 +36,7 @@ class Predictions:
         self.lines |= {line["id"]: line for line in lines}
         if self.path is None:
             return
-        if not self._is_begun:  # not before there is an answer: what was there is kept if the model cannot be loaded
+        if not self._is_begun:  # only once there is an answer: if the model cannot be loaded, the old file is kept
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("", encoding="utf-8")
             _settings_path(self.path).write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
@@ -66,7 +66,7 @@ def read_predictions(path: Path) -> dict[str, dict]:
     """Read the predictions of a file, by id.
 
     Raises:
-        ValueError: There is no such file, or a line that is no prediction.
+        ValueError: There is no such file, or a line is not a prediction.
     """
     if not path.is_file():
         raise ValueError(f"There is no predictions file {path}.")

@@ -54,7 +54,7 @@ def compare(first: dict[str, dict], second: dict[str, dict]) -> dict:
     """Return how much better the second predictions are than the first, over the same items.
 
     Raises:
-        ValueError: Other items, or the same ones with other questions or metrics.
+        ValueError: The items differ, or their questions or metrics do.
     """
     if first.keys() != second.keys() or not first:
         only = sorted(first.keys() ^ second.keys())

@@ -20,8 +20,8 @@ class Answering:
     Args:
         images_kwargs: Options of the image processor: preset, tile ranges.
         scm_keep_ratio: Share of the detailed tokens that stay; None: no compression.
-        drop: Which tokens go, see dropping.py.
-        scm_layer: Whose attention decides; None: the configuration's.
+        drop: Which tokens are dropped, see dropping.py.
+        scm_layer: The layer whose attention decides; None: the configuration's.
     """
 
     model: Any
@@ -61,7 +61,7 @@ class Answering:
 def answer_suite(suite: Suite, answering: Answering, predictions: Predictions, batch_size: int) -> list[dict]:
     """Return one prediction for each item, in order; items that already have one are not asked again.
 
-    A batch of which some are missing is asked whole: what stands beside an item changes the last bits of its numbers.
+    A batch of which some are missing is asked as a whole, since the other items change the last bits of an item's numbers.
     """
     for start in range(0, len(suite), batch_size):
         indices = range(start, min(start + batch_size, len(suite)))

@@ -35,7 +35,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Suite:
-    """Items that are made or opened when they are needed."""
+    """Items that are made or opened only when needed."""
 
     name: str
     ids: list[str]
@@ -63,7 +63,7 @@ SYNTHETIC = {
 }
 
 
-MOST_REDRAWS, REDRAWN_SEED = 20, 1_000_003  # of documents that have no question of the kind that is wanted
+MOST_REDRAWS, REDRAWN_SEED = 20, 1_000_003  # of documents without a question of the kind asked for
 QUESTIONS = {
     "any": lambda question: True,
     "text": lambda question: question.text in READ_ALL,
@@ -124,7 +124,7 @@ def read_benchmark(path: Path, items: int | None = None, metric: str = DEFAULT_M
     """Read the first `items` lines of a benchmark, checking all of it before anything is asked.
 
     Raises:
-        ValueError: A line that is no item, an id used twice or a missing image, with the number of the line.
+        ValueError: A line that is not an item, an id used twice or a missing image, with the number of the line.
     """
     if not path.is_file():
         raise ValueError(f"There is no benchmark {path}.")

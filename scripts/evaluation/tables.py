@@ -1,4 +1,4 @@
-"""Ways to show an image side by side, as rows of numbers and as Markdown."""
+"""Ways to show an image compared side by side, as rows of numbers and as Markdown."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Comparison:
     Args:
         suite: Its name.
         subject: "tilings" or "compression".
-        shown: Predictions by way, those that the others are compared with among them; see `rows`.
+        shown: Predictions by way, including those that the others are compared with; see `rows`.
     """
 
     suite: str
@@ -31,7 +31,7 @@ class Comparison:
         itself, all tokens.
 
         Raises:
-            ValueError: Ways that were not asked the same.
+            ValueError: Ways that were not asked the same questions.
         """
         rows = []
         for number, way in enumerate(self.shown):

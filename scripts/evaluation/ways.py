@@ -1,4 +1,4 @@
-"""The ways to show an image that are compared: four tilings, and which detailed tokens go."""
+"""The ways to show an image that are compared: four tilings, and which detailed tokens are dropped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A new model folder: the place it is made in, and what stands in it beside the weights."""
+"""A new model folder: where it is made, and what it holds besides the weights."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from minimonkey.processing_minimonkey import MiniMonkeyProcessor
 from minimonkey.scripts.importing.weights import missing_weights
 
 
-# In OUT.partial: says that the folder is ours, and of which source it is.
+# In OUT.partial: says that the folder is ours, and which source it is made from.
 RECORD_NAME = "unfinished-minimonkey.json"
 RECORD_KIND = "MiniMonkey, unfinished"
 LOCK_NAME = ".unfinished-minimonkey.lock"
@@ -37,11 +37,11 @@ def check_free(out: Path) -> None:
 def new_folder(out: Path, source: str) -> Iterator[Path]:
     """Make OUT in OUT.partial, which becomes OUT at the end of the `with` block, if it is complete.
 
-    After an interruption what is there is taken over if it is of the same source. After an error it goes, but for shards
+    After an interruption what is there is reused if it has the same source. After an error it is deleted, except for shards
     that are complete when a file could not be written: a full disk costs no more than the rest.
 
     Args:
-        source: Tells sources apart.
+        source: What tells one source from another.
 
     Raises:
         ValueError: Something is in the way, another run is writing the same OUT, or the result lacks files.
@@ -107,7 +107,7 @@ def _finish(work: Path, out: Path) -> None:
     if out.exists():
         out.rmdir()
     work.replace(out)
-    for name in (RECORD_NAME, LOCK_NAME):  # after the rename: a run that is killed before it can be gone on with
+    for name in (RECORD_NAME, LOCK_NAME):  # after the rename: a run that is killed before it can be resumed
         (out / name).unlink()
 
 

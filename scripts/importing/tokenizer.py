@@ -1,4 +1,4 @@
-"""A published tokenizer as one fast tokenizer.json with the ids it had.
+"""A published tokenizer as one fast tokenizer.json with the same ids.
 
 InternLM2 and Phi-3 come as sentencepiece models (`tokenizer.model`) with their added tokens in JSON files, Qwen2 as a
 vocabulary and merges. The result needs no remote code and no sentencepiece.
@@ -29,7 +29,7 @@ def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
     """Return the tokenizer of a published checkpoint, and whether its prompts begin with `bos_token`.
 
     Raises:
-        ValueError: No tokenizer, a kind that is not known, or an added token whose id changed on the way.
+        ValueError: No tokenizer, an unknown kind, or an added token whose id changed in the conversion.
     """
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}).")
@@ -44,7 +44,7 @@ def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
         with_bos = settings.get("add_bos_token", True)
     else:
         backend = _read_vocabulary(folder)
-        with_bos = False  # a vocabulary with merges is Qwen2's
+        with_bos = False  # a vocabulary with merges is Qwen2's format
     backend.post_processor = processors.Sequence([])  # the chat template writes bos_token
     tokenizer = _wrap(backend, roles, added, settings)
     _check_ids(tokenizer, added)
@@ -64,7 +64,7 @@ def read_added_tokens(folder: Path) -> dict[int, AddedToken]:
     settings = _read_settings(folder)
     try:
         for index, token in (settings.get("added_tokens_decoder") or {}).items():
-            # All are control tokens here, also those that some checkpoints do not mark as special.
+            # All are control tokens here, even those that some checkpoints do not mark as special.
             tokens[_token_id(index)] = AddedToken(
                 token["content"],
                 special=True,
@@ -173,7 +173,7 @@ def _read_model(path: Path):
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf raises a class of its own back end
+    except Exception as error:  # protobuf raises a class that depends on its backend
         raise ValueError(f"{path} is not a sentencepiece model, or it is damaged: {error}") from error
     return model
 
