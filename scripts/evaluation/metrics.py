@@ -49,7 +49,7 @@ def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> floa
     similarities = []
     for reference in references:
         pair = [" ".join(text.lower().split()) for text in (answer, reference)]
-        length = max(len(text.upper()) for text in (answer, reference))  # upper case as in the script: "ß" counts as two
+        length = max(len(text.upper()) for text in (answer, reference))  # upper case as in the script: "ß" is two
         similarities.append(1 - edit_distance(*pair) / length if length else 1.0)
     best = max(similarities)
     return best if best >= threshold else 0.0
