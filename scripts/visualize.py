@@ -30,7 +30,7 @@ from minimonkey.scripts.repository import (
 
 DETAILED_COLOUR, ADAPTIVE_COLOUR = (40, 110, 255), (255, 140, 0)
 DARKNESS = 0.3  # brightness of a token that is left out
-SHORT_SIDE = 448  # smaller images are enlarged to this, so that seams are narrow beside letters
+SHORT_SIDE = 448  # smaller images are enlarged to this, so that seams are thin compared with letters
 
 Grid = tuple[int, int]
 

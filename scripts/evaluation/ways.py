@@ -18,7 +18,7 @@ class Way:
     name: str
     images_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     keep_ratio: float | None = None
-    """Share of the detailed tokens that stays; None: all."""
+    """Share of the detailed tokens that is kept; None: all."""
     drop: str = "scm"
 
     @property

@@ -1,4 +1,4 @@
-"""What a synthetic document is, and the canvas it is drawn on, which remembers where every character stands."""
+"""Synthetic documents, and the canvas they are drawn on, which remembers where every character stands."""
 
 from dataclasses import dataclass
 from pathlib import Path

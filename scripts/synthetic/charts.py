@@ -1,4 +1,4 @@
-"""Charts whose values can be read: bars, horizontal bars, lines and pies.
+"""Charts with readable values: bars, horizontal bars, lines and pies.
 
 A value either stands beside its mark, or lies exactly on a labelled line of the axis.
 """

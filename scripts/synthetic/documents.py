@@ -1,4 +1,4 @@
-"""Synthetic documents with questions: endless, deterministic, made when they are needed.
+"""Synthetic documents with questions: endless, deterministic, made on demand.
 
     python scripts/synthetic/documents.py sheet.png --kind receipt --split held_out
 
@@ -50,7 +50,7 @@ def document(kind: str, index: int, seed: int, split: str = "training", difficul
 
     Args:
         kind: One of KINDS.
-        index, seed: Any integers; the same ones give the same document.
+        index, seed: Any integers; the same integers give the same document.
         split: Whose words and fonts: "training" or "held_out".
         difficulty: From 0 (short, large and clean) to 1 (long, small and damaged).
 

@@ -21,7 +21,7 @@ from PIL import ImageFont
 
 
 WORD_PACKAGE = "spellchecker"
-# Packages with fonts, and where in them. Of a font that several have, the first one's counts.
+# Packages with fonts, and where in them. If several have the same font, that of the first counts.
 FONT_PACKAGES = {
     "matplotlib": "mpl-data/fonts/ttf",
     "rendercv_fonts": ".",
@@ -64,7 +64,7 @@ UNREADABLE_STYLES = re.compile(
 )
 MONOSPACED = ("Mono", "Courier", "Inconsolata", "Hack", "FiraCode", "mononoki")
 
-# Of the package's words of two or three letters most are abbreviations; those of running text are frequent.
+# Most of the package's words of two or three letters are abbreviations; those of running text are frequent.
 SHORT_WORD, FREQUENT = 3, 1000
 
 
@@ -92,7 +92,7 @@ def words(split: str) -> dict[int, list[str]]:
 
 @lru_cache
 def font_families(split: str) -> tuple[tuple[Path, ...], ...]:
-    """Return the font files of `split` by family, in an order that does not depend on where they are installed.
+    """Return the font files of `split` by family, in an order independent of where they are installed.
 
     Raises:
         FileNotFoundError: A package is missing, with what to install.

@@ -29,7 +29,7 @@ SHOP = ("What is the name of the shop?", "Which shop is this from?", "What is th
 
 
 class _Roll:
-    """A receipt that is written from the top to the bottom."""
+    """A receipt that is written from top to bottom."""
 
     def __init__(self, style: Style, width: int, rng: random.Random):
         self.style, self.rng = style, rng
@@ -66,7 +66,7 @@ class _Roll:
         self.y += 4
 
     def room(self, right: str) -> float:
-        """Return the width in pixels left for what stands left of `right`."""
+        """Return the width in pixels that remains to the left of `right`."""
         return self.canvas.width - 2 * self.margin - self.style.font().getlength(right + "  ")
 
 
@@ -135,7 +135,7 @@ def _sums(roll: _Roll, label: dict, prices: dict[str, str], rng: random.Random, 
         total += tax
     shown = f"{sign}{total / 100:.2f}"
     roll.row(label["total"], shown, rng.choice((1.0, 1.0, 1.2)))
-    questions += [ask(rng, TOTAL, shown)] * 2  # the question that receipts are for
+    questions += [ask(rng, TOTAL, shown)] * 2  # the question that receipts exist for
     if rng.random() < 0.4 * difficulty:
         paid = -(-total // 500) * 500
         given, change = (f"{sign}{cents / 100:.2f}" for cents in (paid, paid - total))

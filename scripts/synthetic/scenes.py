@@ -1,4 +1,4 @@
-"""Text as it stands in the world: signs and letters on textures, at angles, from large to small."""
+"""Text as it occurs in the world: signs and letters on textures, at angles, from large to small."""
 
 import random
 
@@ -17,7 +17,7 @@ TEXTURES = ("noise", "stripes", "bricks", "gradient")
 
 
 def scene(rng: random.Random, split: str, difficulty: float) -> Document:
-    """Draw one to four texts below each other on a texture, each turned and slanted in its own way."""
+    """Draw one to four texts below each other on a texture, each rotated and slanted in its own way."""
     width, height = (round(TILE_SIZE * rng.uniform(1.5, 2 + 1.5 * difficulty)) for _ in range(2))
     image, base = _texture((width, height), rng)
     count = rng.randint(1, 1 + round(3 * difficulty))
@@ -51,7 +51,7 @@ def _text(rng: random.Random, split: str) -> str:
 def _sprite(
     text: str, base: Colour, is_sign: bool, rng: random.Random, split: str, size: int
 ) -> tuple[Image.Image, Image.Image, list[CharacterBox]]:
-    """Draw a text, on a sign of its own or with nothing around it; return pixels, which of them show, characters."""
+    """Draw a text, on a sign of its own or bare; return its pixels, a mask of those that show, and its characters."""
     font = load_font(any_font(rng, split), size)
     if is_sign:
         background, ink = colours(rng)

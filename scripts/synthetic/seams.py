@@ -1,6 +1,6 @@
 """Words where multi-scale cropping cuts: on seams of the detailed grid, and inside a tile of the adaptive one.
 
-A model that reads them uses what the adaptive tiles show whole; whoever sees only the detailed tiles gets every word in parts.
+A model that reads them uses the words that the adaptive tiles show whole; the detailed tiles alone cut every word in parts.
 """
 
 import random

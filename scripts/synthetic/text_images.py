@@ -1,7 +1,7 @@
-"""Images of words with known text: the endless, deterministic training and test material of MiniMonkey-Nano.
+"""Images of words with known text: endless, deterministic training and test material for MiniMonkey-Nano.
 
-Sample `i` is a pure function of (seed, i): nothing is stored, and any worker can make any sample. Words and fonts are those
-of materials.py.
+Sample `i` is a pure function of (seed, i): nothing is stored, and any worker can make any sample. Words and fonts come from
+materials.py.
 
     python scripts/synthetic/text_images.py sheet.png --split held_out
 """
@@ -116,7 +116,7 @@ def character_boxes(line: str, font: ImageFont.FreeTypeFont, left: float, top: f
 
 @lru_cache
 def no_ligatures() -> list[str] | None:
-    """Return the font features that draw every character by itself; without Raqm Pillow knows none, and joins nothing."""
+    """Return the font features that draw every character by itself; without Raqm, Pillow has none, and joins nothing."""
     return ["-liga"] if features.check("raqm") else None
 
 

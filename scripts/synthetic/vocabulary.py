@@ -1,4 +1,4 @@
-"""Words, names, dates and amounts for documents, and how questions about them are worded.
+"""Words, names, dates and amounts for documents, and wordings of questions about them.
 
 Words come from the split of materials.py. The fixed words of forms, receipts and months (`LABELS`) and the wordings of
 questions belong to both splits.

@@ -1,4 +1,4 @@
-"""Samples of different lengths to one batch."""
+"""Collate samples of different lengths into one batch."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence

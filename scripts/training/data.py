@@ -1,4 +1,4 @@
-"""Training data: InternVL's meta JSON and JSONL files, and documents that are rendered on the way.
+"""Training data: InternVL's meta JSON and JSONL files, and documents rendered on the fly.
 
 A meta JSON names datasets, each of them lines of a file or a kind of rendered document:
 
@@ -11,7 +11,7 @@ false` leaves the whole image out. A rendered document is asked one of its quest
 conversation, the whole text last. Relative paths count from the folder of the meta JSON.
 
 A line is {"image": path or [paths], "conversations": [{"from": "human", "value": "<image>\\nRead."}, {"from": "gpt", ...}]}.
-All lines are checked, and measured from the heads of their images, before training begins.
+All lines are checked, and measured from their image headers, before training begins.
 """
 
 import json
@@ -85,7 +85,7 @@ class FileSource(Source):
 
 @dataclass(frozen=True)
 class SyntheticSource(Source):
-    """Documents drawn when they are needed; every round brings new ones."""
+    """Documents drawn on demand; every round brings new ones."""
 
     kind: str
     seed: int
@@ -98,7 +98,7 @@ class SyntheticSource(Source):
     MOST_ATTEMPTS = 8
 
     def example(self, index: int, round_: int, attempt: int = 0) -> Example:
-        """Make a conversation about one document; another document for every attempt."""
+        """Make a conversation about one document; every attempt takes another document."""
         number = index + self.size * (round_ * self.MOST_ATTEMPTS + attempt)
         low, high = self.difficulty
         difficulty = low + (high - low) * index / max(1, self.size - 1)
@@ -108,7 +108,7 @@ class SyntheticSource(Source):
             drawn = documents.document(self.kind, number, self.seed, self.split, difficulty)
         rng = random.Random(f"{self.seed}/question/{number}")
         count = min(rng.randint(1, self.turns), len(drawn.questions))
-        # The whole text comes last: what is asked after it would be copied from there, not from the image.
+        # The whole text comes last: later answers would be copied from it instead of being read from the image.
         questions = sorted(rng.sample(drawn.questions, count), key=lambda question: question.text in READ_ALL)
         turns = [(question.text, question.answer) for question in questions]
         turns[0] = (f"{IMAGE_PLACEHOLDER}\n{turns[0][0]}", turns[0][1])
@@ -243,7 +243,7 @@ def _read_lines(name: str, entry: dict, folder: Path, encoder: Encoder) -> Datas
         reader,
         with_indices=True,
         remove_columns=["text"],
-        # The processor's classes have no stable hash; what decides the rows has.
+        # The processor's classes have no stable hash; the settings that decide the rows do.
         new_fingerprint=Hasher.hash([lines._fingerprint, reader.key(), code]),
         desc=f"Checking {name}",
     )

@@ -1,7 +1,7 @@
 """A conversation as token ids and labels, with the prompts that `model.chat` builds.
 
 The ids of a training example up to an answer are those of the prompt that `chat` would ask this turn with: the same template,
-the same protection of text that spells a control token, the answers of earlier turns without spaces around. Labels are the
+the same protection of text that spells a control token, the answers of earlier turns stripped of spaces. Labels are the
 answers and the separator that ends each; everything else is masked.
 """
 
@@ -14,7 +14,7 @@ from minimonkey.tiling import RANGE_NAMES, share_tile_budget
 
 
 IGNORED = -100  # of torch's cross entropy
-# Tiles stay bytes until the model normalises them on its device: a quarter of the memory to hand over.
+# Tiles stay bytes until the model normalises them on its device: a quarter of the memory to transfer.
 AS_BYTES = {"do_rescale": False, "do_normalize": False}
 
 
@@ -28,7 +28,7 @@ class Conversation:
 
 
 class Encoder:
-    """Conversations and images to samples for one model.
+    """Encodes conversations and images as samples for one model.
 
     Args:
         processor: The model's `MiniMonkeyProcessor`.
@@ -49,7 +49,7 @@ class Encoder:
         """Return token ids (N) and labels (N) of a conversation whose images have this many tiles each.
 
         Raises:
-            ValueError: Placeholders and images of different number, or an answer whose first letters the tokenizer joins to
+            ValueError: The numbers of placeholders and images differ, or an answer whose first letters the tokenizer joins to
                 the prompt, so that the prompt of training would not be that of `chat`.
         """
         system = self.system_message if conversation.system is None else conversation.system

@@ -14,7 +14,7 @@ from torch import nn
 from minimonkey.scripts.training.encode import IGNORED
 
 
-CELLS_PER_PATCH = 2  # characters are narrower than a patch, so each patch names two, side by side
+CELLS_PER_PATCH = 2  # characters are narrower than a patch, so each patch predicts two, side by side
 CHARACTER_CLASS = {chr(33 + i): i + 1 for i in range(94)}  # printable ASCII; 0: no character here
 CLASSES = len(CHARACTER_CLASS) + 1
 BACKGROUND_WEIGHT = 0.2  # most of an image is background
@@ -39,7 +39,7 @@ def _labels_of_grid(image: Image.Image, characters: Sequence, grid: tuple[int, i
         x0, y0, x1, y1 = item.box
         left, right = (x / image.width * width for x in (x0, x1))
         top, bottom = (y / image.height * height for y in (y0, y1))
-        # The cells whose centre the character covers, at least the one its own centre is in.
+        # The cells whose centre the character covers, or at least the cell that holds its own centre.
         left, right = min(round(left), int((left + right) / 2)), max(round(right), int((left + right) / 2) + 1)
         top, bottom = min(round(top), int((top + bottom) / 2)), max(round(bottom), int((top + bottom) / 2) + 1)
         labels[max(top, 0) : bottom, max(left, 0) : right] = CHARACTER_CLASS[item.character]
@@ -86,7 +86,7 @@ def with_letters(model_class: type, loss_weight: float | None) -> type:
                 output = super().forward(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
             loss = letters_loss(self.letters_head(torch.cat(self._patch_states)), cell_labels)
             self._patch_states.clear()
-            # The share of this micro batch in the step, by which the loss of the answers counts too.
+            # This micro batch's share of the step, by which the loss of the answers is weighted too.
             share = 1.0 if num_items_in_batch is None else (labels != IGNORED).sum() / num_items_in_batch
             if loss_weight is None:
                 return {"loss": share * loss}

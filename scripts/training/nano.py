@@ -73,7 +73,7 @@ def write_untrained(out: Path) -> None:
 
 @torch.no_grad()
 def initialize(model: nn.Module) -> None:
-    """Set weights from which a small vision tower learns letters quickly.
+    """Initialise weights from which a small vision tower learns letters quickly.
 
     Each attention head of the vision tower begins by looking at one neighbour of its patch (left, right, above, below):
     sines and cosines as position embeddings, a rotation of them as query projection.

@@ -6,12 +6,12 @@ from torch import nn
 from minimonkey.scripts.precision import fast_dtype
 
 
-# Of the names of matrices inside vision tower, projector and language model; embeddings and the output layer are not.
+# Occur in the names of matrices inside vision tower, projector and language model; not in embeddings and output layer.
 LAYERS = ("encoder", "projector", "layers")
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, which orthogonalises in bfloat16 alone, in float32 where that is faster. Steps are scaled to AdamW's."""
+    """torch's Muon, which orthogonalises in bfloat16 only, in float32 where that is faster. Steps are scaled to AdamW's."""
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -100,7 +100,7 @@ def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
     """Split the parameters that are trained into matrices inside layers, and all others.
 
     Raises:
-        ValueError: One of the two is empty, so that this is no case for two optimizers.
+        ValueError: One of the two is empty, so two optimizers make no sense.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     is_matrix = [parameter.ndim == 2 and any(part in name for part in LAYERS) for name, parameter in trained]

@@ -1,4 +1,4 @@
-"""Which sample comes when, and the samples themselves.
+"""The order of the samples, and the samples themselves.
 
 The whole run is laid out before it begins, as a list of slots that ends with the last step. What a slot gives depends on
 nothing but the slot and the seed, so that any worker, any process and a resumed run make the same sample.
@@ -34,10 +34,10 @@ class Samples(torch.utils.data.Dataset):
         sources: The datasets.
         encoder: Makes samples of conversations and images.
         recipe: Order, steps, lengths and seed.
-        is_evaluation: One pass in the order of the files, without a last partial batch being filled up.
+        is_evaluation: One pass in the order of the files; a last partial batch is not filled up.
 
     Attributes:
-        skipped: Examples of files that are left out, being too long for `max_seq_length`.
+        skipped: Examples of files that are left out because they are too long for `max_seq_length`.
 
     Raises:
         ValueError: An example that is too long with `too_long: raise`, or nothing left to train on.
@@ -144,10 +144,10 @@ class Samples(torch.utils.data.Dataset):
         return len(self.slots)
 
     def __getitem__(self, position: int) -> dict:
-        """Return a sample, see `Encoder`, and `redrawn`: how many documents before it were too long.
+        """Return a sample (see `Encoder`), with `redrawn`: how many documents before it were too long.
 
         Raises:
-            ValueError: It is too long (a document with `too_long: raise`, or an image other than its file's head said).
+            ValueError: It is too long (a document with `too_long: raise`, or an image of another size than its header said).
         """
         slot = Slot(*self.slots[position].tolist())
         source, limit = self.sources[slot.source], self.recipe.max_seq_length

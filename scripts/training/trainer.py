@@ -1,4 +1,4 @@
-"""transformers' Trainer with what it lacks here: Muon, the processor beside every checkpoint, a count of redrawn documents."""
+"""transformers' Trainer with what it lacks here: Muon, the processor next to every checkpoint, a count of redrawn documents."""
 
 import os
 from pathlib import Path
