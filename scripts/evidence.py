@@ -1,6 +1,6 @@
 """Measure what multi-scale cropping and scale compression are worth to a model: an ablation over the same items.
 
-    python scripts/evidence.py runs/evidence                                          all of it; hours on a CPU, and goes on
+    python scripts/evidence.py runs/evidence                                          all of it; hours on a CPU, and resumes
     python scripts/evidence.py runs/evidence --suites seams --items 100                 a first look
 
 Held-out documents (evaluation/suites.py) are read as one whole image, as detailed tiles, as these and a thumbnail, and with

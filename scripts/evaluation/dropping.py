@@ -15,7 +15,7 @@ def selection(drop: str, row_names: list[str]) -> Callable[[int, int, int], list
 
     Args:
         drop: "scm" leaves the choice to attention (None); "random" keeps a random set, "uniform" tokens at even distances.
-        row_names: A name for each row of the batch to come; the random set of a row depends on it alone.
+        row_names: A name for each row of the next batch; it alone decides the random set of the row.
 
     Raises:
         ValueError: An unknown `drop`, or later a batch of more rows than names.

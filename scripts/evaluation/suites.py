@@ -82,8 +82,8 @@ def synthetic_suite(
     """Make a suite of unseen words in unseen fonts: "word" as held_out_word of text_images.py, or documents of a kind.
 
     Args:
-        difficulty: 0 to 1 (None: 1). Of "word" it is the amount of damage alone.
-        questions: "any" of a document's, for its whole "text", or for "values" in it.
+        difficulty: 0 to 1 (None: 1). For "word" it is only the amount of damage.
+        questions: "any" of a document's questions, those for its whole "text", or those for "values" in it.
 
     Raises:
         ValueError: An unknown suite, metric or kind of question, or one that these documents do not have.

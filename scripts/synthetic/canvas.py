@@ -55,7 +55,7 @@ class Style:
 
     @property
     def height(self) -> int:
-        """Of a line, from the highest to the lowest that the font draws."""
+        """Height of a line, from the highest to the lowest point that the font draws."""
         return line_height(self.font())
 
     def mix(self, share: float) -> Colour:

@@ -3,7 +3,7 @@
 They come with pip-installed packages (the `documents` extra), so that a document is the same on every machine:
 
     python scripts/synthetic/materials.py                                what there is, as runs record it
-    MINIMONKEY_SYSTEM_FONTS=1 python scripts/finetune.py RECIPE.yaml     the system's fonts of the families below, too
+    MINIMONKEY_SYSTEM_FONTS=1 python scripts/finetune.py RECIPE.yaml     also the system's fonts of the families below
 """
 
 import hashlib

@@ -39,13 +39,13 @@ class _Roll:
         self.lines: list[str] = []
 
     def centred(self, text: str, scale: float = 1.0) -> None:
-        """Draw a text by itself, as large as it fits."""
+        """Draw a centred text, as large as fits."""
         font = self.style.fitting_font(text, self.canvas.width - self.margin, scale)
         self.canvas.text(self.canvas.width / 2, self.y, text, font, self.style.ink, CENTRE)
         self._end_line(text, font)
 
     def row(self, left: str, right: str, scale: float = 1.0) -> None:
-        """Draw two texts on one line, as large as they fit."""
+        """Draw two texts on one line, as large as fits."""
         font = self.style.fitting_font(f"{left}  {right}", self.canvas.width - 2 * self.margin, scale)
         self.canvas.text(self.margin, self.y, left, font, self.style.ink, LEFT)
         self.canvas.text(self.canvas.width - self.margin, self.y, right, font, self.style.ink, RIGHT)

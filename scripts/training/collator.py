@@ -11,8 +11,8 @@ class Collator:
 
     Args:
         pad_token_id: What fills the ids; its labels are ignored.
-        image_token_id, tokens_per_tile, tile_size: Of the model, for `always_with_tile`.
-        always_with_tile: Give a batch without images one black tile behind the end of a row, where nothing sees it.
+        image_token_id, tokens_per_tile, tile_size: The model's, for `always_with_tile`.
+        always_with_tile: Give a batch without images one black tile after the end of a row, where nothing sees it.
             All processes of a distributed run then run the same modules, which sharding needs.
     """
 

@@ -8,7 +8,7 @@ A meta JSON names datasets, each of them lines of a file or a kind of rendered d
 `repeat_time` below 1 takes the first part of a dataset, a whole number repeats it. `tile_ranges`, a list of [min_tiles,
 max_tiles, adaptive_min_tiles, adaptive_max_tiles], or one of these names by itself, replaces the recipe's; `use_thumbnail:
 false` leaves the whole image out. A rendered document is asked one of its questions, or up to `turns` of them in one
-conversation, the whole text last. Relative paths count from the folder of the meta JSON.
+conversation, the whole text last. Relative paths start from the folder of the meta JSON.
 
 A line is {"image": path or [paths], "conversations": [{"from": "human", "value": "<image>\\nRead."}, {"from": "gpt", ...}]}.
 All lines are checked, and measured from their image headers, before training begins.
@@ -47,7 +47,7 @@ class Example:
     conversation: Conversation
     pictures: list
     characters: Sequence = ()
-    """Of a rendered document: what stands where, see letters.py."""
+    """The characters of a rendered document and their places, see letters.py."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SyntheticSource(Source):
     seed: int
     split: str
     difficulty: tuple[float, float]
-    """At the first and at the last document of a round."""
+    """Difficulty of the first and of the last document of a round."""
     turns: int
     """Most questions about one document."""
 

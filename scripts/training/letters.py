@@ -26,7 +26,7 @@ def cell_labels(image: Image.Image, characters: Sequence, grids: list[tuple[int,
     Args:
         characters: With `character` and `box` (x0, y0, x1, y1) in pixels of the image.
         grids: (columns, rows) of the grids that the image is cut in, in order.
-        patches: Of one side of a tile.
+        patches: Patches along one side of a tile.
     """
     return torch.from_numpy(np.concatenate([_labels_of_grid(image, characters, grid, patches) for grid in grids]))
 

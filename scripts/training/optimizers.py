@@ -53,9 +53,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Args:
         matrices: Parameters of two dimensions for Muon.
         rest: All others, for AdamW.
-        matrix_learning_rate, learning_rate: Of the two; Muon's steps are scaled to the size of AdamW's.
-        weight_decay: Of the matrices.
-        betas: Of AdamW.
+        matrix_learning_rate, learning_rate: Rates of Muon and AdamW; Muon's steps are scaled to the size of AdamW's.
+        weight_decay: Weight decay of the matrices.
+        betas: AdamW's betas.
     """
 
     def __init__(
