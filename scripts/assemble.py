@@ -4,9 +4,9 @@
     python scripts/assemble.py OpenGVLab/InternVL2-1B HuggingFaceTB/SmolLM2-135M-Instruct SmolMonkey --template chatml
 
 VISION is an InternViT, published or in transformers' format, or a whole InternVL, Mini-Monkey or MiniMonkey, whose vision
-tower is taken. LANGUAGE is a causal language model of transformers that is built like Llama (Qwen, Mistral, Phi, SmolLM, OLMo,
+tower is used. LANGUAGE is a causal language model of transformers that is built like Llama (Qwen, Mistral, Phi, SmolLM, OLMo,
 ...). The result has everything a MiniMonkey has (MSAC, SCM, chat) but sees nothing yet: its projector is random, to be trained.
-That the language model still says what it said is checked before anything is written; OUT appears when it is complete.
+Before anything is written, the language model is checked to compute what it did before; OUT appears when it is complete.
 """
 
 import argparse
@@ -40,7 +40,7 @@ LOGIT_TOLERANCE = 1e-5  # of the largest logit; the same operations on the same 
 
 
 def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The configuration of a vision tower and its weights under the names they have in a MiniMonkey.
+    """Return the configuration of a vision tower and its weights under the names they have in a MiniMonkey.
 
     Raises:
         ValueError: The folder holds no vision tower of this kind.
@@ -73,10 +73,10 @@ def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def read_whole_config(folder: Path) -> dict:
-    """Return the `config.json` of a part, looked through.
+    """Return the checked `config.json` of a part.
 
     Raises:
-        ValueError: There is none, or it is none.
+        ValueError: The file is missing or is not a configuration.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -107,7 +107,7 @@ def extend_tokenizer(tokenizer, template) -> None:
 
 @torch.no_grad()
 def assemble(vision_source: str, language_source: str, out: Path, template_name: str, dtype: torch.dtype) -> None:
-    """Read, join, check and write; see the module's text.
+    """Read, join, check and write the model; see the module's docstring.
 
     Raises:
         ValueError: Parts that do not fit, before OUT exists.
@@ -129,7 +129,7 @@ def assemble(vision_source: str, language_source: str, out: Path, template_name:
 
 
 def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Module:
-    """A causal language model with an embedding for each of at least `tokens` tokens; new ones are the mean of the old."""
+    """Load a causal language model with an embedding for each of at least `tokens` tokens; new ones are the mean of the old."""
     read_whole_config(folder)
     read_shards(folder)
     try:
@@ -155,7 +155,7 @@ def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Mod
 
 
 def build_model(vision_config: dict, text_config, tokenizer, template_name: str) -> nn.Module:
-    """A MiniMonkey of these parts with fresh weights."""
+    """Build a MiniMonkey of these parts with fresh weights."""
     config = MiniMonkeyConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -168,7 +168,7 @@ def build_model(vision_config: dict, text_config, tokenizer, template_name: str)
 
 
 def move_weights(model: nn.Module, vision_weights: dict[str, torch.Tensor], language_model: nn.Module) -> None:
-    """Put the parts' weights into the whole; raises `ValueError` with the names where they do not fit."""
+    """Move the parts' weights into the whole; raises `ValueError` with the names where they do not fit."""
     weights = dict(vision_weights)
     body = getattr(language_model, language_model.base_model_prefix)
     weights |= {f"model.language_model.{name}": tensor for name, tensor in body.state_dict().items()}

@@ -1,8 +1,8 @@
-"""The mean of a run's last checkpoints as a model: what a falling learning rate would give, without ending the run.
+"""Average a run's last checkpoints into a model: what a falling learning rate would give, without ending the run.
 
     python scripts/average.py runs/nano-one --last 12 --output runs/nano-one-mean
 
-Takes runs that train whole weights, not LoRA adapters. The recipe's save_total_limit says how many there are.
+Takes runs that train whole weights, not LoRA adapters. The recipe's save_total_limit says how many a run keeps.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from minimonkey.scripts.training.trainer import complete_checkpoints
 
 
 def mean_model(folders: list[Path]) -> nn.Module:
-    """The model whose weights are the mean of those in `folders`, in float32."""
+    """Return the model whose weights are the mean of those in `folders`, in float32."""
     with readable(folders[0]):
         mean = MiniMonkeyForConditionalGeneration.from_pretrained(folders[0], dtype=torch.float32)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def mean_model(folders: list[Path]) -> nn.Module:
 
 
 def average(run: Path, last: int, output: Path, dtype: str = "bfloat16") -> list[Path]:
-    """Write the mean of the `last` newest complete checkpoints of `run` to `output`; the checkpoints that were taken.
+    """Write the mean of the `last` newest complete checkpoints of `run` to `output`; return the checkpoints used.
 
     Raises:
         ValueError: Too few checkpoints, checkpoints of adapters, or something is in the way of `output`.

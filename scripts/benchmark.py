@@ -1,12 +1,12 @@
-"""Speed and memory, always as a ratio against a named baseline of the same run.
+"""Measure speed and memory, always as a ratio to a named baseline of the same run.
 
     python scripts/benchmark.py compression                 SCM at the published 2B dimensions, random weights
     python scripts/benchmark.py preprocessing               a 12-megapixel JPEG to 12 + 6 + 1 tiles
     python scripts/benchmark.py load                        a published 2B checkpoint, written to disk first (9 GB)
-    python scripts/benchmark.py conversation --use-scm      the second turn about one picture
+    python scripts/benchmark.py conversation --use-scm      the second turn about one image
     python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
 
-Prints a table for people and one JSON line for machines. Runs anywhere: weights are random, nothing is downloaded.
+Prints a table for people and one JSON line for machines. Runs anywhere: weights are random and nothing is downloaded.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Ask a model about pictures and videos, in one question or in a conversation.
+"""Ask a model about images and videos, in one question or in a conversation.
 
     python scripts/chat.py assets/example.png "Read the text."
     python scripts/chat.py page-1.png page-2.png "Compare them." --model MiniMonkey-2B --preset docvqa
@@ -6,7 +6,7 @@
     python scripts/chat.py clip.mp4 "What happens?" --num-frames 8
 
 The answer is printed as it is made; later questions of a conversation cost only what is new. In a conversation,
-`/add page-2.png` shows another picture or video. Without --model, MiniMonkey-Nano of this repository answers.
+`/add page-2.png` shows another image or video. Without --model, MiniMonkey-Nano of this repository answers.
 """
 
 import argparse
@@ -34,12 +34,12 @@ VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpe
 
 
 def is_video(text: str) -> bool:
-    """Whether a command-line argument names a video."""
+    """Tell whether a command-line argument names a video."""
     return Path(text[:255]).suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_medium(text: str) -> bool:
-    """Whether a command-line argument names a picture or a video rather than being the question."""
+    """Tell whether a command-line argument names an image or a video rather than being the question."""
     return (
         text.startswith(("http://", "https://", "data:image/"))
         or Path(text[:255]).suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES
@@ -84,7 +84,7 @@ def load(args: argparse.Namespace):
 
 
 def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:
-    """Print the answer while it is made; returns the history with this turn."""
+    """Print the answer while it is made; return the history with this turn."""
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     images = [medium for medium in args.media if not is_video(medium)]
     answer = model.chat(
@@ -109,7 +109,7 @@ def ask(processor, model, args: argparse.Namespace, question: str, history: list
 
 
 def add_medium(args: argparse.Namespace, command: str) -> None:
-    """Obey `/add FILE`: show another picture or video from the next question on."""
+    """Obey `/add FILE`: show another image or video from the next question on."""
     name = command.removeprefix("/add").strip()
     if not command.startswith("/add ") or not name:
         print("error: the only command is /add FILE", file=sys.stderr)
@@ -120,7 +120,7 @@ def add_medium(args: argparse.Namespace, command: str) -> None:
 
 
 def converse(processor, model, args: argparse.Namespace) -> None:
-    """Question after question until an empty line or the end of input."""
+    """Answer question after question until an empty line or the end of input."""
     history = ask(processor, model, args, args.question, None) if args.question else None
     shown = args.media
     print("An empty line ends the conversation, /add FILE shows another picture or video.", file=sys.stderr)
@@ -139,7 +139,7 @@ def converse(processor, model, args: argparse.Namespace) -> None:
             shown = args.media
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             print(f"error: {error}", file=sys.stderr)
-            args.media = shown  # what was added since the last answer may be what is wrong
+            args.media = shown  # what was added since the last answer may be the cause
 
 
 @reports_errors

@@ -1,4 +1,4 @@
-"""The command `minimonkey`: one sub-command for each script, which does what the script run as a file does.
+"""The command `minimonkey`: one sub-command for each script, which does what running the script as a file does.
 
 minimonkey chat picture.png "Read the text."
 minimonkey train --help
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"minimonkey: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, _ = COMMANDS[name]
-    sys.argv[:] = [f"minimonkey {name}", *rest]  # argparse names the program by it
-    # Only the script that runs is imported, so that the list comes at once and optional packages are not asked for.
+    sys.argv[:] = [f"minimonkey {name}", *rest]  # argparse takes the program's name from it
+    # Only the script that runs is imported, so that the list appears at once and optional packages are not required.
     return importlib.import_module(f"minimonkey.scripts.{module}").main(rest) or 0
 
 

@@ -1,4 +1,4 @@
-"""How well a model reads: words and documents it never saw in fonts it never saw, or a benchmark of your own.
+"""Measure how well a model reads words and documents it never saw, in fonts it never saw, or a benchmark of your own.
 
     python scripts/evaluate.py --items 1000
     python scripts/evaluate.py --suite receipt --items 200 --max-tiles 12 --adaptive-max-tiles 6 --out receipts.jsonl
@@ -7,7 +7,7 @@
     python scripts/evaluate.py compare scm.jsonl random.jsonl
 
 Prints scores with their 95% intervals and the character error rate, and one JSON line. --out keeps every prediction, written
-as it is made; --resume goes on with such a file; --sheet draws the first items. The suites are rendered on the spot from words
+as it is made; --resume continues such a file; --sheet draws the first items. The suites are rendered on the spot from words
 and fonts that training leaves out (synthetic/documents.py); see synthetic/text_images.py for the Debian packages they come
 from. The form of a benchmark is in evaluation/suites.py, the metrics are in evaluation/metrics.py.
 """
@@ -124,7 +124,7 @@ def image_options(args: argparse.Namespace) -> dict:
 
 
 def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
-    """The model and how it is asked; raises `ValueError` for tile ranges that cannot work before the weights are read."""
+    """Load the model and how it is asked; raises `ValueError` for impossible tile ranges before the weights are read."""
     tiles = image_options(args)
     processor = load_processor(args.model)
     processor.image_processor.get_number_of_image_patches(100, 100, tiles)
@@ -134,7 +134,7 @@ def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
 
 
 def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> dict:
-    """What decides the answers of a run."""
+    """Return the settings that decide the answers of a run."""
     names = (
         "model",
         "subfolder",
@@ -161,7 +161,7 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
 
 
 def draw_sheet(suite: Suite, predictions: list[dict], answering: Answering, path: Path) -> None:
-    """Write the first picture of each of the first items, with what was asked, the right answer, and the model's."""
+    """Write the first image of each of the first items, with the question, the right answer, and the model's."""
     captioned = []
     for number, line in enumerate(predictions[:SHEET_ITEMS]):
         (image, *_) = answering.open(suite.item(number))

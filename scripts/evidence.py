@@ -1,12 +1,12 @@
-"""What multi-scale cropping and scale compression are worth to a model: the same items, shown in different ways.
+"""Measure what multi-scale cropping and scale compression are worth to a model: an ablation over the same items.
 
-    python scripts/evidence.py runs/evidence                                          all of it; hours on a CPU, and goes on
+    python scripts/evidence.py runs/evidence                                          all of it; hours on a CPU, and resumes
     python scripts/evidence.py runs/evidence --suites seams --items 100                 a first look
 
 Held-out documents (evaluation/suites.py) are read as one whole image, as detailed tiles, as these and a thumbnail, and with
 multi-scale cropping; then with fewer detailed tokens, chosen by scale compression, at random and evenly. Writes to the folder:
 predictions of every way, evidence.json, the tables as evidence.md and the figure evidence.png. Differences are paired, their
-95% intervals bootstrapped and not corrected for how many there are. What is there already is not asked again. Needs the
+95% intervals are bootstrapped, not corrected for their number. What is there already is not asked again. Needs the
 `training` extra.
 """
 
@@ -36,7 +36,7 @@ from minimonkey.scripts.synthetic.materials import materials
 from minimonkey.tiling import PRESETS
 
 
-# Kind of document, its questions, the metric that ways are compared by.
+# Kind of document, its questions, and the metric by which ways are compared.
 SUITES = {
     "lines": ("line", "text", "word_accuracy"),
     "pages": ("page", "text", "word_accuracy"),
@@ -90,7 +90,7 @@ class Reading:
 
 
 def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
-    """What is to be read, by suite and subject, with the predictions of an earlier run.
+    """Plan what is read, by suite and subject, with the predictions of an earlier run.
 
     Raises:
         ValueError: Predictions in the folder that were made with other weights or settings, or no fonts.
@@ -130,20 +130,20 @@ class Reader:
         self.model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
 
     def __call__(self, reading: Reading) -> list[dict]:
-        """The predictions of a way, those of an earlier run among them."""
+        """Return the predictions of a way, including those of an earlier run."""
         suite, way = reading.suite, reading.way
         print(f"{reading.name}, {way.name}", file=sys.stderr)
         answering = Answering(
             self.model, self.processor, suite.max_new_tokens, way.images_kwargs, way.keep_ratio, way.drop
         )
-        if len(reading.predictions.lines) < len(suite):  # a first pass takes longer, and seconds are compared
+        if len(reading.predictions.lines) < len(suite):  # warm-up: a first pass takes longer, and seconds are compared
             items = [suite.item(index) for index in range(2)]
             answering(items, [answering.open(item) for item in items])
         return answer_suite(suite, answering, reading.predictions, self.batch_size)
 
 
 def compare_ways(args: argparse.Namespace) -> list[Comparison]:
-    """Every suite of `args` in every way: first the tilings of all, then compression."""
+    """Compare every suite of `args` in every way: first the tilings of all, then compression."""
     readings, read = plan(args), Reader(args)
     return [
         Comparison(name, subject, {reading.way: read(reading) for reading in chosen})

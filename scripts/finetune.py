@@ -2,7 +2,7 @@
 
     python scripts/finetune.py scripts/training/recipes/nano-smoke.yaml
     python scripts/finetune.py RECIPE.yaml --set output_dir=runs/other --set learning_rate=1e-5
-    python scripts/finetune.py RECIPE.yaml --resume                      goes on after the last checkpoint, if there is one
+    python scripts/finetune.py RECIPE.yaml --resume                      continues from the last checkpoint, if there is one
 
 On several GPUs, with the same recipe (its batch_size is that of all of them together):
 
@@ -36,10 +36,10 @@ from minimonkey.scripts.training.trainer import FineTuner, last_checkpoint
 
 
 def begin(recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from, after a check that this is the same run.
+    """Return the checkpoint to resume from, after checking that this is the same run.
 
     Raises:
-        ValueError: The output folder holds a run that is not to be resumed, or another one.
+        ValueError: The output folder holds a run that is not to be resumed, or a different one.
     """
     folder = Path(recipe.output_dir)
     record = folder / "run.json"
@@ -61,19 +61,19 @@ def begin(recipe: Recipe, resume: bool) -> Path | None:
 
 
 def check_materials(recorded: dict) -> None:
-    """Raise `ValueError` if the documents of the run to go on with have other words or fonts than there are here."""
+    """Raise `ValueError` if the documents of the run to resume have other words or fonts than are here."""
     before, here = recorded.get("materials"), materials()
     if before is not None and before["digest"] != here["digest"]:
         raise ValueError(f"The run began with other words and fonts: {before}, here there are {here}.")
 
 
 def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
-    """Everything up to the first step: trainer, the folder of the first model, the checkpoint to go on from."""
+    """Prepare everything before the first step: trainer, folder of the first model, checkpoint to resume from."""
     checkpoint = begin(recipe, resume)
     output = Path(recipe.output_dir)
     record = output / "run.json"
     recorded = read_json(record) if record.exists() else {}
-    recipe.distributed_state.wait_for_everyone()  # nobody looks for the record after it is written
+    recipe.distributed_state.wait_for_everyone()  # nothing looks for the record after it is written
     if recipe.should_save:
         output.mkdir(parents=True, exist_ok=True)
         run = recorded | {"recipe": recipe.to_dict(), "world_size": recipe.world_size}
@@ -86,7 +86,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
     with readable(folder):
         config = MiniMonkeyConfig.from_pretrained(folder)
     encoder = Encoder(processor, config, recipe.grounding_tokens)
-    with recipe.main_process_first():  # the others find the checked lines in the cache
+    with recipe.main_process_first():  # the other processes find the checked lines in the cache
         sources = read_sources(recipe.data, Path(), recipe.tile_ranges, encoder)
         evaluation = recipe.eval_data and read_sources(recipe.eval_data, Path(), recipe.tile_ranges, encoder)
     if any(isinstance(source, SyntheticSource) for source in (*sources, *(evaluation or ()))):
@@ -114,7 +114,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
 
 
 def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
-    """Train and measure; what metrics.json will say."""
+    """Train and measure; return the contents of metrics.json."""
     samples = trainer.train_dataset
     if trainer.args.should_save:
         print(f"{samples.epoch_size} examples ({samples.skipped} too long, skipped), {samples.steps} steps.")

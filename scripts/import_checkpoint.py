@@ -6,7 +6,7 @@
 
 Takes published Mini-Monkey, InternVL2, InternVL2.5 and Mono-InternVL checkpoints, and InternVL in transformers' own format.
 Every name and shape is checked before anything is written. OUT appears when it is complete; until then the work is in
-OUT.partial, and the same command goes on there after an interruption.
+OUT.partial, and the same command resumes there after an interruption.
 """
 
 import argparse
@@ -41,7 +41,7 @@ DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
 
 
 def import_checkpoint(source: str, out: Path, image_token_id: int | None = None) -> None:
-    """Check, convert and write; see the module's text.
+    """Check, convert and write a checkpoint; see the module's docstring.
 
     Raises:
         ValueError: Anything that does not fit, before OUT exists.
@@ -66,7 +66,7 @@ def import_checkpoint(source: str, out: Path, image_token_id: int | None = None)
 
 
 def resolve_source(source: str) -> Path:
-    """A local folder, or the snapshot of a Hub repository."""
+    """Return a local folder, or the snapshot of a Hub repository."""
     if not source:
         raise ValueError("SRC is empty; give a Hub id or a folder.")
     folder = Path(source).expanduser()
@@ -78,7 +78,7 @@ def resolve_source(source: str) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """The `config.json`, as `MiniMonkeyConfig` takes it."""
+    """Read the `config.json` in the form `MiniMonkeyConfig` takes."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")
@@ -96,7 +96,7 @@ def make_config(config_dict: dict):
     """Make the `MiniMonkeyConfig` of a dict.
 
     Raises:
-        ValueError: A value of it cannot be.
+        ValueError: A value in it is not possible.
     """
     try:
         return MiniMonkeyConfig.from_dict(config_dict)
@@ -114,7 +114,7 @@ def check_layers(config_dict: dict, shards: list[Shard]) -> None:
 
 
 def find_image_token(tokenizer, given: int | None, config: dict) -> int:
-    """The id of <IMG_CONTEXT>: the tokenizer's, or the one given, or the one in the configuration; they may not differ."""
+    """Return the id of <IMG_CONTEXT>: the tokenizer's, the given one, or the configuration's; they may not differ."""
     from_tokenizer = None
     if tokenizer is not None:
         image_tokens = IMAGE_TOKENS[:3]
@@ -138,7 +138,7 @@ def find_image_token(tokenizer, given: int | None, config: dict) -> int:
 
 
 def expected_shapes(config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's weights, without memory for them."""
+    """Return the names and shapes of the model's weights, without allocating them."""
     try:
         with torch.device("meta"):
             model = MiniMonkeyForConditionalGeneration(config)
@@ -148,13 +148,13 @@ def expected_shapes(config) -> dict[str, tuple[int, ...]]:
 
 
 def fingerprint(config, shards: list[Shard]) -> str:
-    """Tells whether half-done work belongs to this source."""
+    """Return a digest that tells whether half-done work belongs to this source."""
     files = [(shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns) for shard in shards]
     return hashlib.sha256(json.dumps([config.to_dict(), files], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_settings(work: Path, config, tokenizer, with_bos: bool) -> None:
-    """Everything but the weights: configuration, tokenizer, processor and the code that loads them."""
+    """Write everything but the weights: configuration, tokenizer, processor and the code that loads them."""
     config.architectures = ["MiniMonkeyForConditionalGeneration"]
     config.save_pretrained(work)
     if tokenizer is None:

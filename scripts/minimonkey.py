@@ -1,4 +1,4 @@
-"""The repository that this folder belongs to as the package `minimonkey`, for scripts that are run as files.
+"""Make this folder's repository importable as the package `minimonkey`, for scripts that are run as files.
 
 Python looks for imports beside a script first, so a clone or a downloaded copy runs its own code, installed or not.
 """

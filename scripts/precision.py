@@ -1,9 +1,9 @@
-"""Which type of numbers the scripts compute in, by what the machine can.
+"""Which data type the scripts compute in, depending on what the machine supports.
 
-bfloat16 halves memory and, with units for it, time. A processor without them (x86 without AVX512-BF16 and AMX) converts every
-number, or computes without vectors: there it is 6 to 200 times slower than float32.
+bfloat16 halves memory and, with hardware for it, time. A processor without it (x86 without AVX512-BF16 and AMX) converts every
+number, or computes without vectors, which makes it 6 to 200 times slower than float32.
 
-    dtype = choose_dtype(args.dtype, args.device)      what --dtype says, or what suits the device; said in a line
+    dtype = choose_dtype(args.dtype, args.device)      what --dtype says, or what suits the device; reported in a line
 """
 
 import argparse
@@ -17,13 +17,13 @@ import torch
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# oneDNN, which computes torch's matrix products on x86, can be kept from using what a processor has.
+# oneDNN, which computes torch's matrix products on x86, can be kept from using all that a processor has.
 ONEDNN_CAP = "ONEDNN_MAX_CPU_ISA"
 CAPS_WITH_BFLOAT16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10", "DEFAULT", "ALL")
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser, what: str = "") -> None:
-    """`--dtype`, for `choose_dtype`."""
+    """Add `--dtype`, for `choose_dtype`."""
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -33,7 +33,7 @@ def add_dtype_argument(parser: argparse.ArgumentParser, what: str = "") -> None:
 
 
 def choose_dtype(name: str, device: str | torch.device) -> torch.dtype:
-    """The type called `name` (one of DTYPES); "auto" is `fast_dtype`, said in a line on the error stream."""
+    """Return the type called `name` (one of DTYPES); "auto" is `fast_dtype`, reported in a line on the error stream."""
     if name not in DTYPES:
         raise ValueError(f"dtype is {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {name!r}.")
     if name != "auto":
@@ -45,13 +45,13 @@ def choose_dtype(name: str, device: str | torch.device) -> torch.dtype:
 
 
 def fast_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 where the device has units for it, float32 elsewhere."""
+    """Return bfloat16 where the device has units for it, float32 elsewhere."""
     return torch.bfloat16 if has_fast_bfloat16(torch.device(device).type) else torch.float32
 
 
 @lru_cache
 def has_fast_bfloat16(device_type: str) -> bool:
-    """Whether a kind of device ("cpu", "cuda", ...) is at least as fast in bfloat16 as in float32."""
+    """Tell whether a kind of device ("cpu", "cuda", ...) is at least as fast in bfloat16 as in float32."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
@@ -63,7 +63,7 @@ def has_fast_bfloat16(device_type: str) -> bool:
 
 @torch.inference_mode()
 def _seconds(device_type: str, dtype: torch.dtype) -> float:
-    """The least time that one product of matrices took."""
+    """Return the least time that one matrix product took."""
     matrix = torch.ones(512, 512, dtype=dtype, device=device_type)
     times = []
     for _ in range(8):

@@ -1,7 +1,7 @@
-"""Where the repository is, how scripts load a model by its code alone, and the options that several of them have.
+"""Where the repository is, how scripts load a model with its code alone, and the options that several of them share.
 
-Scripts run the code of this repository alone: of a Hub id or folder they read configuration, tokenizer and weights, and
-the Python files beside them are never executed.
+Scripts run the code of this repository alone: from a Hub id or folder they read configuration, tokenizer and weights;
+the Python files beside these are never executed.
 """
 
 import argparse
@@ -30,10 +30,10 @@ PROCESSOR_FILES = ("config.json", "processor_config.json", "tokenizer_config.jso
 
 
 def load_processor(source: str | Path):
-    """The processor of a Hub id or folder, by this repository's code.
+    """Load the processor of a Hub id or folder with this repository's code.
 
     Raises:
-        ValueError: There is no MiniMonkey processor, or a tokenizer that needs code of its own.
+        ValueError: There is no MiniMonkey processor, or its tokenizer needs code of its own.
     """
     for path in (Path(source, name) for name in PROCESSOR_FILES):
         if path.is_file():
@@ -52,13 +52,13 @@ def load_processor(source: str | Path):
 
 
 def load_model(source: str | Path, **options):
-    """The model of a Hub id or folder, by this repository's code, ready to answer.
+    """Load the model of a Hub id or folder with this repository's code, ready to answer.
 
     Args:
         options: As `from_pretrained` takes them: `subfolder`, `dtype`, `attn_implementation`.
 
     Raises:
-        ValueError: The model is of another kind, its files are damaged, or an option is not to be had here.
+        ValueError: The model is of another kind, its files are damaged, or an option is not available here.
     """
     config_path = Path(source, options.get("subfolder", ""), "config.json")
     if config_path.is_file():
@@ -83,7 +83,7 @@ def readable(source: str | Path) -> Iterator[None]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which weights: `--model`, and `--subfolder` of it, as `from_pretrained` takes them."""
+    """Add the options that name the weights: `--model`, and `--subfolder` of it, as `from_pretrained` takes them."""
     parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
     parser.add_argument(
         "--subfolder", default="", help="of the model, where its weights are: nano-documents, for example"
@@ -91,26 +91,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tile_arguments(parser: argparse.ArgumentParser, preset: str | None = None) -> None:
-    """`--preset`, and the four tile ranges by themselves."""
+    """Add `--preset`, and the four tile ranges by themselves."""
     parser.add_argument("--preset", default=preset, help="tile ranges of a published benchmark, e.g. docvqa")
     for name in RANGE_NAMES:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=None)
 
 
 def tile_options(args: argparse.Namespace) -> dict[str, int | str]:
-    """What was given for `add_tile_arguments`, as options of the image processor."""
+    """Return what was given for `add_tile_arguments`, as options of the image processor."""
     names = ("preset", *RANGE_NAMES)
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def add_device_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """`--device`, one that is there; by default a GPU where there is one."""
+    """Add `--device`, which has to exist; by default a GPU where there is one."""
     chosen = default or ("cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--device", type=device_name, default=chosen, help="cuda, cpu, ... (default: %(default)s)")
 
 
 def device_name(text: str) -> str:
-    """The name of a device, if there is such a one here."""
+    """Return the name of a device, if it exists here."""
     try:
         device = torch.device(text)
     except RuntimeError as error:
@@ -122,7 +122,7 @@ def device_name(text: str) -> str:
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """A `type` of `add_argument`: whole numbers from `least` on."""
+    """Return a `type` for `add_argument`: whole numbers from `least` on."""
 
     def read(text: str) -> int:
         try:
@@ -137,7 +137,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def number_within(least: float, most: float) -> Callable[[str], float]:
-    """A `type` of `add_argument`: numbers from `least` to `most`."""
+    """Return a `type` for `add_argument`: numbers from `least` to `most`."""
 
     def read(text: str) -> float:
         try:
@@ -152,7 +152,7 @@ def number_within(least: float, most: float) -> Callable[[str], float]:
 
 
 def reports_errors(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Wrap a script's `main`, so that wrong input ends it with one line on the error stream; it gives the exit status.
+    """Wrap a script's `main` so that wrong input ends it with one line on the error stream; it returns the exit status.
 
     A `ValueError` or `OSError` is about what was given; anything else is a fault of ours and keeps its traceback.
     """
@@ -172,7 +172,7 @@ def reports_errors(main: Callable[[list[str] | None], int | None]) -> Callable[.
 
 @contextmanager
 def preparing() -> Iterator[None]:
-    """As `reports_errors` for the part of a script before its long work, in which an error keeps its traceback."""
+    """Report errors as `reports_errors` does, for the part before a script's long work, whose errors keep their traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -181,7 +181,7 @@ def preparing() -> Iterator[None]:
 
 
 def _printable(error: Exception) -> str:
-    """What an error says, in one line without what a terminal would obey, cut where a file made it very long."""
+    """Return an error's message in one line, without terminal control characters, cut where a file made it very long."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(character if character.isprintable() else "?" for character in text)
     if isinstance(error, OSError) and (error.errno == errno.ENOSPC or "No space left" in text):

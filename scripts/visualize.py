@@ -1,4 +1,4 @@
-"""See what multi-scale cropping and scale compression do to a picture.
+"""See what multi-scale cropping and scale compression do to an image.
 
     python scripts/visualize.py assets/example.png "Read the text." --out seen.png
     python scripts/visualize.py page.png "What is the total?" --model MiniMonkey-2B --preset docvqa --keep-ratio 0.25
@@ -30,17 +30,17 @@ from minimonkey.scripts.repository import (
 
 DETAILED_COLOUR, ADAPTIVE_COLOUR = (40, 110, 255), (255, 140, 0)
 DARKNESS = 0.3  # brightness of a token that is left out
-SHORT_SIDE = 448  # smaller pictures are enlarged to this, so that seams are narrow beside letters
+SHORT_SIDE = 448  # smaller images are enlarged to this, so that seams are thin compared with letters
 
 Grid = tuple[int, int]
 
 
 def draw(picture: Image.Image, detailed: Grid, adaptive: Grid, lit: list[list[bool]]) -> Image.Image:
-    """The picture with seams and tokens.
+    """Draw the image with seams and tokens.
 
     Args:
         detailed, adaptive: (columns, rows) of the grids.
-        lit: Which detailed tokens are kept, by rows over the whole picture.
+        lit: Which detailed tokens are kept, by rows over the whole image.
     """
     scale = max(1.0, SHORT_SIDE / min(picture.size))
     size = (round(picture.width * scale), round(picture.height * scale))
@@ -63,7 +63,7 @@ def draw(picture: Image.Image, detailed: Grid, adaptive: Grid, lit: list[list[bo
 
 
 def dash(length: int, dashes: int) -> list[tuple[int, int]]:
-    """Where the dashes of a line start and end; a seam that both grids have shows both colours."""
+    """Return where the dashes of a line start and end; a seam that both grids have shows both colours."""
     ends = [length * end // (2 * dashes - 1) for end in range(2 * dashes)]
     return list(zip(ends[::2], ends[1::2]))
 
@@ -71,7 +71,7 @@ def dash(length: int, dashes: int) -> list[tuple[int, int]]:
 def lit_tokens(
     kept: torch.Tensor, first: int, detailed: Grid, tokens_per_tile: int, transposed: bool
 ) -> list[list[bool]]:
-    """Which of an image's detailed tokens are kept, put in the places of the picture that they stand for.
+    """Return which detailed tokens of an image are kept, put in the places of the image that they stand for.
 
     Args:
         kept: Kept positions of the prompt.

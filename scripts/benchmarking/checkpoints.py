@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in the format in which they are published, to measure loading."""
+"""Checkpoints with random weights in the published format, to measure loading."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from huggingface_hub import save_torch_state_dict
 from minimonkey.checkpoint import fuse_wqkv
 
 
-# Ours to published, each applied wherever it fits, in this order.
+# From our names to the published ones; each is applied wherever it matches, in this order.
 _LANGUAGE = (
     ("lm_head.", "language_model.output."),
     ("model.language_model.embed_tokens.", "language_model.model.tok_embeddings."),
@@ -37,7 +37,7 @@ _VISION = (
 
 
 def save_published(model: torch.nn.Module, folder: Path, shard_size: str = "3GB") -> None:
-    """The weights of a model whose language model is a Llama, under InternLM2's names."""
+    """Save the weights of a model whose language model is a Llama, under InternLM2's names."""
     weights = {}
     state = model.state_dict()
     for name, tensor in state.items():
@@ -56,7 +56,7 @@ def save_published(model: torch.nn.Module, folder: Path, shard_size: str = "3GB"
 
 
 def published_config(model: torch.nn.Module) -> dict:
-    """A `config.json` in the published format for a model whose language model is a Llama."""
+    """Return a `config.json` in the published format for a model whose language model is a Llama."""
     text, vision = model.config.text_config, model.config.vision_config
     names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"]
     names += ["vocab_size", "max_position_embeddings", "rms_norm_eps"]

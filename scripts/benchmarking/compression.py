@@ -1,6 +1,6 @@
-"""Scale compression: what scoring costs beside the published way of doing it, and what prefill gains.
+"""Scale compression: what scoring costs compared with the published method, and what prefill gains.
 
-Measured on the language model alone, and for the memory of a whole `generate` with vision, at random weights.
+Measured with random weights, on the language model alone; the memory is also that of a whole `generate` with vision.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from minimonkey.scripts.repository import add_device_argument, whole_number
 
 TEXT_BEFORE, TEXT_AFTER = 40, 30  # tokens of a prompt around its image
 PARTS = ("scoring", "prefill", "generate")
-# heads x N x N matrices in float32 that the published way holds at a time.
+# heads x N x N matrices in float32 that the published method holds at a time.
 EAGER_MATRICES = 3
 
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tile_counts(text: str) -> str:
-    """Detailed, adaptive and thumbnail tiles, as 12+6+1."""
+    """Check the numbers of detailed, adaptive and thumbnail tiles, written as 12+6+1, and return them unchanged."""
     if not re.fullmatch(r"\d+\+\d+\+\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 12+6+1 (detailed, adaptive and thumbnail tiles)")
     return text
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def published_scores(language_model: nn.Module, embeddings: torch.Tensor, block: slice) -> torch.Tensor:
-    """The scores as published: two whole layers in eager attention, every weight of every head.
+    """Compute the scores as published: two whole layers in eager attention, every weight of every head.
 
     Only for models of Llama's structure, which InternLM2 has; (n, D) embeddings give (keys of the block,) scores.
     """
@@ -113,17 +113,17 @@ class Prompt:
         self.tile_counts = tile_counts
 
     def kept_positions(self) -> torch.Tensor:
-        """As `generate` finds them."""
+        """Return the positions that are kept, found as `generate` finds them."""
         return kept_positions(self.embeddings, self.mask, self.images, self.settings, self.probe)[0]
 
     def compressed(self) -> torch.Tensor:
-        """The shorter prompt (1, M, D), scoring included."""
+        """Return the shorter prompt (1, M, D), scoring included."""
         return pack((self.embeddings,), [self.kept_positions()])[0][0]
 
 
 @torch.no_grad()
 def scoring(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Kept positions by ours and by the published way, from the same embeddings."""
+    """Measure our and the published way of finding the kept positions, from the same embeddings."""
     config = random_config(args.size, layers=2)
     model = random_model(config, device, getattr(torch, args.scoring_dtype))
     rows = []
@@ -148,7 +148,7 @@ def scoring(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def published_kept(language_model: nn.Module, prompt: Prompt) -> torch.Tensor:
-    """The positions that the published scores keep, without the token that the published code loses beside them."""
+    """Return the positions that the published scores keep, without the token that the published code also loses."""
     scores = published_scores(language_model, prompt.embeddings[0], prompt.block)
     kept = scores.topk(int(len(scores) * prompt.settings.keep_ratio)).indices.sort().values + prompt.block.start
     positions = torch.arange(prompt.tokens, device=scores.device)
@@ -157,7 +157,7 @@ def published_kept(language_model: nn.Module, prompt: Prompt) -> torch.Tensor:
 
 @torch.no_grad()
 def prefill(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """The language model reads the prompt up to its first new token, with and without compression."""
+    """Measure the language model reading the prompt up to its first new token, with and without compression."""
     model = random_model(random_config(args.size, args.layers), device, getattr(torch, args.dtype))
     rows = []
     for tiles in args.tiles:
@@ -179,7 +179,7 @@ def prefill(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def generate(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """The peak memory of a whole `generate` of 8 tokens, vision included, beyond the weights."""
+    """Measure the peak memory of a whole `generate` of 8 tokens, vision included, beyond the weights."""
     model = random_model(random_config(args.size, args.layers), device, getattr(torch, args.dtype))
     rows = []
     for tiles in args.tiles:

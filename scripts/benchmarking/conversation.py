@@ -1,11 +1,11 @@
-"""A long conversation: what each turn costs with the memory of its history, and computed from the start.
+"""A long conversation: what each turn costs with its history cached, and computed from the start.
 
-The second turn about one picture is the case that people feel most:
+The second turn about one image is the case that users notice most:
 
     python scripts/benchmark.py conversation --turns 2 --size 2B --use-scm      a 12-megapixel JPEG, 12 + 6 + 1 tiles
     python scripts/benchmark.py conversation --turns 20 --pictures-at 1 5 12 --size Nano --dtype float32
 
-Both ways get the same prompts and give the same first token; how far their logits are apart is in the table.
+Both ways get the same prompts and give the same first token; the table shows how far apart their logits are.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace):
-    """Nano's processor, at the tile size of a model of the size that is asked for."""
+    """Load a model of the requested size, and Nano's processor at its tile size."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     if args.size == "Nano" and args.layers is None:
@@ -103,7 +103,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
 
 
 def _ask(processor, model, args, pictures, question, history, remember):
-    """The first token's logits, the seconds until they were there, and the whole answer."""
+    """Return the first token's logits, the seconds until they were there, and the whole answer."""
     first = FirstLogits()
     synchronize(model.device)
     start = time.perf_counter()

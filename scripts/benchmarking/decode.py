@@ -1,4 +1,4 @@
-"""Decoding: tokens a second with a growing and a static cache, compiled, beside what memory bandwidth allows.
+"""Decoding: tokens per second with a growing and a static cache, and compiled, compared with what memory bandwidth allows.
 
 Every new token reads all weights of the language model once; the floor is that time at the bandwidth that this machine
 reaches when it copies memory. The prompt is short, so that what is timed are the new tokens.
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def bytes_read(model: nn.Module) -> int:
-    """Of the weights, for one new token; of the input embeddings it is a single row."""
+    """Return the bytes of weights read for one new token; of the input embeddings this is a single row."""
     body = sum(parameter.nbytes for parameter in model.model.language_model.layers.parameters())
     return body + model.lm_head.weight.nbytes
 

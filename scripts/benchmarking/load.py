@@ -1,6 +1,6 @@
-"""Loading: `from_pretrained` of a published checkpoint, and of an imported one, beside reading the same files plain.
+"""Loading: `from_pretrained` of a published and of an imported checkpoint, compared with just reading the same files.
 
-Each time from the disk, not from what the system remembers of it, and until every weight is there.
+Every run reads from the disk, not from the system's cache, and ends when every weight is there.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_plain(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every file, nothing else."""
+    """Read every tensor of every file, and do nothing else."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
@@ -44,7 +44,7 @@ def read_plain(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def evict(folder: Path) -> None:
-    """Let the system forget that it has read these files, as after a restart; only where it can be asked to."""
+    """Drop these files from the system's cache, as after a restart; only where the system allows it."""
     if hasattr(os, "posix_fadvise"):
         for path in folder.glob("*.safetensors"):
             with path.open("rb") as file:
@@ -53,7 +53,7 @@ def evict(folder: Path) -> None:
 
 
 def in_use(loaded) -> None:
-    """Touch every page: files are mapped into memory, and read only when their weights are used."""
+    """Touch every page, since mapped files are read only when their weights are used."""
     for tensor in loaded if isinstance(loaded, list) else loaded.parameters():
         tensor.detach().view(-1).view(torch.uint8)[::4096].sum()
 

@@ -1,6 +1,6 @@
-"""How this project measures: interleaved runs, medians, ratios against a baseline of the same run, peak memory.
+"""How this project measures: interleaved runs, medians, ratios to a baseline of the same run, peak memory.
 
-Machines are shared, so two ways are never timed one after the other but in turns, and what counts is their ratio.
+Machines are shared, so two ways are never timed one after the other but in turns, and their ratio is what counts.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import transformers
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def median_seconds(functions: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, float]:
-    """The median seconds of each function, after one warm-up each, all run in turns."""
+    """Return the median seconds of each function, after one warm-up each, all run in turns."""
     seconds = {name: [] for name in functions}
     for number in range(repeats + 1):
         for name, function in functions.items():
@@ -40,9 +40,9 @@ def median_seconds(functions: dict[str, Callable], device: torch.device, repeats
 
 
 def peak_extra_bytes(function: Callable, device: torch.device) -> int | None:
-    """The most memory that a function held beyond what was held before it; None where the system does not tell.
+    """Return the most memory a function held beyond what was held before it; None where the system does not tell.
 
-    On a GPU as PyTorch's allocator counts it; on the CPU resident memory as Linux counts it.
+    On a GPU it is what PyTorch's allocator counts; on the CPU, resident memory as Linux counts it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -54,7 +54,7 @@ def peak_extra_bytes(function: Callable, device: torch.device) -> int | None:
     if not sys.platform.startswith("linux"):
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed must not be counted as held
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _resident_bytes("VmRSS")
     function()
     return _resident_bytes("VmHWM") - before
@@ -66,14 +66,14 @@ def _resident_bytes(field: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device."""
+    """Return the bytes of memory that are free on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What was measured on."""
+    """Describe the machine that was measured on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -91,7 +91,7 @@ def _processor() -> str:
 
 
 def report(name: str, rows: list[dict], device: torch.device, args: argparse.Namespace) -> None:
-    """One table for people, one JSON line for machines."""
+    """Print one table for people and one JSON line for machines."""
     columns = list(rows[0])
     cells = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
@@ -102,7 +102,7 @@ def report(name: str, rows: list[dict], device: torch.device, args: argparse.Nam
 
 
 def megabytes(size: int | None) -> int | None:
-    """Bytes in MiB, rounded."""
+    """Convert bytes to MiB, rounded."""
     return None if size is None else round(size / 2**20)
 
 

@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights, so that speed can be measured without any download."""
+"""Models of the published sizes with random weights, so that speed can be measured without a download."""
 
 import torch
 from accelerate import init_empty_weights
@@ -58,7 +58,7 @@ SIZES = {
 
 
 def random_config(size: str, layers: int | None = None):
-    """The configuration of a published size ("Nano": this repository's), its language model cut to `layers` layers."""
+    """Return the configuration of a published size ("Nano": this repository's), its language model cut to `layers` layers."""
     if size == "Nano":
         config = MiniMonkeyConfig.from_pretrained(ROOT)
     else:
@@ -74,7 +74,7 @@ def random_config(size: str, layers: int | None = None):
 
 
 def random_model(config, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A model of this configuration whose weights are drawn at random, directly on the device and in the type asked for."""
+    """Build a model of this configuration with random weights, directly on the device and in the requested type."""
     with init_empty_weights(include_buffers=False):
         model = MiniMonkeyForConditionalGeneration(config)
     generator = torch.Generator(device).manual_seed(0)
@@ -88,7 +88,7 @@ def random_model(config, device: torch.device, dtype: torch.dtype) -> nn.Module:
 
 
 def random_tiles(tiles: int, model: nn.Module) -> torch.Tensor:
-    """(tiles, 3, S, S) pixel values, on the device and in the type of a model."""
+    """Return random pixel values (tiles, 3, S, S), on the device and in the type of a model."""
     size, generator = model.config.tile_size, torch.Generator(model.device).manual_seed(2)
     values = torch.empty(tiles, 3, size, size, device=model.device, dtype=model.dtype)
     return values.normal_(generator=generator)

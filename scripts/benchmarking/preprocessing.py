@@ -1,7 +1,7 @@
-"""Preprocessing: from a picture's file to normalised tiles, beside the way it was published.
+"""Preprocessing: from an image file to normalised tiles, compared with the published code.
 
 The baseline does what the published demo does: it opens the file for each grid, resizes with PIL to each grid and to a
-thumbnail each time, and makes a tensor of every tile by itself.
+thumbnail each time, and converts every tile to a tensor by itself.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture about as hard to decode as a photograph: smooth shapes, edges and a little noise."""
+    """Draw an image about as hard to decode as a photograph: smooth shapes, edges and a little noise."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     noise = np.random.RandomState(seed).randint(-6, 7, (height, width, 1))
     waves = [127 + 90 * np.sin(x / (90 + 30 * c)) * np.cos(y / (70 + 25 * c)) for c in range(3)]
@@ -49,7 +49,7 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def published_tiles(source, grids) -> torch.Tensor:
-    """(T, 3, S, S) float32 of a file, or of a decoded picture."""
+    """Return the tiles (T, 3, S, S), float32, of a file or of a decoded image, made the published way."""
     to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
     parts = []
     for columns, rows in grids:
@@ -66,7 +66,7 @@ def published_tiles(source, grids) -> torch.Tensor:
 
 
 def levels_apart(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The largest difference of two normalised pictures in levels of 255."""
+    """Return the largest difference of two normalised images in levels of 255."""
     return float(((first - second).abs() * torch.tensor(STD).view(3, 1, 1) * 255).max())
 
 
@@ -101,7 +101,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
 
 
 def sources(picture: Image.Image, formats: list[str]) -> Iterator[tuple[str, Path | Image.Image]]:
-    """The picture as a file of each format, and decoded."""
+    """Yield the image as a file of each format, and decoded."""
     with tempfile.TemporaryDirectory() as folder:
         for name in formats:
             path = Path(folder) / f"picture.{name}"

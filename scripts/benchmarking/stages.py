@@ -1,4 +1,4 @@
-"""Where the time goes from a picture's file to the first token, with and without scale compression, as stacked bars."""
+"""Where the time goes from an image file to the first token, with and without scale compression, as stacked bars."""
 
 import argparse
 import tempfile
@@ -94,7 +94,7 @@ def rows(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def draw(results: list[dict], width: int = 900) -> Image.Image:
-    """Stacked bars, one for each row, all on one scale."""
+    """Draw stacked bars, one for each row, all on one scale."""
     font, bar, margin, left = ImageFont.load_default(18), 46, 26, 90
     picture = Image.new("RGB", (width, margin * 2 + (bar + margin) * len(results) + 40), "white")
     pen = ImageDraw.Draw(picture)

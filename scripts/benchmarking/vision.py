@@ -1,4 +1,4 @@
-"""Vision: tiles through the vision tower and projector, in chunks of several sizes and compiled, beside all at once."""
+"""Vision: tiles through the vision tower and projector, in chunks of several sizes and compiled, compared with all at once."""
 
 import argparse
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def in_chunks(model: nn.Module, tiles: torch.Tensor, size: int) -> Callable[[], torch.Tensor]:
-    """A function that gives the features (T, K, D) of all tiles."""
+    """Return a function that computes the features (T, K, D) of all tiles."""
 
     def features() -> torch.Tensor:
         parts = [model.get_image_features(part, return_dict=True).pooler_output for part in tiles.split(size)]

@@ -1,6 +1,6 @@
-"""Which detailed tokens an image loses: those that scale compression scores lowest, or as many by chance or evenly.
+"""Which detailed tokens an image loses: those that scale compression scores lowest, or as many at random or evenly spread.
 
-The two others are what SCM has to beat: `model.generate(use_scm=True, scm_select=selection("random", names))`.
+The other two are the baselines that SCM has to beat: `model.generate(use_scm=True, scm_select=selection("random", names))`.
 """
 
 import random
@@ -15,7 +15,7 @@ def selection(drop: str, row_names: list[str]) -> Callable[[int, int, int], list
 
     Args:
         drop: "scm" leaves the choice to attention (None); "random" keeps a random set, "uniform" tokens at even distances.
-        row_names: A name for each row of the batch to come; the random set of a row depends on it alone.
+        row_names: A name for each row of the next batch; it alone decides the random set of the row.
 
     Raises:
         ValueError: An unknown `drop`, or later a batch of more rows than names.
@@ -35,7 +35,7 @@ def selection(drop: str, row_names: list[str]) -> Callable[[int, int, int], list
 
 
 def choose(tokens: int, count: int, drop: str, rng: random.Random) -> list[int]:
-    """Return `count` of `tokens` places in ascending order: a random set, or evenly spread."""
+    """Choose `count` of `tokens` places, in ascending order: a random set, or evenly spread."""
     if drop == "random":
         return sorted(rng.sample(range(tokens), count))
     return [(2 * i + 1) * tokens // (2 * count) for i in range(count)]

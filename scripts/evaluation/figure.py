@@ -1,6 +1,6 @@
 """The figure of a comparison: accuracy of each tiling, and what dropping tokens costs.
 
-Its bars are intervals of each score by itself; whether two ways differ is for the paired differences to say.
+Its bars are intervals of each score by itself; whether two ways differ is shown by the paired differences.
 """
 
 from pathlib import Path
@@ -54,7 +54,7 @@ def _draw_compression(panel: Axes, rows: list[dict], suite: str) -> None:
 
 
 def _errors(rows: list[dict]) -> list[list[float]]:
-    """Distances of the 95% interval from the score, below and above, in points."""
+    """Return the distances of the 95% interval from the score, below and above, in points."""
     return [
         [100 * max(0.0, row["score"] - row["low"]) for row in rows],
         [100 * max(0.0, row["high"] - row["score"]) for row in rows],

@@ -1,6 +1,6 @@
 """How good an answer is: the metrics of text-reading benchmarks, as their authors compute them.
 
-Each takes an answer and the right answers, and gives a number from 0 to 1.
+Each takes an answer and the right answers, and returns a number from 0 to 1.
 """
 
 import re
@@ -11,7 +11,7 @@ Metric = Callable[[str, Sequence[str]], float]
 
 
 def edit_distance(first: Sequence, second: Sequence) -> int:
-    """Least number of insertions, deletions and substitutions between two strings, or lists of words (Levenshtein)."""
+    """Count the fewest insertions, deletions and substitutions between two strings, or lists of words (Levenshtein)."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, start=1):
         previous, row[0] = row[0], i
@@ -21,26 +21,26 @@ def edit_distance(first: Sequence, second: Sequence) -> int:
 
 
 def nearest_reference(answer: str, references: Sequence[str]) -> tuple[str, int]:
-    """The right answer that is closest in edits for its length, and how many edits away it is."""
+    """Return the right answer that is closest in edits for its length, and how many edits away it is."""
     distances = [(edit_distance(answer, reference), reference) for reference in references]
     edits, reference = min(distances, key=lambda pair: pair[0] / max(1, len(pair[1])))
     return reference, edits
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 for an answer that is spelled exactly like a right one; case counts."""
+    """Return 1 for an answer that is spelled exactly like a right one; case counts."""
     return float(answer in references)
 
 
 def word_accuracy(answer: str, references: Sequence[str]) -> float:
-    """1 less the word error rate against the closest right answer, at least 0; case and punctuation count."""
+    """Return 1 less the word error rate against the closest right answer, at least 0; case and punctuation count."""
     words = answer.split()
     rates = [edit_distance(words, right) / max(1, len(right)) for right in map(str.split, references)]
     return max(0.0, 1 - min(rates))
 
 
 def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity, of the closest right answer; below `threshold` it is 0.
+    """Return the average normalised Levenshtein similarity to the closest right answer; below `threshold` it is 0.
 
     Edits are counted without case and runs of spaces, the length that divides them with every space that was written.
     Source: Biten et al., Scene Text Visual Question Answering (arXiv 1905.13648), in the form of the DocVQA evaluation
@@ -56,7 +56,7 @@ def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> floa
 
 
 def relaxed_accuracy(answer: str, references: Sequence[str], tolerance: float = 0.05) -> float:
-    """1 for a number within `tolerance` of the right one, or for the same text but for case.
+    """Return 1 for a number within `tolerance` of the right one, or for the same text regardless of case.
 
     "12%" is read as 0.12; a right answer of zero has to be given as it is written. Source: Methani et al., PlotQA (arXiv
     1909.00997), as Masry et al. use it for ChartQA (arXiv 2203.10244).
@@ -79,7 +79,7 @@ def _number(text: str) -> float | None:
 
 
 def ocrbench(answer: str, references: Sequence[str]) -> float:
-    """1 if a right answer occurs in the answer; case and line ends do not count.
+    """Return 1 if a right answer occurs in the answer; case and line ends do not count.
 
     Source: Liu et al., OCRBench (arXiv 2305.07895).
     """
@@ -88,13 +88,13 @@ def ocrbench(answer: str, references: Sequence[str]) -> float:
 
 
 def ocrbench_formula(answer: str, references: Sequence[str]) -> float:
-    """As `ocrbench`, for handwritten formulas: case counts, spaces do not."""
+    """Score handwritten formulas as `ocrbench` does, but case counts and spaces do not."""
     answer = "".join(answer.split())
     return float(any("".join(reference.split()) in answer for reference in references))
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Soft accuracy over the answers of several people: min(1, how many others said it / 3), leaving each out in turn.
+    """Return the soft accuracy over several people's answers: min(1, how many others said it / 3), leaving each out in turn.
 
     Meant for ten answers, and at most 2/3 for three of them; a single answer has to be met. Source: Antol et al., VQA (arXiv
     1505.00468), with the normalisation of the TextVQA evaluation.
@@ -130,7 +130,7 @@ CONTRACTIONS = {
 
 
 def normalise_vqa(text: str) -> str:
-    """Lower case, digits for number words, without punctuation and articles, apostrophes where they belong."""
+    """Normalise to lower case, digits for number words, no punctuation or articles, and apostrophes where they belong."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     joined = text

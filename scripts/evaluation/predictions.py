@@ -1,6 +1,6 @@
-"""Predictions in a file that grows while a model answers, so that a run that was killed goes on where it was.
+"""Predictions in a file that grows while a model answers, so that a run that was killed resumes where it stopped.
 
-One line for each item, in JSON; what was asked of which model stands beside it in `<file>.settings.json`.
+Each item is one line of JSON; what was asked of which model is kept next to it in `<file>.settings.json`.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ class Predictions:
 
     Args:
         path: The JSONL file; None keeps them in memory alone.
-        settings: What decides the answers; a file can only be continued with the same.
+        settings: What decides the answers; a file can only be continued with the same settings.
         resume: Continue the file if it is there; otherwise it is written anew.
 
     Raises:
@@ -32,11 +32,11 @@ class Predictions:
             self._is_begun = True
 
     def add(self, lines: list[dict]) -> None:
-        """Keep predictions, and write them down before returning."""
+        """Keep predictions, and write them to the file before returning."""
         self.lines |= {line["id"]: line for line in lines}
         if self.path is None:
             return
-        if not self._is_begun:  # not before there is an answer: what was there is kept if the model cannot be loaded
+        if not self._is_begun:  # only once there is an answer: if the model cannot be loaded, the old file is kept
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("", encoding="utf-8")
             _settings_path(self.path).write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
@@ -46,7 +46,7 @@ class Predictions:
 
 
 def weights_digest(model: str, subfolder: str = "") -> str | None:
-    """What tells the weights of a folder from others; None for a Hub id, whose revision stands for its weights."""
+    """Return a digest of the weights of a folder; None for a Hub id, whose revision stands for its weights."""
     files = sorted(Path(model, subfolder).glob("*.safetensors"))
     if not files:
         return None
@@ -63,10 +63,10 @@ def _settings_path(path: Path) -> Path:
 
 
 def read_predictions(path: Path) -> dict[str, dict]:
-    """The predictions of a file, by id.
+    """Read the predictions of a file, by id.
 
     Raises:
-        ValueError: There is no such file, or a line that is no prediction.
+        ValueError: There is no such file, or a line is not a prediction.
     """
     if not path.is_file():
         raise ValueError(f"There is no predictions file {path}.")
@@ -74,13 +74,13 @@ def read_predictions(path: Path) -> dict[str, dict]:
 
 
 def _whole_lines(path: Path) -> str:
-    """The text of a file without a last line that was cut off."""
+    """Return the text of a file without a last line that was cut off."""
     text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1]
 
 
 def parse_predictions(text: str, path: Path) -> list[dict]:
-    """Predictions, one for each line of `text`."""
+    """Parse predictions, one for each line of `text`."""
     lines = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:

@@ -15,7 +15,7 @@ TITLES = {
 
 
 def score(predictions: list[dict]) -> dict:
-    """Each metric's mean over its items with a 95% interval, the character error rate, tokens and seconds.
+    """Return each metric's mean over its items with a 95% interval, the character error rate, tokens and seconds.
 
     The character error rate is edits over characters of the closest right answers, over all items.
     """
@@ -35,7 +35,7 @@ def score(predictions: list[dict]) -> dict:
 
 
 def describe(result: dict, subject: str) -> str:
-    """One line for a person, or several lines where items are scored by several metrics."""
+    """Return one line for a person, or several lines where items are scored by several metrics."""
     metrics = [name for name in TITLES if name in result]
     parts = [
         f"{result[name]:.1%} {TITLES[name]} (95% interval {result[name + '_low']:.1%} to {result[name + '_high']:.1%})"
@@ -51,10 +51,10 @@ def describe(result: dict, subject: str) -> str:
 
 
 def compare(first: dict[str, dict], second: dict[str, dict]) -> dict:
-    """How much better the second predictions are than the first, over the same items.
+    """Return how much better the second predictions are than the first, over the same items.
 
     Raises:
-        ValueError: Other items, or the same ones with other questions or metrics.
+        ValueError: The items differ, or their questions or metrics do.
     """
     if first.keys() != second.keys() or not first:
         only = sorted(first.keys() ^ second.keys())

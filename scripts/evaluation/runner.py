@@ -20,8 +20,8 @@ class Answering:
     Args:
         images_kwargs: Options of the image processor: preset, tile ranges.
         scm_keep_ratio: Share of the detailed tokens that stay; None: no compression.
-        drop: Which tokens go, see dropping.py.
-        scm_layer: Whose attention decides; None: the configuration's.
+        drop: Which tokens are dropped, see dropping.py.
+        scm_layer: The layer whose attention decides; None: the configuration's.
     """
 
     model: Any
@@ -33,7 +33,7 @@ class Answering:
     scm_layer: int | None = None
 
     def __call__(self, items: list[Item], images: list[list[Image.Image]]) -> list[str]:
-        """The answers to a batch."""
+        """Answer a batch."""
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "images_kwargs": self.images_kwargs}
         if self.scm_keep_ratio is not None:
             select = selection(self.drop, [item.id for item in items])
@@ -43,12 +43,12 @@ class Answering:
         return self.model.batch_chat(self.processor, images, [item.question for item in items], **options)
 
     def open(self, item: Item) -> list[Image.Image]:
-        """The pictures of an item, upright."""
+        """Open the images of an item, upright."""
         reader = self.processor.image_processor
         return [reader.process_image(reader.fetch_images(image)) for image in item.images]
 
     def count_tokens(self, images: list[Image.Image]) -> tuple[int, int]:
-        """Image tokens of the prompt, and how many of them the language model reads."""
+        """Count the image tokens of the prompt, and how many of them the language model reads."""
         reader, per_tile = self.processor.image_processor, self.model.config.image_seq_length
         counts = [reader.count_tiles(image.height, image.width, self.images_kwargs) for image in images]
         tokens = per_tile * sum(map(sum, counts))
@@ -59,9 +59,9 @@ class Answering:
 
 
 def answer_suite(suite: Suite, answering: Answering, predictions: Predictions, batch_size: int) -> list[dict]:
-    """One prediction for each item, in order; those that are there already are not asked again.
+    """Return one prediction for each item, in order; items that already have one are not asked again.
 
-    A batch of which some are missing is asked whole: what stands beside an item changes the last bits of its numbers.
+    A batch of which some are missing is asked as a whole, since the other items change the last bits of an item's numbers.
     """
     for start in range(0, len(suite), batch_size):
         indices = range(start, min(start + batch_size, len(suite)))
@@ -85,7 +85,7 @@ def _answer_batch(items: list[Item], answering: Answering) -> list[dict]:
 
 
 def prediction(item: Item, answer: str, tokens: tuple[int, int] = (0, 0)) -> dict:
-    """What a predictions file says about an item."""
+    """Return what a predictions file says about an item."""
     reference, edits = nearest_reference(answer, item.answers)
     return {
         "id": item.id,

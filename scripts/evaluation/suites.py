@@ -24,7 +24,7 @@ DEFAULT_METRIC = "anls"
 
 @dataclass(frozen=True)
 class Item:
-    """A question about pictures (or paths of them), its right answers, and how answers are scored."""
+    """A question about images (or paths of them), its right answers, and how answers are scored."""
 
     id: str
     images: list[Image.Image | str]
@@ -35,7 +35,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Suite:
-    """Items that are made or opened when they are needed."""
+    """Items that are made or opened only when needed."""
 
     name: str
     ids: list[str]
@@ -63,7 +63,7 @@ SYNTHETIC = {
 }
 
 
-MOST_REDRAWS, REDRAWN_SEED = 20, 1_000_003  # of documents that have no question of the kind that is wanted
+MOST_REDRAWS, REDRAWN_SEED = 20, 1_000_003  # of documents without a question of the kind asked for
 QUESTIONS = {
     "any": lambda question: True,
     "text": lambda question: question.text in READ_ALL,
@@ -79,11 +79,11 @@ def synthetic_suite(
     metric: str | None = None,
     questions: str = "any",
 ) -> Suite:
-    """Unseen words in unseen fonts: "word" as held_out_word of text_images.py gives them, or documents of a kind.
+    """Make a suite of unseen words in unseen fonts: "word" as held_out_word of text_images.py, or documents of a kind.
 
     Args:
-        difficulty: 0 to 1 (None: 1). Of "word" it is the amount of damage alone.
-        questions: "any" of a document's, for its whole "text", or for "values" in it.
+        difficulty: 0 to 1 (None: 1). For "word" it is only the amount of damage.
+        questions: "any" of a document's questions, those for its whole "text", or those for "values" in it.
 
     Raises:
         ValueError: An unknown suite, metric or kind of question, or one that these documents do not have.
@@ -103,7 +103,7 @@ def synthetic_suite(
         return Item(ids[index], [sample.image], WORD_QUESTION, [sample.text], metric)
 
     def asked(index: int) -> Item:
-        """One of the questions of a document, so that items are independent of each other."""
+        """Choose one of the questions of a document, so that items are independent of each other."""
         for redraw in range(MOST_REDRAWS):
             drawn = document(name, index, seed + redraw * REDRAWN_SEED, "held_out", difficulty)
             fitting = [question for question in drawn.questions if QUESTIONS[questions](question)]
@@ -121,10 +121,10 @@ def synthetic_suite(
 
 
 def read_benchmark(path: Path, items: int | None = None, metric: str = DEFAULT_METRIC) -> Suite:
-    """The first `items` lines of a benchmark, all of it checked before anything is asked.
+    """Read the first `items` lines of a benchmark, checking all of it before anything is asked.
 
     Raises:
-        ValueError: A line that is no item, an id used twice or a missing picture, with the number of the line.
+        ValueError: A line that is not an item, an id used twice or a missing image, with the number of the line.
     """
     if not path.is_file():
         raise ValueError(f"There is no benchmark {path}.")
@@ -165,7 +165,7 @@ def _read_item(line: str, where: str, folder: Path, metric: str) -> Item:
 
 
 def check_metric(name: str, where: str = "") -> str:
-    """`name`, if there is such a metric; raises `ValueError` otherwise."""
+    """Return `name` if there is such a metric; raises `ValueError` otherwise."""
     if name not in METRICS:
         raise ValueError(f"{where + ': ' if where else ''}There is no metric {name!r}; known are {', '.join(METRICS)}.")
     return name

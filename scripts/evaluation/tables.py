@@ -1,4 +1,4 @@
-"""Ways to show a picture side by side, as rows of numbers and as Markdown."""
+"""Ways to show an image compared side by side, as rows of numbers and as Markdown."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Comparison:
     Args:
         suite: Its name.
         subject: "tilings" or "compression".
-        shown: Predictions by way, those that the others are compared with among them; see `rows`.
+        shown: Predictions by way, including those that the others are compared with; see `rows`.
     """
 
     suite: str
@@ -24,12 +24,14 @@ class Comparison:
     shown: dict[Way, list[dict]]
 
     def rows(self) -> list[dict]:
-        """One for each way: its score with a 95% interval, character error rate, tokens and seconds for an item, and how
-        much better it is than `compared_with`: the tiling before it, or for a baseline SCM that keeps as many tokens, for
-        SCM itself all tokens.
+        """Return one row for each way, with what it is compared with.
+
+        A row has the score with a 95% interval, character error rate, tokens and seconds for an item, and how much better
+        the way is than `compared_with`: the tiling before it; for a baseline, SCM that keeps as many tokens; for SCM
+        itself, all tokens.
 
         Raises:
-            ValueError: Ways that were not asked the same.
+            ValueError: Ways that were not asked the same questions.
         """
         rows = []
         for number, way in enumerate(self.shown):
@@ -78,7 +80,7 @@ RULE = "|---|---|---:|---|---:|---:|---:|---|---|"
 
 
 def markdown(rows: list[dict]) -> str:
-    """Two tables of the rows of all comparisons: tilings, and compression."""
+    """Render two tables of the rows of all comparisons: tilings, and compression."""
     tables = []
     for subject in ("tilings", "compression"):
         chosen = [row for row in rows if row["subject"] == subject]

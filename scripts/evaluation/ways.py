@@ -1,4 +1,4 @@
-"""The ways to show a picture that are compared: four tilings, and which detailed tokens go."""
+"""The ways to show an image that are compared: four tilings, and which detailed tokens are dropped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ KEEP_RATIOS = (0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Way:
-    """How a picture reaches the language model."""
+    """How an image reaches the language model."""
 
     name: str
     images_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     keep_ratio: float | None = None
-    """Share of the detailed tokens that stays; None: all."""
+    """Share of the detailed tokens that is kept; None: all."""
     drop: str = "scm"
 
     @property
@@ -28,7 +28,7 @@ class Way:
 
 
 def tilings(ranges: tuple[int, int, int, int]) -> list[Way]:
-    """The whole image as one tile, its detailed tiles, these and the whole, and multi-scale cropping with `ranges`."""
+    """Return four ways: the whole image as one tile, its detailed tiles, these and the whole, and MSAC with `ranges`."""
     detailed = dict(zip(RANGE_NAMES, (*ranges[:2], 1, 1)))
     return [
         Way("whole image", dict(zip(RANGE_NAMES, (1, 1, 1, 1)))),
@@ -39,7 +39,7 @@ def tilings(ranges: tuple[int, int, int, int]) -> list[Way]:
 
 
 def droppings(ranges: tuple[int, int, int, int], keep_ratios: Sequence[float] = KEEP_RATIOS) -> list[Way]:
-    """Multi-scale cropping with fewer and fewer detailed tokens, dropped by scale compression and by its baselines."""
+    """Return multi-scale cropping with fewer and fewer detailed tokens, dropped by scale compression and by its baselines."""
     return [_msac(f"{drop} {ratio}", ranges, ratio, drop) for ratio in keep_ratios for drop in DROPS]
 
 

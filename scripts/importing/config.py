@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, looked through before anything is made of them: they come from strangers."""
+"""JSON files of a checkpoint, checked before they are used: they come from strangers."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 
-# The most that any of these may be; models of this family are far below. What is above would fill the memory.
+# The most that any of these may be; models of this family are far below. Larger values would fill the memory.
 LARGEST = {
     "num_hidden_layers": 2_000,
     "num_attention_heads": 10_000,
@@ -21,7 +21,7 @@ LARGEST = {
     "patch_size": 10**5,
     "num_channels": 10**3,
 }
-# What configuration classes raise for values that cannot be.
+# What configuration classes raise for invalid values.
 WRONG_VALUES = (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 SECTIONS = ("vision_config", "llm_config", "text_config")
 
@@ -30,10 +30,10 @@ def read_json(path: Path, unique: bool = False) -> dict:
     """Return the object that a JSON file of a checkpoint holds.
 
     Args:
-        unique: Refuse a key that is there twice, of which the last would count.
+        unique: Refuse a key that occurs twice, of which the last would win.
 
     Raises:
-        ValueError: It cannot be read, is no JSON or holds something else.
+        ValueError: It cannot be read, is not JSON, or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_doubles if unique else None)
@@ -45,7 +45,7 @@ def read_json(path: Path, unique: bool = False) -> dict:
 
 
 def without_doubles(pairs: list[tuple[str, object]]) -> dict:
-    """Make the object of `json.loads`, as its `object_pairs_hook`; raises `ValueError` for a key that is there twice."""
+    """Build the object for `json.loads` as its `object_pairs_hook`; raises `ValueError` for a key that is there twice."""
     found: dict = {}
     for key, value in pairs:
         if key in found:
@@ -55,12 +55,12 @@ def without_doubles(pairs: list[tuple[str, object]]) -> dict:
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
+    """Return an error's message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def check_config(config: dict, path: Path) -> None:
-    """Raise `ValueError` for sections of a `config.json` that are no objects, and sizes that are none or far too large."""
+    """Raise `ValueError` for sections of a `config.json` that are not objects, and sizes that are invalid or far too large."""
     for name in SECTIONS:
         if not isinstance(config.get(name, {}), dict):
             raise ValueError(f"{path}: {name} must be an object, {{...}}, got {config[name]!r:.80}.")

@@ -1,4 +1,4 @@
-"""A new model folder: the place it is made in, and what stands in it beside the weights."""
+"""A new model folder: where it is made, and what it holds besides the weights."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from minimonkey.processing_minimonkey import MiniMonkeyProcessor
 from minimonkey.scripts.importing.weights import missing_weights
 
 
-# In OUT.partial: says that the folder is ours, and of which source it is.
+# In OUT.partial: says that the folder is ours, and which source it is made from.
 RECORD_NAME = "unfinished-minimonkey.json"
 RECORD_KIND = "MiniMonkey, unfinished"
 LOCK_NAME = ".unfinished-minimonkey.lock"
@@ -37,11 +37,11 @@ def check_free(out: Path) -> None:
 def new_folder(out: Path, source: str) -> Iterator[Path]:
     """Make OUT in OUT.partial, which becomes OUT at the end of the `with` block, if it is complete.
 
-    After an interruption what is there is taken over if it is of the same source. After an error it goes, but for shards
+    After an interruption what is there is reused if it has the same source. After an error it is deleted, except for shards
     that are complete when a file could not be written: a full disk costs no more than the rest.
 
     Args:
-        source: Tells sources apart.
+        source: What tells one source from another.
 
     Raises:
         ValueError: Something is in the way, another run is writing the same OUT, or the result lacks files.
@@ -80,7 +80,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _record(work: Path) -> str | None:
-    """Return which source an unfinished folder of ours is of, None for any other folder."""
+    """Return the source that an unfinished folder of ours belongs to, None for any other folder."""
     try:
         record = json.loads((work / RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -107,18 +107,18 @@ def _finish(work: Path, out: Path) -> None:
     if out.exists():
         out.rmdir()
     work.replace(out)
-    for name in (RECORD_NAME, LOCK_NAME):  # after the rename: a run that is killed before it can be gone on with
+    for name in (RECORD_NAME, LOCK_NAME):  # after the rename: a run that is killed before it can be resumed
         (out / name).unlink()
 
 
 def image_processor(config):
-    """The image processor of a model of this configuration."""
+    """Return the image processor of a model of this configuration."""
     size = {"height": config.tile_size, "width": config.tile_size}
     return MiniMonkeyImageProcessor(size=size)
 
 
 def save_processor(folder: Path, config, tokenizer, with_bos: bool) -> None:
-    """Tokenizer, image processor and chat template as one."""
+    """Save tokenizer, image processor and chat template as one processor."""
     template = get_template(config.template)
     jinja = chat_template_jinja(template, config.system_message, with_bos)
     MiniMonkeyProcessor(
@@ -127,7 +127,7 @@ def save_processor(folder: Path, config, tokenizer, with_bos: bool) -> None:
 
 
 def generation_config(config, tokenizer) -> GenerationConfig:
-    """Answers end with the template's separator."""
+    """Return a generation configuration whose answers end with the template's separator."""
     separator = tokenizer.convert_tokens_to_ids(get_template(config.template).separator)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

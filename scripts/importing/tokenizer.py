@@ -1,4 +1,4 @@
-"""A published tokenizer as one fast tokenizer.json with the ids it had.
+"""A published tokenizer as one fast tokenizer.json with the same ids.
 
 InternLM2 and Phi-3 come as sentencepiece models (`tokenizer.model`) with their added tokens in JSON files, Qwen2 as a
 vocabulary and merges. The result needs no remote code and no sentencepiece.
@@ -21,15 +21,15 @@ SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint folder holds a tokenizer that can be converted."""
+    """Tell whether a checkpoint folder holds a tokenizer that can be converted."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
-    """The tokenizer of a published checkpoint, and whether its prompts begin with `bos_token`.
+    """Return the tokenizer of a published checkpoint, and whether its prompts begin with `bos_token`.
 
     Raises:
-        ValueError: No tokenizer, a kind that is not known, or an added token whose id changed on the way.
+        ValueError: No tokenizer, an unknown kind, or an added token whose id changed in the conversion.
     """
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}).")
@@ -44,7 +44,7 @@ def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
         with_bos = settings.get("add_bos_token", True)
     else:
         backend = _read_vocabulary(folder)
-        with_bos = False  # a vocabulary with merges is Qwen2's
+        with_bos = False  # a vocabulary with merges is Qwen2's format
     backend.post_processor = processors.Sequence([])  # the chat template writes bos_token
     tokenizer = _wrap(backend, roles, added, settings)
     _check_ids(tokenizer, added)
@@ -52,19 +52,19 @@ def convert_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
 
 
 def is_legacy(settings: dict) -> bool:
-    """Whether a space is put before the text behind every added token, not only at the very beginning."""
+    """Tell whether a space is put before the text after every added token, not only at the very beginning."""
     return settings.get("legacy") is not False
 
 
 def read_added_tokens(folder: Path) -> dict[int, AddedToken]:
-    """Added tokens by id, from all the places where releases of transformers have kept them."""
+    """Return added tokens by id, from all the places where releases of transformers have kept them."""
     tokens: dict[int, AddedToken] = {}
     for content, index in _read_json(folder / "added_tokens.json").items():
         tokens[_token_id(index)] = AddedToken(content, special=True, normalized=False)
     settings = _read_settings(folder)
     try:
         for index, token in (settings.get("added_tokens_decoder") or {}).items():
-            # All are control tokens here, also those that some checkpoints do not mark as special.
+            # All are control tokens here, even those that some checkpoints do not mark as special.
             tokens[_token_id(index)] = AddedToken(
                 token["content"],
                 special=True,
@@ -90,7 +90,7 @@ def _token_id(index: int | str) -> int:
 def build_from_sentencepiece(
     path: Path, added: dict[int, AddedToken], legacy: bool = True
 ) -> tuple[Tokenizer, dict[str, str]]:
-    """A `tokenizers` BPE that encodes as sentencepiece does, and its bos, eos and unknown tokens.
+    """Build a `tokenizers` BPE that encodes as sentencepiece does; return it with its bos, eos and unknown tokens.
 
     Args:
         path: A sentencepiece model of type BPE.
@@ -147,7 +147,7 @@ def build_from_sentencepiece(
 
 
 def _imitate_whitespace(tokenizer: Tokenizer, model, legacy: bool) -> None:
-    """Normalisation and the treatment of spaces of a sentencepiece model."""
+    """Imitate a sentencepiece model's normalisation and treatment of spaces."""
     spec = model.normalizer_spec
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
@@ -173,7 +173,7 @@ def _read_model(path: Path):
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf raises a class of its own back end
+    except Exception as error:  # protobuf raises a class that depends on its backend
         raise ValueError(f"{path} is not a sentencepiece model, or it is damaged: {error}") from error
     return model
 
@@ -220,7 +220,7 @@ def _read_fast_tokenizer(path: Path) -> Tokenizer:
 
 
 def _read_vocabulary(folder: Path) -> Tokenizer:
-    """A byte-level BPE of vocab.json and merges.txt."""
+    """Read a byte-level BPE from vocab.json and merges.txt."""
     read_json(folder / "vocab.json")
     if not (folder / "merges.txt").is_file():
         raise ValueError(f"{folder} holds vocab.json without merges.txt; download it again.")
@@ -231,7 +231,7 @@ def _read_vocabulary(folder: Path) -> Tokenizer:
 
 
 def _read_settings(folder: Path) -> dict:
-    """The tokenizer_config.json; raises `ValueError` for values of the wrong type."""
+    """Read the tokenizer_config.json; raises `ValueError` for values of the wrong type."""
     path = folder / "tokenizer_config.json"
     settings = _read_json(path)
     for name in SPECIAL_ROLES:
@@ -255,7 +255,7 @@ def _read_settings(folder: Path) -> dict:
 
 
 def _content(token: str | dict | None) -> str | None:
-    """A special token's text; some releases wrote it with its flags."""
+    """Return a special token's text; some releases wrote it with its flags."""
     return token["content"] if isinstance(token, dict) else token
 
 

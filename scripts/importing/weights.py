@@ -1,4 +1,4 @@
-"""Published safetensors files to ours, a shard at a time: checked as a whole first, resumable, small in memory."""
+"""Convert published safetensors files, a shard at a time: checked as a whole first, resumable, with little memory."""
 
 import json
 from collections import Counter
@@ -16,7 +16,7 @@ from minimonkey.scripts.importing.config import read_json, without_doubles
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 READABLE_TYPES = ("F64", "F32", "F16", "BF16")
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer of older releases, computed from the configuration
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # a buffer in older releases; it is computed from the configuration
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Shard:
 
 
 def read_shards(folder: Path) -> list[Shard]:
-    """The weight files of a checkpoint, from their headers alone.
+    """Read the weight files of a checkpoint, from their headers alone.
 
     Raises:
         ValueError: No weights, a missing, damaged or truncated file, or an index that does not match the files.
@@ -56,7 +56,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     """Return the shard of each tensor.
 
     Raises:
-        ValueError: It is none, or a name that leads out of the folder.
+        ValueError: It is not an index, or has a name that leads out of the folder.
     """
     weight_map = read_json(path, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
@@ -133,7 +133,7 @@ def check_against_model(shards: list[Shard], expected: dict[str, tuple[int, ...]
         tied: The output layer shares the input embeddings and may be missing.
 
     Raises:
-        ValueError: What is missing, unexpected, twice there or of another shape, by name.
+        ValueError: Names the weights that are missing, unexpected, there twice or of another shape.
     """
     found: dict[str, tuple[int, ...]] = {}
     sources: dict[str, str] = {}
@@ -210,7 +210,7 @@ def _convert_shard(shard: Shard, target: Path, convert, progress) -> None:
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a weight, if all its values are numbers.
+    """Return a weight if all its values are finite.
 
     Raises:
         ValueError: It holds NaN or infinity.

@@ -1,6 +1,6 @@
 """The tokenizer of MiniMonkey-Nano: one token a byte, the special tokens of the InternLM2 family after them.
 
-Reading is spelling, so a word is spelled out. Only the default system message, which never is an answer, is merged into
+Reading is spelling, so a word is spelled out. Only the default system message, which is never an answer, is merged into
 a few tokens. Every text in any language can be encoded; there is no unknown token.
 """
 
@@ -25,7 +25,7 @@ SPECIAL_TOKENS = [
 
 
 def build_byte_tokenizer(merged_text: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer in which the non-ASCII runs of `merged_text` become single tokens.
+    """Build a byte-level tokenizer in which the non-ASCII runs of `merged_text` become single tokens.
 
     Ids: `<pad>` 0, `<s>` 1, `</s>` 2, 256 bytes, the merges, then SPECIAL_TOKENS.
     """

@@ -1,4 +1,4 @@
-"""What a synthetic document is, and the canvas it is drawn on, which remembers where every character stands."""
+"""Synthetic documents, and the canvas they are drawn on, which remembers where every character stands."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +9,18 @@ from minimonkey.scripts.synthetic.materials import load_font
 from minimonkey.scripts.synthetic.text_images import CharacterBox, character_boxes, no_ligatures
 
 
-TILE_SIZE = 112  # of MiniMonkey-Nano; pictures are about a whole number of tiles wide
+TILE_SIZE = 112  # of MiniMonkey-Nano; images are about a whole number of tiles wide
 
 Colour = tuple[int, ...]
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels of the picture."""
+"""Left, top, right, bottom in pixels of the image."""
 
 LEFT, CENTRE, RIGHT = 0.0, 0.5, 1.0
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, and the one right answer; lines of an answer are joined by newlines."""
+    """A question about an image, and the one right answer; lines of an answer are joined by newlines."""
 
     text: str
     answer: str
@@ -28,7 +28,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A picture, what may be asked about it, and the place of every character, line by line."""
+    """An image, what may be asked about it, and the place of every character, line by line."""
 
     image: Image.Image
     questions: tuple[Question, ...]
@@ -48,18 +48,18 @@ class Style:
         return load_font(self.path, max(10, round(self.size * scale)))
 
     def fitting_font(self, text: str, width: float, scale: float = 1.0) -> ImageFont.FreeTypeFont:
-        """The font at `scale`, or as much smaller as `text` needs in order to be at most `width` pixels long."""
+        """Return the font at `scale`, or as much smaller as `text` needs to be at most `width` pixels long."""
         while scale > 0.5 and self.font(scale).getlength(text) > width:
             scale -= 0.1
         return self.font(scale)
 
     @property
     def height(self) -> int:
-        """Of a line, from the highest to the lowest that the font draws."""
+        """Height of a line, from the highest to the lowest point that the font draws."""
         return line_height(self.font())
 
     def mix(self, share: float) -> Colour:
-        """A colour between background (0) and ink (1)."""
+        """Mix a colour between background (0) and ink (1)."""
         return blend(self.background, self.ink, share)
 
 
@@ -72,7 +72,7 @@ def blend(first: Colour, second: Colour, share: float) -> Colour:
 
 
 class Canvas:
-    """A picture that is being drawn."""
+    """An image that is being drawn."""
 
     def __init__(self, size: tuple[int, int], background: Colour):
         self.image = Image.new("RGB", size, background)
@@ -104,6 +104,6 @@ class Canvas:
         self.characters += character_boxes(text, font, x, y)
 
     def cut(self, height: float) -> None:
-        """End the picture below `height` pixels."""
+        """End the image below `height` pixels."""
         self.image = self.image.crop((0, 0, self.width, round(height)))
         self.draw = ImageDraw.Draw(self.image)

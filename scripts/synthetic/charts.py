@@ -1,4 +1,4 @@
-"""Charts whose values can be read: bars, horizontal bars, lines and pies.
+"""Charts with readable values: bars, horizontal bars, lines and pies.
 
 A value either stands beside its mark, or lies exactly on a labelled line of the axis.
 """
@@ -46,12 +46,12 @@ class _Data:
     colours: list[Colour]
 
     def share(self, value: float) -> float:
-        """How far a value is from the foot of the axis to its top."""
+        """Return how far a value is from the foot of the axis to its top."""
         return value / self.ticks[-1]
 
 
 def chart(rng: random.Random, split: str, difficulty: float) -> Document:
-    """Three to seven values in one of four forms."""
+    """Draw a chart of three to seven values in one of four forms."""
     style = document_style(rng, split, difficulty)
     style = Style(style.path, min(style.size, 20), style.background, style.ink)
     size = tuple(round(TILE_SIZE * rng.uniform(2.0, 2.3 + difficulty)) for _ in range(2))
@@ -90,7 +90,7 @@ def _title(canvas: Canvas, style: Style, rng: random.Random, split: str) -> tupl
 def _data(
     rng: random.Random, split: str, difficulty: float, most: int, longest: int, is_labelled: bool | None = None
 ) -> _Data:
-    """Values of at most `most` marks, whose labels have at most `longest` letters."""
+    """Choose the values of at most `most` marks, whose labels have at most `longest` letters."""
     count = rng.randint(3, max(3, min(most, 4 + round(3 * difficulty))))
     step = rng.choice((1, 2, 5, 10, 20, 50, 100, 200))
     ticks = [step * i for i in range(rng.randint(4, 6))]
@@ -102,7 +102,7 @@ def _data(
 
 
 def _palette(rng: random.Random, count: int) -> list[Colour]:
-    """Distinct colours, or the same one for all."""
+    """Choose distinct colours, or the same one for all."""
     first, saturation, value = rng.random(), rng.uniform(0.4, 0.8), rng.uniform(0.6, 0.9)
     spread = rng.choice((0, 1)) / count
     hues = [(first + spread * i) % 1 for i in range(count)]
@@ -118,7 +118,7 @@ def _paint(canvas: Canvas, paint: Callable[[ImageDraw.ImageDraw, int], None]) ->
 
 
 def _value_axis(canvas: Canvas, style: Style, data: _Data, plot: Box, is_upright: bool) -> None:
-    """Labelled lines across the plot; of a chart with written values they may be missing."""
+    """Draw labelled lines across the plot; a chart with written values may lack them."""
     left, top, right, bottom = plot
     pale = blend(style.background, style.ink, 0.25)
     for tick in data.ticks:
@@ -134,7 +134,7 @@ def _value_axis(canvas: Canvas, style: Style, data: _Data, plot: Box, is_upright
 
 
 def _upright_plot(canvas, style, area, rng, split, difficulty) -> tuple[_Data, Box, list[float]]:
-    """Axis and labels of a chart of upright values; returns its data, its plot and the middle of each mark."""
+    """Draw axis and labels of a chart of upright values; return its data, its plot and the middle of each mark."""
     left, top, right, bottom = area
     letter = style.font().getlength("n")
     longest = int((right - left - 30) / 4 / letter) - 1
@@ -213,7 +213,7 @@ def _horizontal_bars(
 
 
 def _pie(canvas: Canvas, style: Style, area: Box, rng: random.Random, split: str, difficulty: float) -> _Data:
-    """Slices with a legend beside them that gives colour, name and value."""
+    """Draw slices with a legend beside them that gives colour, name and value."""
     left, top, right, bottom = area
     most = int((bottom - top) / (style.height + 2))
     data = _data(rng, split, difficulty, most=most, longest=7, is_labelled=True)

@@ -17,7 +17,7 @@ def finish(
     text_size: int,
     is_flat: bool = False,
 ) -> Document:
-    """The document on `canvas`, damaged as far as `difficulty` allows and text of `text_size` pixels survives.
+    """Return the document on `canvas`, damaged as far as `difficulty` allows and text of `text_size` pixels survives.
 
     Args:
         is_flat: Leave every character where it is.
@@ -35,7 +35,7 @@ def finish(
 def photograph(
     image: Image.Image, characters: list[CharacterBox], rng: random.Random, slant: float
 ) -> tuple[Image.Image, list[CharacterBox]]:
-    """The picture as a sheet seen at an angle, whole: each corner moves inwards by up to `slant` of width and height."""
+    """Show the image as a whole sheet seen at an angle: each corner moves inwards by up to `slant` of width and height."""
     width, height = image.size
     corners = [(0, 0), (width, 0), (width, height), (0, height)]
     moved = [(abs(x - rng.uniform(0, slant) * width), abs(y - rng.uniform(0, slant) * height)) for x, y in corners]
@@ -50,7 +50,7 @@ def warp(
     size: tuple[int, int],
     fill: tuple[int, ...],
 ) -> tuple[Image.Image, list[CharacterBox]]:
-    """The picture with its corners (from the upper left clockwise) at `corners` of a canvas of `size`."""
+    """Place the image with its corners (clockwise from the upper left) at `corners` of a canvas of `size`."""
     width, height = image.size
     forward = homography([(0, 0), (width, 0), (width, height), (0, height)], corners)
     inverse = np.linalg.inv(forward)
@@ -60,7 +60,7 @@ def warp(
 
 
 def homography(source: list[tuple[float, float]], target: list[tuple[float, float]]) -> np.ndarray:
-    """The projective map (3, 3) that takes four points to four points."""
+    """Return the projective map (3, 3) that takes four points to four points."""
     rows = []
     for (x, y), (u, v) in zip(source, target):
         rows.append([x, y, 1, 0, 0, 0, -u * x, -u * y])
@@ -70,7 +70,7 @@ def homography(source: list[tuple[float, float]], target: list[tuple[float, floa
 
 
 def _moved_box(box: tuple[float, float, float, float], forward: np.ndarray) -> tuple[float, float, float, float]:
-    """The upright box around a moved one."""
+    """Return the upright box around a moved one."""
     x0, y0, x1, y1 = box
     x, y, scale = forward @ np.array([[x0, x1, x1, x0], [y0, y0, y1, y1], [1, 1, 1, 1]], dtype=float)
     x, y = x / scale, y / scale
@@ -78,7 +78,7 @@ def _moved_box(box: tuple[float, float, float, float], forward: np.ndarray) -> t
 
 
 def light(image: Image.Image, rng: random.Random) -> Image.Image:
-    """A shadow that grows in one direction."""
+    """Cast a shadow that grows in one direction."""
     direction = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[-0.5 : 0.5 : image.height * 1j, -0.5 : 0.5 : image.width * 1j]
     along = x * np.cos(direction) + y * np.sin(direction)

@@ -1,8 +1,8 @@
-"""Synthetic documents with questions: endless, deterministic, made when they are needed.
+"""Synthetic documents with questions: endless, deterministic, made on demand.
 
     python scripts/synthetic/documents.py sheet.png --kind receipt --split held_out
 
-`document(kind, i, seed)` depends on nothing but its arguments. Pictures are a few 112 px tiles wide with text of 12 to 24
+`document(kind, i, seed)` depends on nothing but its arguments. Images are a few 112 px tiles wide with text of 12 to 24
 px, so that a model of small tiles needs several of them. Words and fonts come from one side of the split of materials.py;
 the fixed words of receipts and forms are the same on both. All text is printable ASCII.
 """
@@ -46,11 +46,11 @@ KINDS: dict[str, Callable[[random.Random, str, float], Document]] = {
 
 
 def document(kind: str, index: int, seed: int, split: str = "training", difficulty: float = 1.0) -> Document:
-    """Document `index` of an endless row.
+    """Make document `index` of an endless series.
 
     Args:
         kind: One of KINDS.
-        index, seed: Any integers; the same ones give the same document.
+        index, seed: Any integers; the same integers give the same document.
         split: Whose words and fonts: "training" or "held_out".
         difficulty: From 0 (short, large and clean) to 1 (long, small and damaged).
 

@@ -1,4 +1,4 @@
-"""Pictures from which a fresh Nano learns its letters and its first words: for training alone, drawn harder and harder.
+"""Images from which a fresh Nano learns its letters and first words: for training only, ever harder to read.
 
 drawn = KINDS["first-words"](index, seed, progress)      progress from 0, short and clean, to 1
 """
@@ -25,7 +25,7 @@ QUESTIONS = (
 
 
 def letters(index: int, seed: int, progress: float) -> Document:
-    """Pages of small text first, black on white among them; single words, large and stretched, more and more."""
+    """Draw pages of small text first, some black on white; later, more and more single words, large and stretched."""
     if random.Random(f"{seed}/letters/{index}").random() > min(0.6, 1.6 * progress):
         strength, plain_share = min(1.0, 1.07 * progress), max(0.15, 1 - 3.2 * progress)
         return _document(training_page(index, seed, strength, plain_share))
@@ -33,7 +33,7 @@ def letters(index: int, seed: int, progress: float) -> Document:
 
 
 def words(index: int, seed: int, progress: float) -> Document:
-    """Mostly single words, whose length and damage grow; pages for one picture in five or eight."""
+    """Draw mostly single words, ever longer and more damaged; one image in five or eight is a page."""
     rng = random.Random(f"{seed}/reading/{index}")
     if rng.random() < (0.12 if progress < 0.15 else 0.2):
         return _document(training_page(index, seed, strength=0.6))

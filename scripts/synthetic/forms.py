@@ -12,7 +12,7 @@ LAYOUTS = ("colon", "columns", "boxes", "underlined")
 
 
 def form(rng: random.Random, split: str, difficulty: float) -> Document:
-    """Two to nine fields: `key: value` lines, two columns, values in boxes under their keys, or on lines."""
+    """Draw a form of two to nine fields: `key: value` lines, two columns, values in boxes under their keys, or on lines."""
     style = document_style(rng, split, difficulty)
     value_style = document_style(rng, split, difficulty) if rng.random() < 0.3 else style
     value_style = Style(value_style.path, style.size, style.background, style.ink)
@@ -36,7 +36,7 @@ def form(rng: random.Random, split: str, difficulty: float) -> Document:
 
 
 def _fields(style: Style, value_style: Style, width: int, rng: random.Random, split: str, count: int) -> dict[str, str]:
-    """Keys and values that fit beside each other."""
+    """Choose keys and values that fit beside each other."""
     fields: dict[str, str] = {}
     for key in rng.sample(sorted(FORM_FIELDS), count):
         value = FORM_FIELDS[key](rng, split)
@@ -49,7 +49,7 @@ def _fields(style: Style, value_style: Style, width: int, rng: random.Random, sp
 def _draw_fields(
     canvas: Canvas, fields: dict[str, str], styles: tuple[Style, Style], origin: tuple[int, int], rng: random.Random
 ) -> tuple[float, list[str]]:
-    """Draw the fields; returns where they end and the lines that they make."""
+    """Draw the fields; return where they end and the lines that they make."""
     style, value_style = styles
     (margin, y), layout = origin, rng.choice(LAYOUTS)
     colon = ":" if layout == "colon" or rng.random() < 0.4 else ""

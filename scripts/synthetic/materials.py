@@ -3,7 +3,7 @@
 They come with pip-installed packages (the `documents` extra), so that a document is the same on every machine:
 
     python scripts/synthetic/materials.py                                what there is, as runs record it
-    MINIMONKEY_SYSTEM_FONTS=1 python scripts/finetune.py RECIPE.yaml     the system's fonts of the families below, too
+    MINIMONKEY_SYSTEM_FONTS=1 python scripts/finetune.py RECIPE.yaml     also the system's fonts of the families below
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from PIL import ImageFont
 
 
 WORD_PACKAGE = "spellchecker"
-# Packages with fonts, and where in them. Of a font that several have, the first one's counts.
+# Packages with fonts, and where in them. If several have the same font, that of the first counts.
 FONT_PACKAGES = {
     "matplotlib": "mpl-data/fonts/ttf",
     "rendercv_fonts": ".",
@@ -64,18 +64,18 @@ UNREADABLE_STYLES = re.compile(
 )
 MONOSPACED = ("Mono", "Courier", "Inconsolata", "Hack", "FiraCode", "mononoki")
 
-# Of the package's words of two or three letters most are abbreviations; those of running text are frequent.
+# Most of the package's words of two or three letters are abbreviations; those of running text are frequent.
 SHORT_WORD, FREQUENT = 3, 1000
 
 
 def is_held_out(word: str) -> bool:
-    """One word in ten never appears in training, in any case."""
+    """Tell whether a word is held out: one in ten never appears in training, in any case."""
     return hashlib.sha1(word.lower().encode()).digest()[0] % 10 == 0
 
 
 @lru_cache
 def words(split: str) -> dict[int, list[str]]:
-    """Lower-case English words of `split` ("training" or "held_out"), by length.
+    """Return lower-case English words of `split` ("training" or "held_out"), by length.
 
     Raises:
         FileNotFoundError: The package is missing, with what to install.
@@ -92,7 +92,7 @@ def words(split: str) -> dict[int, list[str]]:
 
 @lru_cache
 def font_families(split: str) -> tuple[tuple[Path, ...], ...]:
-    """The font files of `split` by family, in an order that does not depend on where they are installed.
+    """Return the font files of `split` by family, in an order independent of where they are installed.
 
     Raises:
         FileNotFoundError: A package is missing, with what to install.
@@ -106,23 +106,23 @@ def font_families(split: str) -> tuple[tuple[Path, ...], ...]:
 
 
 def font_files(split: str) -> tuple[Path, ...]:
-    """All font files of `split`."""
+    """Return all font files of `split`."""
     return tuple(path for family in font_families(split) for path in family)
 
 
 def monospaced_fonts(split: str) -> list[Path]:
-    """Those whose characters are all equally wide."""
+    """Return the fonts whose characters are all equally wide."""
     return [path for path in font_files(split) if any(name in path.name for name in MONOSPACED)]
 
 
 @lru_cache(maxsize=4096)
 def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
-    """The font at `size` pixels an em."""
+    """Load the font at `size` pixels an em."""
     return ImageFont.truetype(io.BytesIO(_font_data(path)), size)
 
 
 def materials() -> dict:
-    """What documents are made of here, for the record of a run: another digest stands for other words or fonts."""
+    """Describe what documents are made of here, for the record of a run: another digest means other words or fonts."""
     files = [*font_files("training"), *font_files("held_out")]
     digest = hashlib.sha256()
     for path in files:
@@ -137,7 +137,7 @@ def materials() -> dict:
 
 
 def _all_fonts() -> list[Path]:
-    """Readable fonts of the packages, then, where they are wanted, of the system."""
+    """Return the readable fonts of the packages, then, where they are wanted, of the system."""
     folders = [_package_folder(name) / part for name, part in FONT_PACKAGES.items()]
     folders += [folder for folder in SYSTEM_FOLDERS if _with_system_fonts() and folder.is_dir()]
     found = [sorted(folder.rglob("*"), key=lambda path: path.name) for folder in folders]
@@ -151,7 +151,7 @@ def _all_fonts() -> list[Path]:
 
 
 def _with_system_fonts() -> bool:
-    """Whether the environment asks for them; processes that load data inherit it."""
+    """Tell whether the environment asks for system fonts; processes that load data inherit it."""
     return os.environ.get(SYSTEM_FONTS, "0") not in ("", "0")
 
 

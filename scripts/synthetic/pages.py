@@ -22,14 +22,14 @@ BULLETS = ("- ", "* ", "{number}. ", "{number}) ")
 
 
 def word(rng: random.Random, split: str, difficulty: float) -> Document:
-    """One word, number or price, about as large as a tile."""
+    """Draw one word, number or price, about as large as a tile."""
     text = random_word(rng, split, 4 + round(10 * difficulty))
     shown = render([text], any_font(rng, split), rng, difficulty, margin=0.3 + 0.9 * difficulty)
     return Document(shown.image, (ask(rng, READ_ALL, text),), shown.characters)
 
 
 def line(rng: random.Random, split: str, difficulty: float) -> Document:
-    """One line of two to seven words, at most four tiles long."""
+    """Draw one line of two to seven words, at most four tiles long."""
     style = document_style(rng, split, difficulty)
     style = Style(style.path, style.size + rng.randint(0, 8), style.background, style.ink)
     words = [_any_word(rng, split) for _ in range(rng.randint(2, 3 + round(4 * difficulty)))]
@@ -45,7 +45,7 @@ def line(rng: random.Random, split: str, difficulty: float) -> Document:
 
 
 def page(rng: random.Random, split: str, difficulty: float) -> Document:
-    """A title, perhaps, and lines of text: running, a list, or unconnected words and numbers."""
+    """Draw a title, perhaps, and lines of text: running, a list, or unconnected words and numbers."""
     style = document_style(rng, split, difficulty)
     width = round(TILE_SIZE * rng.uniform(1.6, 2 + 1.2 * difficulty))
     margin = rng.randint(8, 20)
@@ -66,7 +66,7 @@ def _any_word(rng: random.Random, split: str) -> str:
 
 
 def _title(canvas: Canvas, style: Style, margin: int, y: int, rng: random.Random, split: str) -> tuple[str, int]:
-    """Draw a larger first line; returns it and where the next line may begin."""
+    """Draw a larger first line; return it and where the next line may begin."""
     font = style.font(rng.uniform(1.2, 1.7))
     words = [lower_word(rng, split, 8).capitalize() for _ in range(rng.randint(1, 3))]
     if rng.random() < 0.3:
@@ -82,7 +82,7 @@ def _title(canvas: Canvas, style: Style, margin: int, y: int, rng: random.Random
 
 
 def _texts(style: Style, width: int, count: int, rng: random.Random, split: str) -> list[str]:
-    """Lines no wider than `width`."""
+    """Write lines no wider than `width`."""
     font, form = style.font(), rng.choice(("running", "list", "mixed"))
     bullet = rng.choice(BULLETS) if form == "list" else ""
     lines = []

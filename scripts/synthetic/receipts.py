@@ -29,7 +29,7 @@ SHOP = ("What is the name of the shop?", "Which shop is this from?", "What is th
 
 
 class _Roll:
-    """A receipt that is written from the top to the bottom."""
+    """A receipt that is written from top to bottom."""
 
     def __init__(self, style: Style, width: int, rng: random.Random):
         self.style, self.rng = style, rng
@@ -39,13 +39,13 @@ class _Roll:
         self.lines: list[str] = []
 
     def centred(self, text: str, scale: float = 1.0) -> None:
-        """Draw a text by itself, as large as it fits."""
+        """Draw a centred text, as large as fits."""
         font = self.style.fitting_font(text, self.canvas.width - self.margin, scale)
         self.canvas.text(self.canvas.width / 2, self.y, text, font, self.style.ink, CENTRE)
         self._end_line(text, font)
 
     def row(self, left: str, right: str, scale: float = 1.0) -> None:
-        """Draw two texts on one line, as large as they fit."""
+        """Draw two texts on one line, as large as fits."""
         font = self.style.fitting_font(f"{left}  {right}", self.canvas.width - 2 * self.margin, scale)
         self.canvas.text(self.margin, self.y, left, font, self.style.ink, LEFT)
         self.canvas.text(self.canvas.width - self.margin, self.y, right, font, self.style.ink, RIGHT)
@@ -56,7 +56,7 @@ class _Roll:
         self.lines.append(text)
 
     def rule(self) -> None:
-        """A line of dashes, drawn and not written, or only space."""
+        """Draw a rule of dashes (lines, not characters), or leave only space."""
         self.y += 2
         if self.rng.random() < 0.8:
             dash = self.rng.choice((3, 6, self.canvas.width))
@@ -66,12 +66,12 @@ class _Roll:
         self.y += 4
 
     def room(self, right: str) -> float:
-        """Pixels for what stands left of `right`."""
+        """Return the width in pixels that remains to the left of `right`."""
         return self.canvas.width - 2 * self.margin - self.style.font().getlength(right + "  ")
 
 
 def receipt(rng: random.Random, split: str, difficulty: float) -> Document:
-    """Shop, perhaps address and date, items, sums, perhaps how it was paid."""
+    """Draw a receipt: shop, perhaps address and date, items, sums, perhaps how it was paid."""
     style = document_style(rng, split, difficulty, is_printed=True)
     roll = _Roll(style, round(style.size * rng.uniform(13.5, 17)), rng)
     label = {name: rng.choice(spellings) for name, spellings in RECEIPT_LABELS.items()}
@@ -108,7 +108,7 @@ def _head(roll: _Roll, label: dict, rng: random.Random, split: str, difficulty: 
 
 
 def _items(roll: _Roll, rng: random.Random, split: str, count: int) -> dict[str, str]:
-    """Draw distinct items; returns their prices as they are written."""
+    """Draw distinct items; return their prices as they are written."""
     sign, form = rng.choice(("", "", "$")), rng.choice((str.lower, str.upper, str.capitalize))
     prices = {}
     for name in distinct_words(rng, split, count, 9):
@@ -135,7 +135,7 @@ def _sums(roll: _Roll, label: dict, prices: dict[str, str], rng: random.Random, 
         total += tax
     shown = f"{sign}{total / 100:.2f}"
     roll.row(label["total"], shown, rng.choice((1.0, 1.0, 1.2)))
-    questions += [ask(rng, TOTAL, shown)] * 2  # the question that receipts are for
+    questions += [ask(rng, TOTAL, shown)] * 2  # the question that receipts exist for
     if rng.random() < 0.4 * difficulty:
         paid = -(-total // 500) * 500
         given, change = (f"{sign}{cents / 100:.2f}" for cents in (paid, paid - total))

@@ -1,4 +1,4 @@
-"""Text as it stands in the world: signs and letters on textures, at angles, from large to small."""
+"""Text as it occurs in the world: signs and letters on textures, at angles, from large to small."""
 
 import random
 
@@ -17,7 +17,7 @@ TEXTURES = ("noise", "stripes", "bricks", "gradient")
 
 
 def scene(rng: random.Random, split: str, difficulty: float) -> Document:
-    """One to four texts below each other on a texture, each turned and slanted in its own way."""
+    """Draw one to four texts below each other on a texture, each rotated and slanted in its own way."""
     width, height = (round(TILE_SIZE * rng.uniform(1.5, 2 + 1.5 * difficulty)) for _ in range(2))
     image, base = _texture((width, height), rng)
     count = rng.randint(1, 1 + round(3 * difficulty))
@@ -51,7 +51,7 @@ def _text(rng: random.Random, split: str) -> str:
 def _sprite(
     text: str, base: Colour, is_sign: bool, rng: random.Random, split: str, size: int
 ) -> tuple[Image.Image, Image.Image, list[CharacterBox]]:
-    """A text, on a sign of its own or with nothing around it: pixels, which of them show, characters."""
+    """Draw a text, on a sign of its own or bare; return its pixels, a mask of those that show, and its characters."""
     font = load_font(any_font(rng, split), size)
     if is_sign:
         background, ink = colours(rng)
@@ -66,7 +66,7 @@ def _sprite(
 
 
 def _contrasting(base: Colour, rng: random.Random) -> Colour:
-    """An ink far from the texture's middle colour."""
+    """Choose an ink far from the texture's middle colour."""
     while True:
         ink = tuple(rng.randint(0, 255) for _ in range(3))
         if abs(_luminance(ink) - _luminance(base)) > 100:
@@ -88,7 +88,7 @@ def _paste(image, sprite, mask, characters, place, rng: random.Random, difficult
 
 
 def _slanted_corners(size, place, rng: random.Random, difficulty: float) -> list[tuple[float, float]]:
-    """Corners of a sprite after turning and slanting it, scaled to fit and moved into `place`."""
+    """Return the corners of a sprite after turning and slanting it, scaled to fit and moved into `place`."""
     width, height = size
     angle = np.radians(rng.uniform(-18, 18) * difficulty * rng.random())
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=float)
@@ -108,7 +108,7 @@ def _slanted_corners(size, place, rng: random.Random, difficulty: float) -> list
 
 
 def _texture(size: tuple[int, int], rng: random.Random) -> tuple[Image.Image, Colour]:
-    """A wall to write on and its middle colour."""
+    """Draw a wall to write on; return it and its middle colour."""
     width, height = size
     base = np.array([rng.randint(30, 225) for _ in range(3)], dtype=float)
     generator = np.random.default_rng(rng.getrandbits(32))
@@ -132,7 +132,7 @@ def _texture(size: tuple[int, int], rng: random.Random) -> tuple[Image.Image, Co
 
 
 def _clouds(generator: np.random.Generator, size: tuple[int, int], scale: int) -> np.ndarray:
-    """Noise whose spots are about `scale` pixels wide, from -1 to 1."""
+    """Return noise whose spots are about `scale` pixels wide, from -1 to 1."""
     width, height = size
     coarse = generator.uniform(0, 255, (height // scale + 2, width // scale + 2)).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)) / 127.5 - 1

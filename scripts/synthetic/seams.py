@@ -1,6 +1,6 @@
 """Words where multi-scale cropping cuts: on seams of the detailed grid, and inside a tile of the adaptive one.
 
-A model that reads them uses what the adaptive tiles show whole; whoever sees only the detailed tiles gets every word in parts.
+A model that reads them uses the words that the adaptive tiles show whole; the detailed tiles alone cut every word in parts.
 """
 
 import random
@@ -19,19 +19,19 @@ MOST_TRIES = 600
 
 @dataclass(frozen=True)
 class Seams:
-    """Where a grid cuts a picture: x of the upright cuts, y of the level ones."""
+    """Where a grid cuts an image: x of the upright cuts, y of the level ones."""
 
     upright: tuple[float, ...]
     level: tuple[float, ...]
 
     @classmethod
     def of(cls, size: tuple[int, int], grid: tuple[int, int]) -> "Seams":
-        """The seams of a grid (columns, rows) in pixels of a picture (width, height)."""
+        """Return the seams of a grid (columns, rows) in pixels of an image (width, height)."""
         ends = [tuple(length * i / parts for i in range(1, parts)) for length, parts in zip(size, grid)]
         return cls(*ends)
 
     def cut(self, box: Box) -> bool:
-        """Whether a seam goes through a box."""
+        """Tell whether a seam goes through a box."""
         left, top, right, bottom = box
         return any(left < x < right for x in self.upright) or any(top < y < bottom for y in self.level)
 
@@ -48,7 +48,7 @@ class _Placed:
 def seam(
     rng: random.Random, split: str, difficulty: float, ranges: tuple[int, int, int, int] = DEFAULT_RANGES
 ) -> Document:
-    """Up to eight words below each other, each cut by a seam of the detailed grid.
+    """Draw up to eight words below each other, each cut by a seam of the detailed grid.
 
     Args:
         ranges: Tile ranges of the grids, as `tiling.msac_grids` takes them.
@@ -73,7 +73,7 @@ def seam(
 def _sizes(
     rng: random.Random, difficulty: float, ranges: tuple[int, int, int, int]
 ) -> tuple[tuple[int, int], Seams, Seams]:
-    """A size of a picture whose detailed grid has seams, and the seams of both grids."""
+    """Choose the size of an image whose detailed grid has seams; return it with the seams of both grids."""
     for _ in range(100):
         size = tuple(round(TILE_SIZE * rng.uniform(1.8, 2.4 + 1.8 * difficulty)) for _ in range(2))
         detailed, adaptive = msac_grids(*size, *ranges, tile_size=TILE_SIZE)
@@ -83,7 +83,7 @@ def _sizes(
 
 
 def _candidate(size: tuple[int, int], detailed: Seams, style: Style, rng: random.Random, split: str) -> _Placed:
-    """A word somewhere on a seam, which goes through the middle part of its ink."""
+    """Place a word somewhere on a seam, which goes through the middle part of its ink."""
     text = distinct_words(rng, split, 1, 9)[0]
     text = rng.choice((text, text.capitalize(), text.upper()))
     if rng.random() < 0.3:
@@ -103,7 +103,7 @@ def _candidate(size: tuple[int, int], detailed: Seams, style: Style, rng: random
 
 
 def _fits(item: _Placed, size: tuple[int, int], detailed: Seams, placed: list[_Placed]) -> bool:
-    """Whether a word is whole in the picture, cut by a seam, and on a line of its own."""
+    """Tell whether a word is whole in the image, cut by a seam, and on a line of its own."""
     left, top, right, bottom = item.box
     is_whole = left >= 2 and top >= 0 and right <= size[0] - 2 and bottom <= size[1]
     is_alone = all(bottom <= other.box[1] or top >= other.box[3] for other in placed)

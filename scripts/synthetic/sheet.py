@@ -1,4 +1,4 @@
-"""Pictures with captions on one sheet, for a person to look at."""
+"""Images with captions on one sheet, for a person to look at."""
 
 from PIL import Image, ImageDraw
 
@@ -7,7 +7,7 @@ LINE_HEIGHT, LETTER_WIDTH = 12, 6  # pixels of the captions
 
 
 def sheet(captioned: list[tuple[Image.Image, list[str]]], columns: int) -> Image.Image:
-    """Pictures at their own size, each with the lines of its caption below, broken where they are too long."""
+    """Put images on a sheet at their own size, each above its caption's lines, broken where they are too long."""
     width = max(320, *(picture.width for picture, _ in captioned)) + 10
     cells = [_cell(picture, texts, width) for picture, texts in captioned]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]

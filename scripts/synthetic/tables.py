@@ -14,7 +14,7 @@ LOOKS = ("grid", "rules", "stripes", "plain")
 
 
 def table(rng: random.Random, split: str, difficulty: float) -> Document:
-    """Two to five columns, two to nine rows below the header."""
+    """Draw a table of two to five columns and two to nine rows below the header."""
     style = document_style(rng, split, difficulty)
     most_width = TILE_SIZE * (2.2 + difficulty)
     rows = _cells(rng, split, 2 + round(rng.uniform(0, 3 * difficulty)), 2 + round(rng.uniform(0, 2 + 5 * difficulty)))
@@ -40,7 +40,7 @@ def table(rng: random.Random, split: str, difficulty: float) -> Document:
 
 
 def _cells(rng: random.Random, split: str, columns: int, rows: int) -> list[list[str]]:
-    """Header and rows; the first column names the rows."""
+    """Choose header and rows; the first column names the rows."""
     names = distinct_words(rng, split, columns + rows, 8)
     form = rng.choice((str.capitalize, str.capitalize, str.upper))
     header, labels = [form(name) for name in names[:columns]], [name.capitalize() for name in names[columns:]]
@@ -55,7 +55,7 @@ def _value(rng: random.Random, split: str, kind: str) -> str:
 
 
 def _widths(rows: list[list[str]], style: Style, padding: int) -> list[int]:
-    """Of each column, with `padding` on both sides."""
+    """Return the width of each column, with `padding` on both sides."""
     font = style.font()
     return [round(max(map(font.getlength, column))) + 2 * padding for column in zip(*rows)]
 

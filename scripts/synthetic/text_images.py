@@ -1,7 +1,7 @@
-"""Pictures of words with known text: the endless, deterministic training and test material of MiniMonkey-Nano.
+"""Images of words with known text: endless, deterministic training and test material for MiniMonkey-Nano.
 
-Sample `i` is a pure function of (seed, i): nothing is stored, and any worker can make any sample. Words and fonts are those
-of materials.py.
+Sample `i` is a pure function of (seed, i): nothing is stored, and any worker can make any sample. Words and fonts come from
+materials.py.
 
     python scripts/synthetic/text_images.py sheet.png --split held_out
 """
@@ -32,7 +32,7 @@ CHARACTERS = string.ascii_letters + string.digits + ".,:;-!?'\"()/&%$#@+*="
 
 @dataclass(frozen=True)
 class CharacterBox:
-    """Where one character stands, in pixels of the picture: left, top, right, bottom."""
+    """Where one character stands, in pixels of the image: left, top, right, bottom."""
 
     character: str
     box: tuple[float, float, float, float]
@@ -40,7 +40,7 @@ class CharacterBox:
 
 @dataclass(frozen=True)
 class TextImage:
-    """A picture, the text it shows (lines joined by newlines) and the place of every character."""
+    """An image, the text it shows (lines joined by newlines) and the place of every character."""
 
     image: Image.Image
     text: str
@@ -48,12 +48,12 @@ class TextImage:
 
 
 def any_font(rng: random.Random, split: str) -> Path:
-    """A font file; every family is equally likely, however many weights it has."""
+    """Choose a font file; every family is equally likely, however many weights it has."""
     return rng.choice(rng.choice(font_families(split)))
 
 
 def random_word(rng: random.Random, split: str, max_length: int, dictionary_only: bool = False) -> str:
-    """A dictionary word of at most `max_length` letters; now and then a number or a random string instead."""
+    """Return a dictionary word of at most `max_length` letters; now and then a number or a random string instead."""
     kind = 1.0 if dictionary_only else rng.random()
     if kind < 0.08:
         return "".join(rng.choice(string.digits) for _ in range(rng.randint(1, max_length)))
@@ -74,7 +74,7 @@ def random_word(rng: random.Random, split: str, max_length: int, dictionary_only
 
 
 def colours(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Background and ink with enough contrast to be readable."""
+    """Choose background and ink with enough contrast to be readable."""
     while True:
         background = tuple(rng.randint(0, 255) for _ in range(3))
         ink = tuple(rng.randint(0, 255) for _ in range(3))
@@ -103,7 +103,7 @@ def draw_lines(lines, font, background, ink, margins, spacing) -> tuple[Image.Im
 
 
 def character_boxes(line: str, font: ImageFont.FreeTypeFont, left: float, top: float) -> list[CharacterBox]:
-    """Where the characters of a line stand that is drawn at (left, top); spaces are left out."""
+    """Return where the characters of a line drawn at (left, top) stand; spaces are left out."""
     ascent, descent = font.getmetrics()
     upper, lower = top + 0.1 * ascent, top + ascent + 0.3 * descent
     edges = [left + font.getlength(line[:i]) for i in range(len(line) + 1)]
@@ -116,12 +116,12 @@ def character_boxes(line: str, font: ImageFont.FreeTypeFont, left: float, top: f
 
 @lru_cache
 def no_ligatures() -> list[str] | None:
-    """Features for drawing every character by itself; without Raqm Pillow knows none, and joins nothing."""
+    """Return the font features that draw every character by itself; without Raqm, Pillow has none, and joins nothing."""
     return ["-liga"] if features.check("raqm") else None
 
 
 def degrade(image: Image.Image, rng: random.Random, strength: float, most_blur: float = 1.2) -> Image.Image:
-    """Blur (radius up to `most_blur` px), noise and JPEG artefacts, each as likely as `strength` (0 to 1) is large."""
+    """Add blur (radius up to `most_blur` px), noise and JPEG artefacts, each as likely as `strength` (0 to 1) is large."""
     if rng.random() < 0.35 * strength:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, most_blur)))
     if rng.random() < 0.35 * strength:
@@ -143,7 +143,7 @@ def render(
         lines: Text, one string a line.
         font_path: A TrueType or OpenType file.
         rng: Decides size, colours, margins and damage.
-        strength: 0 gives clean pictures, 1 the full range of blur, noise, tilt and JPEG artefacts.
+        strength: 0 gives clean images, 1 the full range of blur, noise, tilt and JPEG artefacts.
         margin: Largest empty border, in line heights.
     """
     size = rng.randint(18, 44)
@@ -170,7 +170,7 @@ def _rotate(image, characters, degrees, background):
 
 
 def training_sample(index: int, seed: int, progress: float) -> TextImage:
-    """Sample `index` of a curriculum: `progress` from 0 (short clean words) to 1 (long words, damage, several lines)."""
+    """Make sample `index` of a curriculum; `progress`: 0 (short clean words) to 1 (long words, damage, several lines)."""
     rng = random.Random(f"{seed}/training/{index}")
     max_length = 4 + round(10 * min(1.0, progress * 2.5)) if rng.random() < 0.8 else 14
     count = 1
@@ -188,7 +188,7 @@ def training_sample(index: int, seed: int, progress: float) -> TextImage:
 
 
 def training_page(index: int, seed: int, strength: float, plain_share: float = 0.0) -> TextImage:
-    """Sample `index` of small text in several lines, where one picture shows dozens of letters at about patch size.
+    """Make sample `index` of small text in several lines, where one image shows dozens of letters at about patch size.
 
     Args:
         strength: Amount of blur, noise and JPEG artefacts, 0 to 1.
@@ -211,7 +211,7 @@ def training_page(index: int, seed: int, strength: float, plain_share: float = 0
 
 
 def held_out_word(index: int, seed: int = 0, strength: float = 1.0) -> TextImage:
-    """Sample `index` of the test: one unseen dictionary word in an unseen font."""
+    """Make sample `index` of the test: one unseen dictionary word in an unseen font."""
     rng = random.Random(f"{seed}/held_out/{index}")
     word = random_word(rng, "held_out", max_length=14, dictionary_only=True)
     return render([word], any_font(rng, "held_out"), rng, strength)

@@ -1,4 +1,4 @@
-"""Words, names, dates and amounts for documents, and how questions about them are worded.
+"""Words, names, dates and amounts for documents, and wordings of questions about them.
 
 Words come from the split of materials.py. The fixed words of forms, receipts and months (`LABELS`) and the wordings of
 questions belong to both splits.
@@ -52,12 +52,12 @@ VALUE_OF = ("What is the {key}?", "Read the {key}.", "What {key} is given?")
 
 
 def ask(rng: random.Random, wordings: tuple[str, ...], answer: str, **fields) -> Question:
-    """A question in one of its wordings."""
+    """Ask a question in one of its wordings."""
     return Question(rng.choice(wordings).format(**fields), answer)
 
 
 def ask_line(rng: random.Random, lines: list[str]) -> Question:
-    """What one line says, counted from the top or the last."""
+    """Ask what one line says, counted from the top, or the last one."""
     number = rng.randrange(len(lines))
     if number >= len(ORDINALS) or (number == len(lines) - 1 and rng.random() < 0.5):
         return ask(rng, LAST_LINE, lines[-1])
@@ -65,7 +65,7 @@ def ask_line(rng: random.Random, lines: list[str]) -> Question:
 
 
 def some(rng: random.Random, questions: list[Question], most: int) -> list[Question]:
-    """At most `most` of them, in their order."""
+    """Choose at most `most` of the questions, in their order."""
     chosen = sorted(rng.sample(range(len(questions)), min(most, len(questions))))
     return [questions[i] for i in chosen]
 
@@ -78,7 +78,7 @@ def lower_word(rng: random.Random, split: str, longest: int) -> str:
 
 
 def distinct_words(rng: random.Random, split: str, count: int, longest: int) -> list[str]:
-    """Lower-case words none of which is part of another."""
+    """Choose lower-case words none of which is part of another."""
     chosen: list[str] = []
     while len(chosen) < count:
         word = lower_word(rng, split, longest)
@@ -88,7 +88,7 @@ def distinct_words(rng: random.Random, split: str, count: int, longest: int) -> 
 
 
 def sentence_line(rng: random.Random, split: str, count: int) -> str:
-    """Words as in running text, with punctuation."""
+    """Write words as in running text, with punctuation."""
     words = [lower_word(rng, split, 10) for _ in range(count)]
     words[0] = words[0].capitalize()
     for i in range(count - 1):
@@ -197,12 +197,12 @@ LABELS = frozenset(
 
 
 def text_size(rng: random.Random, difficulty: float) -> int:
-    """Pixels an em: 18 to 24 for the easiest documents, 12 to 18 for the hardest."""
+    """Choose a text size in pixels an em: 18 to 24 for the easiest documents, 12 to 18 for the hardest."""
     return rng.randint(round(18 - 6 * difficulty), round(24 - 6 * difficulty))
 
 
 def document_style(rng: random.Random, split: str, difficulty: float, is_printed: bool = False) -> Style:
-    """Mostly dark ink on light paper; `is_printed` makes fonts of one width likelier."""
+    """Choose a style, mostly dark ink on light paper; `is_printed` makes monospaced fonts likelier."""
     path = rng.choice(monospaced_fonts(split)) if is_printed and rng.random() < 0.5 else any_font(rng, split)
     if rng.random() < 0.2 * difficulty:
         background, ink = colours(rng)

@@ -1,4 +1,4 @@
-"""Samples of different lengths to one batch."""
+"""Collate samples of different lengths into one batch."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -11,8 +11,8 @@ class Collator:
 
     Args:
         pad_token_id: What fills the ids; its labels are ignored.
-        image_token_id, tokens_per_tile, tile_size: Of the model, for `always_with_tile`.
-        always_with_tile: Give a batch without pictures one black tile behind the end of a row, where nothing sees it.
+        image_token_id, tokens_per_tile, tile_size: The model's, for `always_with_tile`.
+        always_with_tile: Give a batch without images one black tile after the end of a row, where nothing sees it.
             All processes of a distributed run then run the same modules, which sharding needs.
     """
 
@@ -24,7 +24,7 @@ class Collator:
         self.always_with_tile = always_with_tile
 
     def __call__(self, samples: list[dict]) -> dict:
-        """input_ids, labels (B, N), pixel_values (T, 3, S, S) as uint8, and how many were redrawn.
+        """Return input_ids, labels (B, N), pixel_values (T, 3, S, S) as uint8, and how many were redrawn.
 
         No attention_mask: a causal language model sees no padding behind its tokens, and attention needs no mask in memory.
         """
@@ -46,7 +46,7 @@ class Collator:
 
 
 def _cell_labels(sample: dict, like: torch.Tensor) -> torch.Tensor:
-    """Those of the sample; masked ones for pictures whose characters are not known."""
+    """Return the sample's cell labels; masked ones for images whose characters are not known."""
     if "cell_labels" in sample:
         return sample["cell_labels"]
     return like.new_full((len(sample["pixel_values"]), *like.shape[1:]), IGNORED)

@@ -1,4 +1,4 @@
-"""Training data: InternVL's meta JSON and JSONL files, and documents that are rendered on the way.
+"""Training data: InternVL's meta JSON and JSONL files, and documents rendered on the fly.
 
 A meta JSON names datasets, each of them lines of a file or a kind of rendered document:
 
@@ -8,10 +8,10 @@ A meta JSON names datasets, each of them lines of a file or a kind of rendered d
 `repeat_time` below 1 takes the first part of a dataset, a whole number repeats it. `tile_ranges`, a list of [min_tiles,
 max_tiles, adaptive_min_tiles, adaptive_max_tiles], or one of these names by itself, replaces the recipe's; `use_thumbnail:
 false` leaves the whole image out. A rendered document is asked one of its questions, or up to `turns` of them in one
-conversation, the whole text last. Relative paths count from the folder of the meta JSON.
+conversation, the whole text last. Relative paths start from the folder of the meta JSON.
 
 A line is {"image": path or [paths], "conversations": [{"from": "human", "value": "<image>\\nRead."}, {"from": "gpt", ...}]}.
-All lines are checked, and measured from the heads of their pictures, before training begins.
+All lines are checked, and measured from their image headers, before training begins.
 """
 
 import json
@@ -42,12 +42,12 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation and its pictures."""
+    """A conversation and its images."""
 
     conversation: Conversation
     pictures: list
     characters: Sequence = ()
-    """Of a rendered document: what stands where, see letters.py."""
+    """The characters of a rendered document and their places, see letters.py."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Source:
     repeats: int
 
     def example(self, index: int, round_: int, attempt: int = 0) -> Example:
-        """An example of the dataset. `round_` counts repetitions and epochs."""
+        """Return an example of the dataset. `round_` counts repetitions and epochs."""
         raise NotImplementedError
 
     def tile_range(self, index: int, round_: int, seed: int) -> TileRanges:
-        """The tile ranges of this sample: always the same for the same arguments."""
+        """Return the tile ranges of this sample: always the same for the same arguments."""
         if len(self.ranges) == 1:
             return self.ranges[0]
         return random.Random(f"{seed}/tiles/{self.name}/{index}/{round_}").choice(self.ranges)
@@ -85,20 +85,20 @@ class FileSource(Source):
 
 @dataclass(frozen=True)
 class SyntheticSource(Source):
-    """Documents drawn when they are needed; every round brings new ones."""
+    """Documents drawn on demand; every round brings new ones."""
 
     kind: str
     seed: int
     split: str
     difficulty: tuple[float, float]
-    """At the first and at the last document of a round."""
+    """Difficulty of the first and of the last document of a round."""
     turns: int
     """Most questions about one document."""
 
     MOST_ATTEMPTS = 8
 
     def example(self, index: int, round_: int, attempt: int = 0) -> Example:
-        """A conversation about one document; another document for every attempt."""
+        """Make a conversation about one document; every attempt takes another document."""
         number = index + self.size * (round_ * self.MOST_ATTEMPTS + attempt)
         low, high = self.difficulty
         difficulty = low + (high - low) * index / max(1, self.size - 1)
@@ -108,7 +108,7 @@ class SyntheticSource(Source):
             drawn = documents.document(self.kind, number, self.seed, self.split, difficulty)
         rng = random.Random(f"{self.seed}/question/{number}")
         count = min(rng.randint(1, self.turns), len(drawn.questions))
-        # The whole text comes last: what is asked after it would be copied from there, not from the picture.
+        # The whole text comes last: later answers would be copied from it instead of being read from the image.
         questions = sorted(rng.sample(drawn.questions, count), key=lambda question: question.text in READ_ALL)
         turns = [(question.text, question.answer) for question in questions]
         turns[0] = (f"{IMAGE_PLACEHOLDER}\n{turns[0][0]}", turns[0][1])
@@ -119,7 +119,7 @@ class SyntheticSource(Source):
 
 
 def read_sources(data: str | dict, folder: Path, ranges: list[list[int]], encoder: Encoder) -> list[Source]:
-    """The datasets of a meta JSON, every line of their files checked and measured.
+    """Read the datasets of a meta JSON, with every line of their files checked and measured.
 
     Args:
         data: Path of a meta JSON from `folder`, or its content.
@@ -171,7 +171,7 @@ def _tile_ranges(name: str, entry: dict, ranges: list[list[int]]) -> tuple[TileR
 
 
 def _repeats(name: str, repeat_time) -> tuple[float, int]:
-    """Which part of a dataset is taken, and how often."""
+    """Return which part of a dataset is taken, and how often."""
     is_number = isinstance(repeat_time, (int, float)) and not isinstance(repeat_time, bool)
     if not is_number or repeat_time <= 0 or (repeat_time > 1 and repeat_time != int(repeat_time)):
         raise ValueError(f"Dataset {name}: repeat_time is a part below 1 or a whole number, got {repeat_time!r}.")
@@ -228,7 +228,7 @@ def _synthetic_source(
 
 
 def _read_lines(name: str, entry: dict, folder: Path, encoder: Encoder) -> Dataset:
-    """The lines of an annotation file as rows: images, system, questions, answers, text_tokens, sizes (height, width)."""
+    """Read an annotation file as rows: images, system, questions, answers, text_tokens, sizes (height, width)."""
     if "annotation" not in entry:
         raise ValueError(f"Dataset {name} needs an annotation (a JSONL file) or synthetic (a kind of document).")
     if entry.get("data_augment"):
@@ -243,7 +243,7 @@ def _read_lines(name: str, entry: dict, folder: Path, encoder: Encoder) -> Datas
         reader,
         with_indices=True,
         remove_columns=["text"],
-        # The processor's classes have no stable hash; what decides the rows has.
+        # The processor's classes have no stable hash; the settings that decide the rows do.
         new_fingerprint=Hasher.hash([lines._fingerprint, reader.key(), code]),
         desc=f"Checking {name}",
     )
@@ -259,7 +259,7 @@ class LineReader:
         self.annotation, self.root, self.encoder = annotation, root, encoder
 
     def key(self) -> list:
-        """Everything but the lines that decides the rows."""
+        """Return everything, apart from the lines, that decides the rows."""
         encoder = self.encoder
         spelled = [
             str(self.root),
@@ -283,7 +283,7 @@ class LineReader:
 
 
 def parse_line(text: str, where: str) -> dict:
-    """Pictures, system message, questions and answers of a line.
+    """Return images, system message, questions and answers of a line.
 
     Raises:
         ValueError: Anything that is not the InternVL format, with `where` it is.
@@ -319,7 +319,7 @@ def _turns(messages, where: str) -> tuple[str | None, list[tuple[str, str]]]:
 
 
 def picture_size(path: Path, where: str) -> tuple[int, int]:
-    """(height, width) of a picture, upright, from the head of its file."""
+    """Return (height, width) of an image, upright, from the header of its file."""
     if not path.is_file():
         raise ValueError(f"{where}: there is no picture {path}.")
     try:

@@ -1,7 +1,7 @@
 """A conversation as token ids and labels, with the prompts that `model.chat` builds.
 
 The ids of a training example up to an answer are those of the prompt that `chat` would ask this turn with: the same template,
-the same protection of text that spells a control token, the answers of earlier turns without spaces around. Labels are the
+the same protection of text that spells a control token, the answers of earlier turns stripped of spaces. Labels are the
 answers and the separator that ends each; everything else is masked.
 """
 
@@ -14,13 +14,13 @@ from minimonkey.tiling import RANGE_NAMES, share_tile_budget
 
 
 IGNORED = -100  # of torch's cross entropy
-# Tiles stay bytes until the model normalises them on its device: a quarter of the memory to hand over.
+# Tiles stay bytes until the model normalises them on its device: a quarter of the memory to transfer.
 AS_BYTES = {"do_rescale": False, "do_normalize": False}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of (question, answer); in questions `<image>` stands where a picture belongs."""
+    """Turns of (question, answer); in questions `<image>` stands where an image belongs."""
 
     turns: tuple[tuple[str, str], ...]
     system: str | None = None
@@ -28,7 +28,7 @@ class Conversation:
 
 
 class Encoder:
-    """Conversations and pictures to samples for one model.
+    """Encodes conversations and images as samples for one model.
 
     Args:
         processor: The model's `MiniMonkeyProcessor`.
@@ -46,10 +46,10 @@ class Encoder:
         self.grounding_tokens = grounding_tokens
 
     def ids_and_labels(self, conversation: Conversation, tiles: list[int]) -> tuple[list[int], list[int]]:
-        """Token ids (N) and labels (N) of a conversation whose pictures have this many tiles each.
+        """Return token ids (N) and labels (N) of a conversation whose images have this many tiles each.
 
         Raises:
-            ValueError: Placeholders and pictures of different number, or an answer whose first letters the tokenizer joins to
+            ValueError: The numbers of placeholders and images differ, or an answer whose first letters the tokenizer joins to
                 the prompt, so that the prompt of training would not be that of `chat`.
         """
         system = self.system_message if conversation.system is None else conversation.system
@@ -61,13 +61,13 @@ class Encoder:
         return whole.token_ids, labels
 
     def text_length(self, conversation: Conversation, pictures: int) -> int:
-        """Tokens of a conversation without those of its tiles."""
+        """Count the tokens of a conversation without those of its tiles."""
         return len(self.ids_and_labels(conversation, [0] * pictures)[0])
 
     def image_length(
         self, sizes: list[tuple[int, int]], ranges: tuple[int, int, int, int], use_thumbnail: bool | None = None
     ) -> int:
-        """Tokens that the tiles of pictures of these (height, width) take; `use_thumbnail` is the processor's if None."""
+        """Count the tokens for the tiles of images of these (height, width); `use_thumbnail` is the processor's if None."""
         options = self._tile_options(ranges, len(sizes), use_thumbnail)
         tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in sizes]
         return sum(tiles) * self.tokens_per_tile
@@ -79,7 +79,7 @@ class Encoder:
         ranges: tuple[int, int, int, int],
         use_thumbnail: bool | None = None,
     ) -> dict:
-        """One sample: input_ids, labels (N) and, with pictures, pixel_values (T, 3, S, S) as uint8, tile_grids (images, 4)."""
+        """Return a sample: input_ids, labels (N) and, with images, uint8 pixel_values (T, 3, S, S), tile_grids (images, 4)."""
         sample, tiles = {}, []
         if pictures:
             options = {**self._tile_options(ranges, len(pictures), use_thumbnail), **AS_BYTES}
@@ -96,8 +96,11 @@ class Encoder:
 
 
 def tile_options(ranges: tuple[int, int, int, int], pictures: int, use_thumbnail: bool = True) -> dict[str, int]:
-    """Tile ranges as options of the image processor. Several pictures of an example share the tiles of one, each of them
-    with at least one; `chat` does the same with that `tile_budget`."""
+    """Return tile ranges as options of the image processor.
+
+    Several images of an example share the tiles of one, each of them with at least one; `chat` does the same with that
+    `tile_budget`.
+    """
     if pictures > 1:
         _, most, _, adaptive_most = ranges
         budget = max(pictures, most + adaptive_most + use_thumbnail)

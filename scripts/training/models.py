@@ -1,4 +1,4 @@
-"""The model of a run: loaded, what is trained of it, and saved so that AutoModel loads it again."""
+"""The model of a run: how it is loaded, what is trained, and how it is saved for AutoModel to load."""
 
 import copy
 import shutil
@@ -19,12 +19,12 @@ from minimonkey.scripts.training.recipe import UNTRAINED_NANO, Recipe
 
 
 ADAPTED = r".*language_model\.layers\..*_proj"
-"""Every projection of attention and MLP, in Llama, Qwen, Phi and those built like them."""
+"""Every projection of attention and MLP, in Llama, Qwen, Phi and models built like them."""
 OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
 
 
 def model_folder(recipe: Recipe) -> str:
-    """The folder or Hub id to load; an untrained Nano is written first. In a distributed run, one process goes ahead."""
+    """Return the folder or Hub id to load, writing an untrained Nano first. In a distributed run, one process goes ahead."""
     if recipe.model != UNTRAINED_NANO:
         return recipe.model
     if is_deepspeed_zero3_enabled():
@@ -38,10 +38,10 @@ def model_folder(recipe: Recipe) -> str:
 
 
 def load_model(folder: str, recipe: Recipe) -> nn.Module:
-    """The model with the recipe's weights type and depth; what is not trained is frozen, LoRA's adapters are in.
+    """Load the model with the recipe's weights type and depth, freeze what is not trained, and put in LoRA's adapters.
 
     Raises:
-        ValueError: More depth than the model has, or fewer language layers.
+        ValueError: The model has fewer layers than the depth asked for, or more language layers than asked for.
     """
     model_class = MiniMonkeyForConditionalGeneration
     if recipe.names_letters:
@@ -55,13 +55,13 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
     if recipe.language_layers is not None:
         deepen(model, recipe.language_layers)
-    model.config.text_config.use_cache = False  # of no use in training
+    model.config.text_config.use_cache = False  # useless in training
     freeze(model, recipe.train if recipe.lora_r is None else [])
     return model if recipe.lora_r is None else _with_adapters(model, recipe)
 
 
 def _config_of_depth(folder: str, depth: int):
-    """The configuration with the first `depth` layers of vision tower and language model."""
+    """Return the configuration with the first `depth` layers of vision tower and language model."""
     config = MiniMonkeyConfig.from_pretrained(folder)
     fields = {**config.to_dict(), "scm_layer": None}
     for name in ("vision_config", "text_config"):
@@ -74,7 +74,7 @@ def _config_of_depth(folder: str, depth: int):
 
 
 def _check_language_layers(folder: str, layers: int) -> None:
-    """Raise `ValueError` if the model has more layers already."""
+    """Raise `ValueError` if the model already has more layers."""
     text_config = MiniMonkeyConfig.from_pretrained(folder).text_config
     if layers < text_config.num_hidden_layers:
         raise ValueError(
@@ -86,7 +86,7 @@ def _check_language_layers(folder: str, layers: int) -> None:
 def deepen(model: nn.Module, layers: int) -> None:
     """Add layers to the language model, evenly spread, until it has `layers`.
 
-    A new layer is a copy of the one below whose output projections are zero, so that the model first answers as before.
+    A new layer is a copy of the one below with output projections set to zero, so that at first the model answers as before.
     Source: LLaMA Pro (arXiv 2401.02415), section 3.2.
 
     Raises:
@@ -123,7 +123,7 @@ def _silence(layer: nn.Module) -> None:
 
 
 def freeze(model: nn.Module, train: list[str]) -> None:
-    """Leave only these parts to train."""
+    """Freeze all but these parts."""
     modules = {
         "vision": [model.model.vision_tower],
         "projector": [model.model.multi_modal_projector],
@@ -141,9 +141,9 @@ def _with_adapters(model: nn.Module, recipe: Recipe) -> PeftModel:
 
 
 def save(trainer, base: str) -> Path:
-    """Write OUT/model (with LoRA OUT/adapter, and OUT/model if it is to be merged); the folder that was written last.
+    """Write OUT/model (with LoRA OUT/adapter, and OUT/model if it is to be merged); return the folder written last.
 
-    The weights are read again on the way, in the type to save, whichever way the run had them split.
+    The weights are read back in the type to save, however the run had them split.
     """
     recipe, output = trainer.args, Path(trainer.args.output_dir)
     trained = output / ("model.trained" if recipe.lora_r is None else "adapter")
@@ -167,7 +167,7 @@ def save(trainer, base: str) -> Path:
 
 
 def _whole_model(trained: Path, recipe: Recipe, base: str) -> nn.Module:
-    """The trained model; LoRA's adapters are added to the weights in float32, where little is lost."""
+    """Return the trained model; LoRA's adapters are added to the weights in float32, where little is lost."""
     model_class = MiniMonkeyForConditionalGeneration
     if recipe.lora_r is None:
         return model_class.from_pretrained(trained, dtype=getattr(torch, recipe.save_dtype))

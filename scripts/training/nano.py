@@ -21,7 +21,7 @@ ONE_TILE = (1, 1, 1, 1)
 
 
 def write_untrained(out: Path) -> None:
-    """Configuration, tokenizer, processor and chat template of Nano, and weights to start from."""
+    """Write configuration, tokenizer, processor and chat template of Nano, and weights to start from."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_byte_tokenizer(DEFAULT_SYSTEM_MESSAGE)
     template = chat_template_jinja(get_template("internlm2-chat"))
@@ -73,7 +73,7 @@ def write_untrained(out: Path) -> None:
 
 @torch.no_grad()
 def initialize(model: nn.Module) -> None:
-    """Weights from which a small vision tower learns letters quickly.
+    """Initialise weights from which a small vision tower learns letters quickly.
 
     Each attention head of the vision tower begins by looking at one neighbour of its patch (left, right, above, below):
     sines and cosines as position embeddings, a rotation of them as query projection.
@@ -103,6 +103,6 @@ def initialize(model: nn.Module) -> None:
 
 
 def _rotation(angles: torch.Tensor) -> torch.Tensor:
-    """Turns (sin a, cos a) into (sin(a + angle), cos(a + angle))."""
+    """Return the matrix that turns (sin a, cos a) into (sin(a + angle), cos(a + angle))."""
     cos, sin = torch.diag(angles.cos()), torch.diag(angles.sin())
     return torch.cat([torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)])

@@ -6,16 +6,16 @@ from torch import nn
 from minimonkey.scripts.precision import fast_dtype
 
 
-# Of the names of matrices inside vision tower, projector and language model; embeddings and the output layer are not.
+# Occur in the names of matrices inside vision tower, projector and language model; not in embeddings and output layer.
 LAYERS = ("encoder", "projector", "layers")
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, which orthogonalises in bfloat16 alone, in float32 where that is faster. Steps are scaled to AdamW's."""
+    """torch's Muon, which orthogonalises in bfloat16 only, in float32 where that is faster. Steps are scaled to AdamW's."""
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One step, from the gradients as they are."""
+        """Take one step, from the gradients as they are."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -32,7 +32,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
-    """A matrix (m, n) with all singular values drawn near 1, by Newton-Schulz iteration.
+    """Return a matrix (m, n) with all singular values drawn near 1, by Newton-Schulz iteration.
 
     Source: https://kellerjordan.github.io/posts/muon, as torch.optim.Muon has it.
     """
@@ -53,9 +53,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Args:
         matrices: Parameters of two dimensions for Muon.
         rest: All others, for AdamW.
-        matrix_learning_rate, learning_rate: Of the two; Muon's steps are scaled to the size of AdamW's.
-        weight_decay: Of the matrices.
-        betas: Of AdamW.
+        matrix_learning_rate, learning_rate: Rates of Muon and AdamW; Muon's steps are scaled to the size of AdamW's.
+        weight_decay: Weight decay of the matrices.
+        betas: AdamW's betas.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Both parts work on the groups and the state of the whole."""
+        """Make both parts work on the groups and the state of the whole."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
@@ -86,7 +86,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step of both."""
+        """Take one step with both."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,10 +97,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters that are trained: matrices inside layers, and all others.
+    """Split the parameters that are trained into matrices inside layers, and all others.
 
     Raises:
-        ValueError: One of the two is empty, so that this is no case for two optimizers.
+        ValueError: One of the two is empty, so two optimizers make no sense.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     is_matrix = [parameter.ndim == 2 and any(part in name for part in LAYERS) for name, parameter in trained]

@@ -2,8 +2,8 @@
 
     recipe = read_recipe(Path("scripts/training/recipes/nano-smoke.yaml"), ["batch_size=4", "lora_r=8"])
 
-transformers' HfArgumentParser reads it. An option that is unknown, of another type, or does not fit another, raises before
-anything is loaded. Paths count from the folder that the command runs in.
+transformers' HfArgumentParser reads it. An option that is unknown, of the wrong type, or incompatible with another, raises
+before anything is loaded. Paths are relative to the folder that the command runs in.
 """
 
 import difflib
@@ -40,7 +40,7 @@ class Recipe(TrainingArguments):
     eval_data: dict[str, Any] | str | None = None
     """As `data`; its loss is measured at the end and every `eval_steps`."""
 
-    # Options of Trainer that have no default here, or another one
+    # Options of Trainer that have no default here, or a different one
     output_dir: str = field()
     learning_rate: float = field()
     num_train_epochs: float = 1.0
@@ -50,9 +50,9 @@ class Recipe(TrainingArguments):
     weight_decay: float = 0.01
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
-    """Below 1 a share of the steps."""
+    """A number below 1 is a share of the steps."""
     bf16: bool | None = None
-    """Compute in bfloat16; where the machine is fast in it if not given."""
+    """Compute in bfloat16; if not given, where the machine is fast in it."""
     logging_steps: float = 10
     logging_first_step: bool = True
     save_steps: float = 200
@@ -60,7 +60,7 @@ class Recipe(TrainingArguments):
     dataloader_num_workers: int = 2
     report_to: str | None = "tensorboard"
     seed: int = 1
-    # Not to be chosen: the samples are laid out in the order of the run, and hold more than the model takes.
+    # Not free to choose: the samples are laid out in the order of the run, and hold more than the model takes.
     train_sampling_strategy: str = field(default="sequential", init=False)
     remove_unused_columns: bool = field(default=False, init=False)
     prediction_loss_only: bool = field(default=True, init=False)
@@ -69,16 +69,16 @@ class Recipe(TrainingArguments):
     train: list[str] = field(default_factory=lambda: ["language_model"], metadata={"choices": PARTS})
     """The rest stays as it is."""
     lora_r: int | None = None
-    """Train adapters of this rank on every attention and MLP projection of the language model in its place."""
+    """Train instead adapters of this rank on every attention and MLP projection of the language model."""
     lora_alpha: int | None = None
     """2 lora_r if not given."""
     lora_dropout: float = 0.0
     lora_merge: bool = True
     """Also write the whole model with the adapters added to its weights."""
     letters_weight: float | None = None
-    """Of a second loss on rendered documents: naming the character at every patch, see letters.py."""
+    """Weight of an auxiliary loss on rendered documents: naming the character at every patch, see letters.py."""
     letters_only: bool = False
-    """That loss alone, without answers, for the vision tower; for the first minutes of a fresh model."""
+    """Use that loss alone, without answers, for the vision tower; for the first minutes of a fresh model."""
     depth: int | None = None
     """Keep this many layers of vision tower and language model, to try a large model on a small machine."""
     language_layers: int | None = None
@@ -89,17 +89,17 @@ class Recipe(TrainingArguments):
     """(min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles); each sample takes one of them."""
     max_seq_length: int = 4096
     too_long: Literal["raise", "skip"] = "raise"
-    """What happens to an example of more tokens. It is never cut; those that are skipped are counted."""
+    """What happens to an example with more tokens. It is never cut; skipped examples are counted."""
     order: Literal["shuffled", "grouped", "curriculum"] = "shuffled"
-    """`grouped`: shuffled, examples of like length in a batch. `curriculum`: each dataset in its own order."""
+    """`grouped`: shuffled, with examples of similar length in a batch. `curriculum`: each dataset in its own order."""
     grounding_tokens: bool = False
     """Whether <ref>, <box> and <quad> in the data are control tokens, as in `chat(..., grounding_tokens=True)`."""
 
     # Steps
     batch_size: int | None = None
-    """Of an optimizer step, over all processes and accumulated micro batches; in place of gradient_accumulation_steps."""
+    """Of an optimizer step, over all processes and accumulated micro batches; instead of gradient_accumulation_steps."""
     muon_learning_rate: float | None = None
-    """Train the matrices of the layers by Muon at this rate; the rest by AdamW at `learning_rate`."""
+    """Train the matrices of the layers with Muon at this rate; the rest with AdamW at `learning_rate`."""
     decay_ratio: float = 0.5
     """Share of the steps in which the rate of `warmup_stable_decay` falls to zero."""
 
@@ -127,7 +127,7 @@ class Recipe(TrainingArguments):
         self._divide_batch()
 
     def _choose_types(self) -> None:
-        """Put in types that were left to the machine, which is said in a line."""
+        """Fill in types that were left to the machine, and say so in a line."""
         if self.bf16 is not False and not self.use_cpu and not torch.accelerator.is_available():
             raise ValueError("There is no GPU here; train on the CPU with use_cpu: true (--set use_cpu=true).")
         if self.bf16 is None or self.dtype == "auto":
@@ -153,7 +153,7 @@ class Recipe(TrainingArguments):
         return self.letters_only or self.letters_weight is not None
 
     def set_steps(self, steps: int) -> None:
-        """Put in the number of optimizer steps, which the data decide, and what follows from it.
+        """Set the number of optimizer steps, which the data decide, and what follows from it.
 
         Raises:
             ValueError: The rate would still rise when the run ends or begins to decay.
@@ -170,18 +170,18 @@ class Recipe(TrainingArguments):
 
 
 class RecipeParser(HfArgumentParser):
-    """Reads recipes; what is wrong is raised, since recipes do not only come from a command."""
+    """Reads recipes; errors are raised, since recipes do not only come from a command line."""
 
     def __init__(self):
         super().__init__(Recipe)
 
     def error(self, message: str):
-        """Raise `ValueError` in place of leaving the program."""
+        """Raise `ValueError` instead of exiting the program."""
         raise ValueError(message)
 
 
 def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
-    """The recipe of a YAML file, with `name=value` put in.
+    """Read the recipe of a YAML file, with `name=value` put in.
 
     Raises:
         ValueError: No such file, or options or values that a recipe does not have.
@@ -241,7 +241,7 @@ def _check_types(options: dict) -> None:
 
 
 def _as_arguments(name: str, value) -> list[str]:
-    """An option as on a command line, where the parser checks types; null leaves its default."""
+    """Return an option as on a command line, where the parser checks types; null leaves its default."""
     if value is None:
         return []
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
@@ -253,7 +253,7 @@ def _as_arguments(name: str, value) -> list[str]:
 
 
 def _structure(name: str, value):
-    """Lists and objects of what the parser left as JSON."""
+    """Parse lists and objects that the argument parser left as JSON."""
     if not isinstance(value, str) or not value.startswith(("{", "[")):
         return value
     try:
@@ -378,7 +378,7 @@ FREE_ON_RESUME = (
 
 
 def changed_options(recipe: Recipe, recorded: dict[str, Any]) -> list[str]:
-    """Names of options in which a recipe differs from the recorded one of the run that it is to go on with.
+    """Return the names of options in which a recipe differs from the recorded one of the run that it is to resume.
 
     Those that only one of two releases of transformers knows are left aside.
     """

@@ -1,4 +1,4 @@
-"""Which sample comes when, and the samples themselves.
+"""The order of the samples, and the samples themselves.
 
 The whole run is laid out before it begins, as a list of slots that ends with the last step. What a slot gives depends on
 nothing but the slot and the seed, so that any worker, any process and a resumed run make the same sample.
@@ -32,12 +32,12 @@ class Samples(torch.utils.data.Dataset):
 
     Args:
         sources: The datasets.
-        encoder: Makes samples of conversations and pictures.
+        encoder: Makes samples of conversations and images.
         recipe: Order, steps, lengths and seed.
-        is_evaluation: One pass in the order of the files, without a last partial batch being filled up.
+        is_evaluation: One pass in the order of the files; a last partial batch is not filled up.
 
     Attributes:
-        skipped: Examples of files that are left out, being too long for `max_seq_length`.
+        skipped: Examples of files that are left out because they are too long for `max_seq_length`.
 
     Raises:
         ValueError: An example that is too long with `too_long: raise`, or nothing left to train on.
@@ -66,7 +66,7 @@ class Samples(torch.utils.data.Dataset):
             self.slots = self._lay_out(self.steps * recipe.batch_size)
 
     def _fitting(self, source: Source) -> np.ndarray:
-        """Indices of the examples that fit with each of their tile ranges."""
+        """Return the indices of the examples that fit with each of their tile ranges."""
         if not isinstance(source, FileSource):
             return np.arange(source.size)  # known when a document is drawn
         limit = self.recipe.max_seq_length
@@ -86,19 +86,19 @@ class Samples(torch.utils.data.Dataset):
         return row["text_tokens"] + self.encoder.image_length(row["sizes"], ranges, use_thumbnail)
 
     def _lay_out(self, total: int) -> np.ndarray:
-        """(total, 3) source, index and round of every slot: epoch after epoch, the last one cut off."""
+        """Return (total, 3), source, index and round of every slot: epoch after epoch, the last one cut off."""
         epochs = range(-(-total // self.epoch_size))
         slots = np.concatenate([self._ordered(self._epoch(epoch), epoch) for epoch in epochs])[:total]
         return self._like_length(slots) if self.recipe.order == "curriculum" else slots
 
     def _like_length(self, slots: np.ndarray) -> np.ndarray:
-        """The same steps, within each of them samples of few tiles first, so that its micro batches are padded less."""
+        """Sort the samples within each step by their tiles, fewest first, so that its micro batches are padded less."""
         step = np.arange(len(slots)) // self.recipe.batch_size
         tiles = [self._most_tiles(Slot(*slot)) for slot in slots.tolist()]
         return slots[np.lexsort((slots[:, 0], tiles, step))]
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """(slots, 3) of one epoch, dataset after dataset."""
+        """Return (slots, 3) of one epoch, dataset after dataset."""
         parts = []
         for number, (source, fitting) in enumerate(zip(self.sources, self.fitting)):
             for repeat in range(source.repeats):
@@ -121,7 +121,7 @@ class Samples(torch.utils.data.Dataset):
         return slots[rng.permutation(len(slots))]
 
     def _most_tiles(self, slot: Slot) -> int:
-        """A bound of the tiles of a picture, which may not be drawn yet."""
+        """Return an upper bound of the tiles of an image, which may not be drawn yet."""
         source = self.sources[slot.source]
         _, most, _, adaptive_most = source.tile_range(slot.index, slot.round, self.recipe.seed)
         return most + adaptive_most
@@ -144,10 +144,10 @@ class Samples(torch.utils.data.Dataset):
         return len(self.slots)
 
     def __getitem__(self, position: int) -> dict:
-        """A sample, see `Encoder`, and `redrawn`: how many documents before it were too long.
+        """Return a sample (see `Encoder`), with `redrawn`: how many documents before it were too long.
 
         Raises:
-            ValueError: It is too long (a document with `too_long: raise`, or a picture other than its file's head said).
+            ValueError: It is too long (a document with `too_long: raise`, or an image of another size than its header said).
         """
         slot = Slot(*self.slots[position].tolist())
         source, limit = self.sources[slot.source], self.recipe.max_seq_length

@@ -1,4 +1,4 @@
-"""transformers' Trainer with what it lacks here: Muon, the processor beside every checkpoint, a count of redrawn documents."""
+"""transformers' Trainer with what it lacks here: Muon, the processor next to every checkpoint, a count of redrawn documents."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ class FineTuner(Trainer):
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sharded_layers(self.model)
 
     def _check_wrapper(self) -> None:
-        """Trainer quietly runs DDP where sharding was asked for but is not to be had (on a CPU, for example)."""
+        """Raise `ValueError` where Trainer would quietly run DDP in place of sharding that it cannot do (on a CPU, say)."""
         for variable, name, is_enabled in (
             ("ACCELERATE_USE_FSDP", "FSDP", self.is_fsdp_enabled),
             ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", self.is_deepspeed_enabled),
@@ -47,7 +47,7 @@ class FineTuner(Trainer):
             )
 
     def _check_tiles(self) -> None:
-        """Processes that share the weights have to run the vision tower equally often, once."""
+        """Raise `ValueError` unless processes that share the weights run the vision tower equally often: once."""
         is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         most = max(r[1] + r[3] + 1 for source in self.train_dataset.sources for r in source.ranges)
         at_once = self.args.per_device_train_batch_size
@@ -76,7 +76,7 @@ class FineTuner(Trainer):
         return super()._prepare_inputs(inputs)
 
     def redrawn_everywhere(self) -> int:
-        """Documents that were too long and drawn anew, of all processes, since this start."""
+        """Count the documents that were too long and drawn anew, over all processes, since this start."""
         return int(self.accelerator.reduce(torch.tensor(self.redrawn, device=self.args.device), "sum"))
 
     def log(self, logs: dict, *args, **kwargs) -> None:
@@ -89,7 +89,7 @@ class FineTuner(Trainer):
 
 
 def sharded_layers(model) -> list[str]:
-    """The classes whose instances FSDP shards one by one: the layers of vision tower and language model.
+    """Return the classes whose instances FSDP shards one by one: the layers of vision tower and language model.
 
     `_no_split_modules`, which accelerate would take, also names layers that a model with visual experts has replaced, and a
     name without a layer is refused.
@@ -100,7 +100,7 @@ def sharded_layers(model) -> list[str]:
 
 
 def complete_checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; one that was being written when the run died has no state yet."""
+    """Return the checkpoints of a run, oldest first; one that was being written when the run died has no state yet."""
     found = [
         folder for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (folder / "trainer_state.json").is_file()
     ]
@@ -108,5 +108,5 @@ def complete_checkpoints(output: Path) -> list[Path]:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
+    """Return the newest complete checkpoint of a run."""
     return next(reversed(complete_checkpoints(output)), None)
