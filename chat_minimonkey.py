@@ -215,22 +215,9 @@ class ChatMixin:
             raise ValueError(f"`question` must be text that is not empty, got {question!r}.")
         if stream and generation.get("streamer") is not None:
             raise ValueError("stream=True makes a streamer of its own; leave out streamer, or stream.")
-        tiles = images if isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point() else None
-        _check_call(
-            processor,
-            None if tiles is not None else images,
-            videos,
-            tiles,
-            images_kwargs=images_kwargs,
-            videos_kwargs=videos_kwargs,
-            tile_budget=tile_budget,
-            num_patches_list=num_patches_list,
-            target_aspect_ratio=target_aspect_ratio,
-            tile_order=tile_order,
-            use_scm=use_scm,
-            system_message=system_message,
-            max_prompt_tokens=max_prompt_tokens,
-        )
+        tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
+        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
+        _check_prompt_options(system_message, max_prompt_tokens)
         tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict)
@@ -305,22 +292,9 @@ class ChatMixin:
         if given:
             raise ValueError(f"{' and '.join(given)} works with chat, one conversation at a time, not with batch_chat.")
         count = len(questions)
-        tiles = images if isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point() else None
-        _check_call(
-            processor,
-            None if tiles is not None else images,
-            videos,
-            tiles,
-            images_kwargs=images_kwargs,
-            videos_kwargs=videos_kwargs,
-            tile_budget=tile_budget,
-            num_patches_list=num_patches_list,
-            target_aspect_ratio=target_aspect_ratio,
-            tile_order=tile_order,
-            use_scm=use_scm,
-            system_message=system_message,
-            max_prompt_tokens=max_prompt_tokens,
-        )
+        tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
+        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
+        _check_prompt_options(system_message, max_prompt_tokens)
         tokenizer = getattr(processor, "tokenizer", processor)
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict=False)
@@ -534,23 +508,16 @@ class ChatMixin:
 # --- reading a call --------------------------------------------------------------------------------------------------
 
 
-def _check_call(
-    processor,
-    images,
-    videos,
-    tiles: torch.Tensor | None,
-    *,
-    images_kwargs,
-    videos_kwargs,
-    tile_budget,
-    num_patches_list,
-    target_aspect_ratio,
-    tile_order,
-    use_scm,
-    system_message,
-    max_prompt_tokens,
-) -> None:
-    """Raise `ValueError` for arguments that do not go together; nothing is opened for that."""
+def _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget) -> torch.Tensor | None:
+    """Check that images, videos and their options go together, without opening any.
+
+    Returns:
+        The images, if they are tiles (T, 3, S, S) that the caller cut.
+
+    Raises:
+        ValueError: They do not.
+    """
+    is_cut = isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point()
     if processor is None:
         raise ValueError("chat needs a processor (or, for tiles or text alone, a tokenizer) as its first argument.")
     for name, options in (("images_kwargs", images_kwargs), ("videos_kwargs", videos_kwargs)):
@@ -559,7 +526,7 @@ def _check_call(
     if not hasattr(processor, "image_processor"):
         if videos is not None:
             raise ValueError("A bare tokenizer cannot read videos: pass the processor as the first argument.")
-        if images is not None:
+        if images is not None and not is_cut:
             is_tensor = isinstance(images, torch.Tensor)
             what = f"a {images.dtype} tensor of {tuple(images.shape)}" if is_tensor else type(images).__name__
             raise ValueError(
@@ -570,13 +537,16 @@ def _check_call(
         processor.image_processor.check_options(images_kwargs or {})
     if videos_kwargs:
         video_options({}, videos_kwargs)
-    if videos is not None and tiles is not None:
+    if videos is not None and is_cut:
         raise ValueError("videos go with pictures (images), not with tiles; pass their frames as tiles instead.")
-    if tile_budget is not None and images is None:
+    if tile_budget is not None and (images is None or is_cut):
         raise ValueError("tile_budget is shared by pictures; there are none here.")
-    for name, count in (("tile_budget", tile_budget), ("max_prompt_tokens", max_prompt_tokens)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+    _check_count("tile_budget", tile_budget)
+    return images if is_cut else None
+
+
+def _check_tiles(tiles: torch.Tensor | None, num_patches_list, target_aspect_ratio, tile_order, use_scm: bool) -> None:
+    """Raise `ValueError` for what is said of tiles and does not fit."""
     if num_patches_list and tiles is None:
         raise ValueError("num_patches_list belongs to tiles; pictures are counted when they are cut.")
     if tile_order not in TILE_ORDERS:
@@ -588,8 +558,18 @@ def _check_call(
             "use_scm=True needs to know which tiles are detailed: pass target_aspect_ratio=(columns, rows) of the detailed "
             "grid, a list of them for several pictures, or pass the pictures themselves and a processor."
         )
+
+
+def _check_prompt_options(system_message, max_prompt_tokens) -> None:
+    """Raise `ValueError` for options of the prompt that cannot be."""
+    _check_count("max_prompt_tokens", max_prompt_tokens)
     if system_message is not None and not isinstance(system_message, str):
         raise ValueError(f"system_message must be text, got {type(system_message).__name__}.")
+
+
+def _check_count(name: str, count) -> None:
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
 
 
 def _rows(values, count: int, name: str, what: str) -> list:

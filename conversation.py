@@ -203,13 +203,9 @@ def protect(text: str, spellings: list[str]) -> str:
     Raises:
         ValueError: A lone surrogate in the text.
     """
-    if _LONE_SURROGATE.search(text):
-        check_text(text)
-    marked = _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
-    if marked != text or getattr(next(iter(spellings), None), "normalizer", None) is None:
-        return marked
+    marked = _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], check_text(text))
     # A single mark, wherever it stands, has the whole prompt encoded with spellings that no text can be normalized to.
-    return marked + _MARK if _arises_in(text, spellings) else marked
+    return marked + _MARK if marked == text and _arises_in(text, spellings) else marked
 
 
 def _arises_in(text: str, spellings: list[str]) -> bool:
@@ -312,7 +308,7 @@ def check_placeholders(
     texts: list[str], given: int, subject: str = "The text", placeholder: str = IMAGE_PLACEHOLDER
 ) -> None:
     """Raise `ValueError` about `subject` unless `texts` have one placeholder for each of `given` images or videos."""
-    placeholders, kind = sum(text.count(placeholder) for text in texts), placeholder.strip("<>")
+    placeholders, kind = count_placeholders(texts, placeholder), placeholder.strip("<>")
     if placeholders != given:
         raise ValueError(
             f"{subject} has {placeholders} {placeholder} placeholders, but {given} {kind}s were given; "
@@ -326,8 +322,7 @@ def expand_placeholders(texts: list[str], tiles_of_image: list[int], tokens_per_
     Raises:
         ValueError: The numbers of placeholders and images differ.
     """
-    if sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(tiles_of_image):
-        check_placeholders(texts, len(tiles_of_image))
+    check_placeholders(texts, len(tiles_of_image))
     tiles = iter(tiles_of_image)
     return [
         "".join(

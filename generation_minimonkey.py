@@ -377,8 +377,7 @@ class GenerateMixin:
         input_ids, embeddings = options["input_ids"], embedded.embeddings
         is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
         mask = options.get("attention_mask")
-        if embedded.kept is not None and (mask is None or mask.shape != input_ids.shape):
-            mask = _whole_mask(mask, input_ids)
+        mask = _whole_mask(mask, input_ids) if embedded.kept is not None else mask
         # Tokens were left out, or rows end with padding, where generation would go on.
         repacked = embedded.kept is not None and (
             sum(map(len, embedded.kept)) < int(mask.sum()) or not bool(mask[:, -1].all())

@@ -234,8 +234,7 @@ def _is_none(media) -> bool:
 
 def _not_empty(media, name: str):
     """Return `media` unless it is empty: what was to be shown and got lost must not become an answer without it."""
-    is_nothing = media is None or (isinstance(media, (list, tuple)) and not media)
-    if is_nothing or (hasattr(media, "shape") and not math.prod(media.shape)):
+    if _is_none(media) or (hasattr(media, "shape") and not math.prod(media.shape)):
         what = f"an array of shape {tuple(media.shape)}" if hasattr(media, "shape") else repr(media)
         raise ValueError(f"{name} hold {what}, which shows nothing; pass {name}=None to ask without any.")
     return media

@@ -25,8 +25,8 @@ from minimonkey.checkpoint import convert_tensor
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig, vision_config_from_published
 from minimonkey.conversation import IMAGE_TOKEN, IMAGE_TOKENS, get_template
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
-from minimonkey.scripts.import_checkpoint import make_config, resolve_source
-from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, read_json
+from minimonkey.scripts.import_checkpoint import make_config, read_config, resolve_source
+from minimonkey.scripts.importing.config import WRONG_VALUES, one_line
 from minimonkey.scripts.importing.folder import check_free, generation_config, new_folder, save_processor
 from minimonkey.scripts.importing.tokenizer import convert_tokenizer
 from minimonkey.scripts.importing.weights import check_finite, read_shards
@@ -45,7 +45,7 @@ def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises:
         ValueError: The folder holds no vision tower of this kind.
     """
-    config_dict = read_whole_config(folder)
+    config_dict = read_config(folder)
     kind = config_dict.get("model_type")
     prefix, text_config = "", None
     if kind == PUBLISHED_VISION:
@@ -70,22 +70,6 @@ def read_vision_tower(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
                 if prefix or "vision" in name:
                     tensors |= convert_tensor(prefix + name, check_finite(file.get_tensor(name), name), text_config)
     return vision, {name: tensor for name, tensor in tensors.items() if name.startswith(VISION_PREFIX)}
-
-
-def read_whole_config(folder: Path) -> dict:
-    """Return the checked `config.json` of a part.
-
-    Raises:
-        ValueError: The file is missing or is not a configuration.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no config.json.")
-    check_config(read_json(path), path)
-    try:
-        return MiniMonkeyConfig.get_config_dict(folder)[0]
-    except WRONG_VALUES as error:
-        raise ValueError(f"{path} is no configuration that can be read: {one_line(error)}") from error
 
 
 def published_vision(config_dict: dict) -> dict:
@@ -130,7 +114,7 @@ def assemble(vision_source: str, language_source: str, out: Path, template_name:
 
 def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Module:
     """Load a causal language model with an embedding for each of at least `tokens` tokens; new ones are the mean of the old."""
-    read_whole_config(folder)
+    read_config(folder)
     read_shards(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -49,6 +49,10 @@ def import_checkpoint(source: str, out: Path, image_token_id: int | None = None)
     check_free(out)
     folder = resolve_source(source)
     config_dict = read_config(folder)
+    if "llm_config" not in config_dict and "text_config" not in config_dict:
+        raise ValueError(
+            f"{folder / 'config.json'} is no configuration of this family: it has neither llm_config nor text_config."
+        )
     shards = read_shards(folder)
     check_layers(config_dict, shards)
     tokenizer, with_bos = convert_tokenizer(folder) if has_tokenizer(folder) else (None, True)
@@ -78,18 +82,19 @@ def resolve_source(source: str) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """Read the `config.json` in the form `MiniMonkeyConfig` takes."""
+    """Read a checked `config.json` in the form `MiniMonkeyConfig` takes.
+
+    Raises:
+        ValueError: The file is missing or is not a configuration.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")
-    config = read_json(path)
-    if "llm_config" not in config and "text_config" not in config:
-        raise ValueError(f"{path} is no configuration of this family: it has neither llm_config nor text_config.")
-    check_config(config, path)
+    check_config(read_json(path), path)
     try:
         return MiniMonkeyConfig.get_config_dict(folder)[0]
     except WRONG_VALUES as error:
-        raise ValueError(f"{path} does not describe a model of this family: {one_line(error)}") from error
+        raise ValueError(f"{path} is no configuration that can be read: {one_line(error)}") from error
 
 
 def make_config(config_dict: dict):
@@ -166,7 +171,6 @@ def write_settings(work: Path, config, tokenizer, with_bos: bool) -> None:
         shutil.copy(code, work)
 
 
-@reports_errors
 @reports_errors
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
