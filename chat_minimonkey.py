@@ -379,7 +379,7 @@ class ChatMixin:
                 "model.generate(**inputs, return_dict_in_generate=True) with the processor's inputs. return_dict=True gives "
                 "the probabilities of the answer's tokens."
             )
-        for names, where in (((*RANGE_NAMES, "preset"), "images_kwargs"), (VIDEO_OPTIONS, "videos_kwargs")):
+        for names, where in (((*RANGE_NAMES, "preset", "tiling"), "images_kwargs"), (VIDEO_OPTIONS, "videos_kwargs")):
             misplaced = [name for name in names if name in options]
             if misplaced:
                 raise ValueError(f"{', '.join(misplaced)} goes into {where}: {where}={{{misplaced[0]!r}: ...}}.")
@@ -657,8 +657,7 @@ def _share_budget(image_processor, images_kwargs: dict[str, Any], tile_budget: i
     """Return the image processor's options with what each image gets of a tile budget."""
     use_thumbnail = images_kwargs.get("use_thumbnail", image_processor.use_thumbnail)
     ranges = share_tile_budget(tile_budget, images, image_processor.tile_ranges(**images_kwargs), use_thumbnail)
-    options = {name: value for name, value in images_kwargs.items() if name != "preset"}
-    return {**options, **dict(zip(RANGE_NAMES, ranges))}
+    return {**images_kwargs, **dict(zip(RANGE_NAMES, ranges))}  # which a preset leaves as they are
 
 
 def _split(tiles: torch.Tensor, num_patches_list: list[int] | None) -> list[tuple[torch.Tensor, None]]:

@@ -40,9 +40,21 @@ from .picture_decoding import (
     tensor_to_rgb,
     to_rgb,
 )
-from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_grids, msac_grids, tile_counts
+from .tiling import (
+    PRESET_TILINGS,
+    PRESETS,
+    RANGE_NAMES,
+    Grid,
+    TileRanges,
+    check_tile_range,
+    check_tiling,
+    choose_grids,
+    layer_grids,
+    tile_counts,
+)
 
 
+GRID_OPTIONS = (*RANGE_NAMES, "tiling", "relaxed_alpha")
 CHECKED = ("size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
 SOURCES = (str, os.PathLike)
 KINDS = {
@@ -68,7 +80,13 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     adaptive_max_tiles (`int`, *optional*, defaults to `self.adaptive_max_tiles`):
         Greatest number of tiles of the adaptive grid.
     preset (`str`, *optional*):
-        A name of `tiling.PRESETS`, the tile ranges of a published benchmark; sets those of the four that are not given.
+        A name of `tiling.PRESETS`, the tile ranges of a published benchmark or system; sets those of the four that are not
+        given, and the tiling.
+    tiling (`str`, *optional*, defaults to `self.tiling`):
+        How the grids are chosen, see `tiling.choose_grids`: "msac" as in Mini-Monkey; "internvl", "logscore" (MiniCPM-V) and
+        "relaxed" (BlueLM-V-3B) have no adaptive grid, "msac-logscore" and "msac-relaxed" have one beside these.
+    relaxed_alpha (`float`, *optional*, defaults to `self.relaxed_alpha`):
+        Share of useful pixels that "relaxed" gives up for less waste; 0 is the rule of LLaVA-NeXT.
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
         Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
         only in parts, which is useful for comparisons.
@@ -81,6 +99,8 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     adaptive_min_tiles: int
     adaptive_max_tiles: int
     preset: str | None
+    tiling: str
+    relaxed_alpha: float | int
     use_thumbnail: bool
     untrusted_sources: bool
 
@@ -102,6 +122,8 @@ class _MsacMixin:
     do_normalize = True
     do_convert_rgb = True
     min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = PRESETS["default"]
+    tiling = "msac"
+    relaxed_alpha = 0.1
     use_thumbnail = True
     untrusted_sources = False
     preset = None
@@ -136,7 +158,7 @@ class _MsacMixin:
         unknown = options.keys() - self.valid_kwargs.__annotations__.keys()
         if unknown:
             known = ", ".join(
-                (*RANGE_NAMES, "preset", "use_thumbnail", "size", "resample", "do_normalize", "untrusted_sources")
+                (*RANGE_NAMES, "preset", "tiling", "use_thumbnail", "size", "resample", "untrusted_sources")
             )
             raise ValueError(
                 f"Unknown options of images: {', '.join(sorted(map(str, unknown)))}; known are {known}, ..."
@@ -158,6 +180,7 @@ class _MsacMixin:
         )
         check_tile_range(min_tiles, max_tiles, "detailed tile")
         check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
+        check_tiling(*(options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")))
         side = _tile_side(size)
         most = (max_tiles + adaptive_max_tiles + 1) * side**2
         if most > MOST_PIXELS:
@@ -222,20 +245,20 @@ class _MsacMixin:
                 read.extend(threads.submit(self.process_image, source, **options) for source in islice(sources, 1))
 
     def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
-        """Return the four tile ranges that a call with these options uses."""
-        settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs)}
+        """Return the four tile ranges that a call with these options uses; a tiling without adaptive grid has 1 to 1 there."""
+        own = {name: getattr(self, name) for name in GRID_OPTIONS}
+        settings = {**own, **expand_preset(images_kwargs)}
         ranges = tuple(settings[name] for name in RANGE_NAMES)
         check_tile_range(*ranges[:2], "detailed tile")
         check_tile_range(*ranges[2:], "adaptive tile")
-        return ranges
+        return ranges if settings["tiling"].startswith("msac") else (*ranges[:2], 1, 1)
 
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
         """Count the detailed, adaptive and thumbnail tiles of an image of this size, without its pixels."""
-        own = {name: getattr(self, name) for name in (*RANGE_NAMES, "use_thumbnail")}
+        own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
-        ranges = (settings[name] for name in RANGE_NAMES)
-        return tile_counts(*msac_grids(width, height, *ranges, tile_size), settings["use_thumbnail"])
+        return tile_counts(*_grids((width, height), tile_size, settings), settings["use_thumbnail"])
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of an image of this size, all three kinds together, without its pixels."""
@@ -258,7 +281,7 @@ class _MsacMixin:
 
 
 def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return `kwargs` with the four tile ranges of its `preset`, where they are not given themselves.
+    """Return `kwargs` with the four tile ranges and the tiling of its `preset`, where they are not given themselves.
 
     Raises:
         ValueError: No preset has that name.
@@ -271,7 +294,13 @@ def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
     given = {name: value for name, value in kwargs.items() if name != "preset" and value is not None}
-    return {**dict(zip(RANGE_NAMES, PRESETS[preset])), **given}
+    return {**dict(zip(RANGE_NAMES, PRESETS[preset])), "tiling": PRESET_TILINGS.get(preset, "msac"), **given}
+
+
+def _grids(size: tuple[int, int], tile_size: int, settings: Mapping[str, Any]) -> tuple[Grid, Grid]:
+    """Return the detailed and the adaptive grid of an image of (width, height) by the settings of a call."""
+    ranges = tuple(settings[name] for name in RANGE_NAMES)
+    return choose_grids(*size, ranges, tile_size, settings["tiling"], settings["relaxed_alpha"])
 
 
 def _tile_side(size) -> int:
@@ -332,9 +361,8 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         **settings,
     ) -> BatchFeature:
         tile_size, grids, layers = size.height, [], []
-        ranges = [settings[name] for name in RANGE_NAMES]
         for image in self._decoded(images, settings):
-            grids.append(msac_grids(*image.size, *ranges, tile_size))
+            grids.append(_grids(image.size, tile_size, settings))
             layers += [self._cut(image, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)]
         tiles = np.concatenate(layers)  # (T, 3, S, S) uint8
         if do_rescale and rescale_factor == 1 / 255:
@@ -374,9 +402,8 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         **settings,
     ) -> BatchFeature:
         tile_size, grids, layers = size.height, [], []
-        ranges = [settings[name] for name in RANGE_NAMES]
         for image in self._decoded(images, settings):
-            grids.append(msac_grids(*image.size, *ranges, tile_size))
+            grids.append(_grids(image.size, tile_size, settings))
             pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
             layers += [
                 self._cut(image, pixels, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)

@@ -162,7 +162,7 @@ def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) 
     ranges = dict(zip(RANGE_NAMES, (1, sampling.pop("frame_tiles", 1), 1, 1)))
     if "video_backend" in sampling:
         sampling["backend"] = sampling.pop("video_backend")
-    return sampling, {**{name: value for name, value in images_kwargs.items() if name != "preset"}, **ranges}
+    return sampling, {**images_kwargs, **ranges}  # which a preset leaves as they are
 
 
 def _joined(parts: list):
