@@ -32,6 +32,7 @@ from transformers.image_utils import (
     SizeDict,
 )
 
+from .blank_tiles import blank_tiles
 from .picture_decoding import (
     array_to_rgb,
     load_picture,
@@ -44,6 +45,7 @@ from .tiling import (
     PRESET_TILINGS,
     PRESETS,
     RANGE_NAMES,
+    SINGLE_TILE,
     Grid,
     TileRanges,
     check_tile_range,
@@ -90,6 +92,9 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
         Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
         only in parts, which is useful for comparisons.
+    drop_blank (`bool`, *optional*, defaults to `self.drop_blank`):
+        Whether detailed and adaptive tiles that show nothing but paper are left out, see blank_tiles.py; `tile_counts` then
+        count the others. Photographs keep all their tiles, and so does an image that would have none left.
     untrusted_sources (`bool`, *optional*, defaults to `self.untrusted_sources`):
         For servers: whether paths are refused, and URLs of addresses that are not public.
     """
@@ -102,6 +107,7 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     tiling: str
     relaxed_alpha: float | int
     use_thumbnail: bool
+    drop_blank: bool
     untrusted_sources: bool
 
 
@@ -125,6 +131,7 @@ class _MsacMixin:
     tiling = "msac"
     relaxed_alpha = 0.1
     use_thumbnail = True
+    drop_blank = False
     untrusted_sources = False
     preset = None
 
@@ -254,14 +261,17 @@ class _MsacMixin:
         return ranges if settings["tiling"].startswith("msac") else (*ranges[:2], 1, 1)
 
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
-        """Count the detailed, adaptive and thumbnail tiles of an image of this size, without its pixels."""
+        """Count the detailed, adaptive and thumbnail tiles of an image of this size, without its pixels.
+
+        With `drop_blank` these are the most it can have.
+        """
         own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
         return tile_counts(*_grids((width, height), tile_size, settings), settings["use_thumbnail"])
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Count the tiles of an image of this size, all three kinds together, without its pixels."""
+        """Count the tiles of an image of this size, all three kinds together, without its pixels; see `count_tiles`."""
         return sum(self.count_tiles(height, width, images_kwargs))
 
     def to_dict(self) -> dict[str, Any]:
@@ -334,10 +344,30 @@ def _flat(images) -> Iterator:
         yield images
 
 
-def _batch(tiles, grids: list[tuple], use_thumbnail: bool, return_tensors) -> BatchFeature:
+def _kept_tiles(
+    image: Image.Image, grids: tuple[Grid, Grid], tile_size: int, settings: Mapping[str, Any]
+) -> tuple[list[tuple[Grid, np.ndarray | None]], tuple[int, int, int]]:
+    """Return the grids that an image is cut in, each with the tiles that stay (None: all), and how many tiles of each kind."""
+    cut, counts = layer_grids(*grids, settings["use_thumbnail"]), tile_counts(*grids, settings["use_thumbnail"])
+    if not settings["drop_blank"]:
+        return [(grid, None) for grid in cut], counts
+    grey, kept = image.convert("L"), []
+    for columns, rows in cut:
+        if (columns, rows) == SINGLE_TILE:
+            kept.append(np.array([True]))
+            continue
+        resized = resize_picture(grey, columns * tile_size, rows * tile_size, PILImageResampling.BICUBIC)
+        kept.append(~blank_tiles(np.asarray(resized), tile_size))
+    if not any(tiles.any() for tiles in kept):
+        return [(grid, None) for grid in cut], counts
+    remaining = iter(int(tiles.sum()) for tiles in kept)
+    return list(zip(cut, kept)), tuple(next(remaining) if count else 0 for count in counts)
+
+
+def _batch(tiles, grids: list[tuple], counts: list[tuple], return_tensors) -> BatchFeature:
     data = {
         "pixel_values": tiles,
-        "tile_counts": [tile_counts(*pair, use_thumbnail) for pair in grids],
+        "tile_counts": counts,
         "tile_grids": [(*detailed, *adaptive) for detailed, adaptive in grids],
     }
     return BatchFeature(data=data, tensor_type=return_tensors)
@@ -356,14 +386,17 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         do_normalize: bool,
         image_mean,
         image_std,
-        use_thumbnail: bool,
         return_tensors=None,
         **settings,
     ) -> BatchFeature:
-        tile_size, grids, layers = size.height, [], []
+        tile_size, grids, counts, layers = size.height, [], [], []
         for image in self._decoded(images, settings):
             grids.append(_grids(image.size, tile_size, settings))
-            layers += [self._cut(image, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)]
+            cut, count = _kept_tiles(image, grids[-1], tile_size, settings)
+            counts.append(count)
+            for grid, kept in cut:
+                tiles = self._cut(image, grid, tile_size, resample)
+                layers.append(tiles if kept is None else tiles[kept])
         tiles = np.concatenate(layers)  # (T, 3, S, S) uint8
         if do_rescale and rescale_factor == 1 / 255:
             tiles = tiles.astype(np.float32) / np.float32(255)  # as ToTensor does; a factor would round differently
@@ -372,7 +405,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         if do_normalize:
             mean, std = (np.asarray(value, dtype=np.float32).reshape(-1, 1, 1) for value in (image_mean, image_std))
             tiles = (tiles - mean) / std
-        return _batch(tiles, grids, use_thumbnail, return_tensors)
+        return _batch(tiles, grids, counts, return_tensors)
 
     @staticmethod
     def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int, resample) -> np.ndarray:
@@ -396,22 +429,23 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         do_normalize: bool,
         image_mean,
         image_std,
-        use_thumbnail: bool,
         return_tensors=None,
         device=None,
         **settings,
     ) -> BatchFeature:
-        tile_size, grids, layers = size.height, [], []
+        tile_size, grids, counts, layers = size.height, [], [], []
         for image in self._decoded(images, settings):
             grids.append(_grids(image.size, tile_size, settings))
+            cut, count = _kept_tiles(image, grids[-1], tile_size, settings)
+            counts.append(count)
             pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
-            layers += [
-                self._cut(image, pixels, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)
-            ]
+            for grid, kept in cut:
+                tiles = self._cut(image, pixels, grid, tile_size, resample)
+                layers.append(tiles if kept is None else tiles[torch.from_numpy(kept).to(tiles.device)])
         tiles = self.rescale_and_normalize(
             torch.cat(layers), do_rescale, rescale_factor, do_normalize, image_mean, image_std
         )
-        return _batch(tiles.contiguous(), grids, use_thumbnail, return_tensors)
+        return _batch(tiles.contiguous(), grids, counts, return_tensors)
 
     def _cut(
         self, image: Image.Image, pixels: torch.Tensor, grid: tuple[int, int], tile_size: int, resample
