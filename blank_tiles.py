@@ -6,6 +6,9 @@ same here. Source of the idea: DocPrune (arXiv 2604.22281), which drops backgrou
 """
 
 import numpy as np
+from PIL import Image
+
+from .picture_decoding import resize_picture
 
 
 CELL = 28  # pixels: one token of a published tile of 448
@@ -45,3 +48,12 @@ def blank_tiles(grey: np.ndarray, tile_size: int) -> np.ndarray:
     around = np.lib.stride_tricks.sliding_window_view(shown, (3, 3)).any(axis=(2, 3))  # with one ring
     cells = -(-tile_size // CELL)
     return ~around.reshape(rows, cells, columns, cells).any(axis=(1, 3)).ravel()
+
+
+def shown_tiles(image: Image.Image, grid: tuple[int, int], tile_size: int) -> list[bool]:
+    """Return which tiles of an image in a grid of (columns, rows) show something; a grid of one tile always does."""
+    if grid == (1, 1):
+        return [True]
+    size = (grid[0] * tile_size, grid[1] * tile_size)
+    grey = resize_picture(image.convert("L"), *size, Image.Resampling.BICUBIC)
+    return (~blank_tiles(np.asarray(grey), tile_size)).tolist()

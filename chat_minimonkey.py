@@ -37,8 +37,8 @@ from .conversation import (
 from .generation_minimonkey import check_generation_options
 from .processing_minimonkey import (
     VIDEO_OPTIONS,
-    cut_pictures,
-    flatten_pictures,
+    cut_images,
+    list_images,
     list_videos,
     place_frames,
     video_options,
@@ -344,7 +344,7 @@ class ChatMixin:
                 counts = _tile_counts(grids, [len(tiles) for tiles, _ in pictures])[list(new)]
                 pixel_values = torch.cat([tiles for tiles, _ in wanted]).to(self.device, self.dtype)
             else:
-                cut = cut_pictures(processor.image_processor, wanted, return_tensors="pt")
+                cut = cut_images(processor.image_processor, wanted, return_tensors="pt")
                 pixel_values, counts = cut["pixel_values"], cut["tile_counts"]
                 # uint8 tiles are normalised by the model, see encode_images.
                 dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
@@ -602,7 +602,7 @@ def _read(
     Raises:
         ValueError: The numbers of placeholders and of images or videos differ, or a video that cannot be read.
     """
-    images, videos = flatten_pictures(images), [] if videos is None else list_videos(videos)
+    images, videos = list_images(images), [] if videos is None else list_videos(videos)
     asked = [text for text, _ in history]
     if images:
         images = with_pages(images, [*asked, question], processor.image_processor, images_kwargs)

@@ -32,7 +32,7 @@ from transformers.image_utils import (
     SizeDict,
 )
 
-from .blank_tiles import blank_tiles
+from .blank_tiles import shown_tiles
 from .picture_decoding import (
     array_to_rgb,
     load_picture,
@@ -48,10 +48,9 @@ from .tiling import (
     SINGLE_TILE,
     Grid,
     TileRanges,
-    check_tile_range,
+    check_tile_ranges,
     check_tiling,
     choose_grids,
-    layer_grids,
     tile_counts,
 )
 
@@ -179,21 +178,17 @@ class _MsacMixin:
                 _ = None if options.get(name) is None else kind(options[name])
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{name}={options[name]!r} is none: {error}") from error
-        min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = (
-            options.get(name, getattr(self, name)) for name in RANGE_NAMES
-        )
+        ranges = [options.get(name, getattr(self, name)) for name in RANGE_NAMES]
         size, do_resize, use_thumbnail, resample, image_mean, image_std = (
             options.get(name, getattr(self, name)) for name in CHECKED
         )
-        check_tile_range(min_tiles, max_tiles, "detailed tile")
-        check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
+        check_tile_ranges(*ranges)
         check_tiling(*(options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")))
-        side = _tile_side(size)
-        most = (max_tiles + adaptive_max_tiles + 1) * side**2
-        if most > MOST_PIXELS:
+        side, most = _tile_side(size), ranges[1] + ranges[3] + 1
+        if most * side**2 > MOST_PIXELS:
             raise ValueError(
-                f"Up to {max_tiles + adaptive_max_tiles + 1} tiles of {side} x {side} pixels are {most:,} for a picture, the "
-                f"limit is {MOST_PIXELS:,}; use a smaller size or fewer tiles."
+                f"Up to {most} tiles of {side} x {side} pixels are {most * side**2:,} for a picture, the limit is "
+                f"{MOST_PIXELS:,}; use a smaller size or fewer tiles."
             )
         if not isinstance(use_thumbnail, bool):
             raise ValueError(f"use_thumbnail is True or False, got {use_thumbnail!r}.")
@@ -229,12 +224,33 @@ class _MsacMixin:
         convert = tensor_to_rgb if isinstance(image, torch.Tensor) else array_to_rgb
         return convert(image, input_data_format)
 
-    def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list:
-        """Return the images in one list, as they were given; `_decoded` opens each when its turn comes."""
-        pictures = list(_flat(images))
+    def _preprocess_image_like_inputs(
+        self, images, *_, size: SizeDict, resample, use_thumbnail: bool, return_tensors=None, device=None, **settings
+    ) -> BatchFeature:
+        """Cut the images into tiles, each image as soon as it is decoded."""
+        pictures, ranges = list(_flat(images)), tuple(settings[name] for name in RANGE_NAMES)
+        tiling = settings["tiling"], settings["relaxed_alpha"]
         if not pictures:
             raise ValueError("The list of pictures is empty.")
-        return pictures
+        tiles, counts, grids = [], [], []
+        for image in self._decoded(pictures, settings):
+            detailed, adaptive = choose_grids(*image.size, ranges, size.height, *tiling)
+            counts.append(tile_counts(detailed, adaptive, use_thumbnail))
+            grids.append((*detailed, *adaptive))
+            layers = [grid for grid, count in zip((detailed, adaptive, SINGLE_TILE), counts[-1]) if count]
+            cut = self._cut(image, layers, size.height, resample, device)
+            if settings["drop_blank"]:
+                shown = [shown_tiles(image, grid, size.height) for grid in layers]
+                if any(map(any, shown)):
+                    remaining = iter(map(sum, shown))
+                    counts[-1] = tuple(next(remaining) if count else 0 for count in counts[-1])
+                    cut = [layer[numbers] for layer, numbers in zip(cut, shown)]
+            tiles += cut
+        joined = torch.cat(tiles).contiguous() if isinstance(tiles[0], torch.Tensor) else np.concatenate(tiles)
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        pixel_values = self.rescale_and_normalize(joined, *(settings[name] for name in names))
+        data = {"pixel_values": pixel_values, "tile_counts": counts, "tile_grids": grids}
+        return BatchFeature(data=data, tensor_type=return_tensors)
 
     def _decoded(self, pictures: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
         """Yield the images one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
@@ -253,11 +269,9 @@ class _MsacMixin:
 
     def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
         """Return the four tile ranges that a call with these options uses; a tiling without adaptive grid has 1 to 1 there."""
-        own = {name: getattr(self, name) for name in GRID_OPTIONS}
-        settings = {**own, **expand_preset(images_kwargs)}
+        settings = {**{name: getattr(self, name) for name in GRID_OPTIONS}, **expand_preset(images_kwargs)}
         ranges = tuple(settings[name] for name in RANGE_NAMES)
-        check_tile_range(*ranges[:2], "detailed tile")
-        check_tile_range(*ranges[2:], "adaptive tile")
+        check_tile_ranges(*ranges)
         return ranges if settings["tiling"].startswith("msac") else (*ranges[:2], 1, 1)
 
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
@@ -268,7 +282,9 @@ class _MsacMixin:
         own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
-        return tile_counts(*_grids((width, height), tile_size, settings), settings["use_thumbnail"])
+        ranges = tuple(settings[name] for name in RANGE_NAMES)
+        grids = choose_grids(width, height, ranges, tile_size, settings["tiling"], settings["relaxed_alpha"])
+        return tile_counts(*grids, settings["use_thumbnail"])
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of an image of this size, all three kinds together, without its pixels; see `count_tiles`."""
@@ -307,12 +323,6 @@ def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(RANGE_NAMES, PRESETS[preset])), "tiling": PRESET_TILINGS.get(preset, "msac"), **given}
 
 
-def _grids(size: tuple[int, int], tile_size: int, settings: Mapping[str, Any]) -> tuple[Grid, Grid]:
-    """Return the detailed and the adaptive grid of an image of (width, height) by the settings of a call."""
-    ranges = tuple(settings[name] for name in RANGE_NAMES)
-    return choose_grids(*size, ranges, tile_size, settings["tiling"], settings["relaxed_alpha"])
-
-
 def _tile_side(size) -> int:
     """Return the side of a tile in pixels, from any of transformers' ways to write a size.
 
@@ -344,133 +354,56 @@ def _flat(images) -> Iterator:
         yield images
 
 
-def _kept_tiles(
-    image: Image.Image, grids: tuple[Grid, Grid], tile_size: int, settings: Mapping[str, Any]
-) -> tuple[list[tuple[Grid, np.ndarray | None]], tuple[int, int, int]]:
-    """Return the grids that an image is cut in, each with the tiles that stay (None: all), and how many tiles of each kind."""
-    cut, counts = layer_grids(*grids, settings["use_thumbnail"]), tile_counts(*grids, settings["use_thumbnail"])
-    if not settings["drop_blank"]:
-        return [(grid, None) for grid in cut], counts
-    grey, kept = image.convert("L"), []
-    for columns, rows in cut:
-        if (columns, rows) == SINGLE_TILE:
-            kept.append(np.array([True]))
-            continue
-        resized = resize_picture(grey, columns * tile_size, rows * tile_size, PILImageResampling.BICUBIC)
-        kept.append(~blank_tiles(np.asarray(resized), tile_size))
-    if not any(tiles.any() for tiles in kept):
-        return [(grid, None) for grid in cut], counts
-    remaining = iter(int(tiles.sum()) for tiles in kept)
-    return list(zip(cut, kept)), tuple(next(remaining) if count else 0 for count in counts)
-
-
-def _batch(tiles, grids: list[tuple], counts: list[tuple], return_tensors) -> BatchFeature:
-    data = {
-        "pixel_values": tiles,
-        "tile_counts": counts,
-        "tile_grids": [(*detailed, *adaptive) for detailed, adaptive in grids],
-    }
-    return BatchFeature(data=data, tensor_type=return_tensors)
-
-
 class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
     """MSAC with PIL and NumPy: the pixels of the published code, bit for bit."""
 
-    def _preprocess(
-        self,
-        images: list,
-        size: SizeDict,
-        resample,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean,
-        image_std,
-        return_tensors=None,
-        **settings,
-    ) -> BatchFeature:
-        tile_size, grids, counts, layers = size.height, [], [], []
-        for image in self._decoded(images, settings):
-            grids.append(_grids(image.size, tile_size, settings))
-            cut, count = _kept_tiles(image, grids[-1], tile_size, settings)
-            counts.append(count)
-            for grid, kept in cut:
-                tiles = self._cut(image, grid, tile_size, resample)
-                layers.append(tiles if kept is None else tiles[kept])
-        tiles = np.concatenate(layers)  # (T, 3, S, S) uint8
+    def _cut(self, image: Image.Image, grids: list[Grid], tile_size: int, resample, device) -> list[np.ndarray]:
+        """Cut an image in each grid: (columns * rows, 3, S, S) uint8, row by row."""
+        layers = []
+        for columns, rows in grids:
+            resized = np.asarray(resize_picture(image, tile_size * columns, tile_size * rows, resample))
+            tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
+            layers.append(tiles.reshape(columns * rows, 3, tile_size, tile_size))
+        return layers
+
+    def rescale_and_normalize(
+        self, images: np.ndarray, do_rescale: bool, rescale_factor: float, do_normalize: bool, image_mean, image_std
+    ) -> np.ndarray:
+        """Rescale and normalise tiles (T, 3, S, S) as the torchvision back end does, with the published rounding."""
         if do_rescale and rescale_factor == 1 / 255:
-            tiles = tiles.astype(np.float32) / np.float32(255)  # as ToTensor does; a factor would round differently
+            images = images.astype(np.float32) / np.float32(255)  # as ToTensor does; a factor would round differently
         elif do_rescale:
-            tiles = tiles.astype(np.float32) * np.float32(rescale_factor)
+            images = images.astype(np.float32) * np.float32(rescale_factor)
         if do_normalize:
             mean, std = (np.asarray(value, dtype=np.float32).reshape(-1, 1, 1) for value in (image_mean, image_std))
-            tiles = (tiles - mean) / std
-        return _batch(tiles, grids, counts, return_tensors)
-
-    @staticmethod
-    def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int, resample) -> np.ndarray:
-        """Cut into (columns * rows, 3, S, S) uint8, row by row."""
-        columns, rows = grid
-        resized = np.asarray(resize_picture(image, tile_size * columns, tile_size * rows, resample))
-        tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
-        return tiles.reshape(columns * rows, 3, tile_size, tile_size)
+            images = (images - mean) / std
+        return images
 
 
 class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
     """MSAC with torchvision: faster than PIL, at most one level of 255 away from it."""
 
-    def _preprocess(
-        self,
-        images: list,
-        size: SizeDict,
-        resample,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean,
-        image_std,
-        return_tensors=None,
-        device=None,
-        **settings,
-    ) -> BatchFeature:
-        tile_size, grids, counts, layers = size.height, [], [], []
-        for image in self._decoded(images, settings):
-            grids.append(_grids(image.size, tile_size, settings))
-            cut, count = _kept_tiles(image, grids[-1], tile_size, settings)
-            counts.append(count)
-            pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
-            for grid, kept in cut:
-                tiles = self._cut(image, pixels, grid, tile_size, resample)
-                layers.append(tiles if kept is None else tiles[torch.from_numpy(kept).to(tiles.device)])
-        tiles = self.rescale_and_normalize(
-            torch.cat(layers), do_rescale, rescale_factor, do_normalize, image_mean, image_std
-        )
-        return _batch(tiles.contiguous(), grids, counts, return_tensors)
-
-    def _cut(
-        self, image: Image.Image, pixels: torch.Tensor, grid: tuple[int, int], tile_size: int, resample
-    ) -> torch.Tensor:
-        """Cut into (columns * rows, 3, S, S) uint8, row by row."""
-        columns, rows = grid
-        resized = self._resize_as_pil(image, pixels, tile_size * columns, tile_size * rows, resample)
-        tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
-        return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
-
-    def _resize_as_pil(
-        self, image: Image.Image, pixels: torch.Tensor, width: int, height: int, resample
-    ) -> torch.Tensor:
-        """Resize to (3, height, width) uint8, at most one level away from `resize_picture`; `pixels` are those of `image`.
+    def _cut(self, image: Image.Image, grids: list[Grid], tile_size: int, resample, device) -> list[torch.Tensor]:
+        """Cut an image in each grid: (columns * rows, 3, S, S) uint8, row by row, at most one level away from PIL's.
 
         Pillow resizes one direction after the other with 8-bit samples in between. The two kernels differ by a rounding
         in each pass. Reducing averages that out; enlarging does not, nor does reducing by a little, and there Pillow
         itself is used.
         """
-        reduces = all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, (width, height)))
-        if not reduces or resample not in RESIZED_BY_TORCH:
-            return _to_tensor(resize_picture(image, width, height, resample), pixels.device)
-        for columns, rows in resizing_steps(*image.size, width, height):
-            pixels = self.resize(pixels, SizeDict(height=rows, width=columns), resample)
-        return pixels
+        layers = []
+        pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
+        for columns, rows in grids:
+            size = (tile_size * columns, tile_size * rows)
+            reduces = all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, size))
+            if reduces and resample in RESIZED_BY_TORCH:
+                resized = pixels
+                for step in resizing_steps(*image.size, *size):
+                    resized = self.resize(resized, SizeDict(height=step[1], width=step[0]), resample)
+            else:
+                resized = _to_tensor(resize_picture(image, *size, resample), device)
+            tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
+            layers.append(tiles.permute(1, 3, 0, 2, 4).flatten(0, 1))
+        return layers
 
 
 def _to_tensor(image: Image.Image, device) -> torch.Tensor:

@@ -19,7 +19,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from minimonkey.scripts.precision import choose_dtype
-from minimonkey.tiling import check_tile_range
+from minimonkey.tiling import check_tile_ranges
 
 
 PARTS = ("language_model", "projector", "vision")
@@ -351,10 +351,9 @@ def check_ranges(ranges, where: str) -> None:
     """Raise `ValueError` unless these are one or more (min, max, adaptive min, adaptive max)."""
     if not isinstance(ranges, list) or not ranges or any(not isinstance(r, list) or len(r) != 4 for r in ranges):
         raise ValueError(f"{where} must be a list of [min, max, adaptive min, adaptive max], got {ranges!r}.")
-    for least, most, adaptive_least, adaptive_most in ranges:
+    for four in ranges:
         try:
-            check_tile_range(least, most, "detailed tile")
-            check_tile_range(adaptive_least, adaptive_most, "adaptive tile")
+            check_tile_ranges(*four)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
