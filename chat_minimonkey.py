@@ -70,14 +70,15 @@ class Conversation:
 
 @dataclass
 class _Cut:
-    """The tiles (T, 3, S, S) of all images of a call, and how many of each image's are detailed, adaptive and thumbnail
-    tiles (images, 3).
+    """The tiles (T, 3, S, S) of all images of a call, how many of each image's are detailed, adaptive and thumbnail tiles
+    (images, 3), and the columns and rows of its two grids (images, 4).
 
     With a memory there is a `turn`, and `pixel_values` hold only the images that are new to it.
     """
 
     pixel_values: torch.Tensor | None = None
     tile_counts: torch.Tensor | None = None
+    tile_grids: torch.Tensor | None = None
     tokens_per_tile: int = 0
     turn: Turn | None = None
 
@@ -335,28 +336,29 @@ class ChatMixin:
             return _Cut(turn=turn)
         new, known = range(len(pictures)), {}
         if turn is not None:
-            known = dict(turn.tile_counts)
+            known = {key: [*counts, *turn.tile_grids[key]] for key, counts in turn.tile_counts.items()}
             new = sorted({key: i for i, key in reversed([*enumerate(keys)]) if key not in turn.features}.values())
         pixel_values = None
         if new:
             wanted = [pictures[i] for i in new]
             if isinstance(wanted[0][0], torch.Tensor) and wanted[0][1] is None:
-                counts = _tile_counts(grids, [len(tiles) for tiles, _ in pictures])[list(new)]
+                layout = _tile_layout(grids, [len(tiles) for tiles, _ in pictures])[list(new)]
                 pixel_values = torch.cat([tiles for tiles, _ in wanted]).to(self.device, self.dtype)
             else:
                 cut = cut_images(processor.image_processor, wanted, return_tensors="pt")
-                pixel_values, counts = cut["pixel_values"], cut["tile_counts"]
+                pixel_values, layout = cut["pixel_values"], torch.cat([cut["tile_counts"], cut["tile_grids"]], dim=1)
                 # uint8 tiles are normalised by the model, see encode_images.
                 dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
                 pixel_values = pixel_values.to(self.device, dtype)
             is_usual = pixel_values.shape[-1] == self.config.tile_size
             tokens_per_tile = self.config.image_seq_length if is_usual else self.tokens_per_tile(pixel_values)
             if turn is None:
-                return _Cut(pixel_values, counts, tokens_per_tile)
-            known |= {keys[i]: count for i, count in zip(new, counts.tolist())}
+                return _Cut(pixel_values, layout[:, :3], layout[:, 3:], tokens_per_tile)
+            known |= {keys[i]: own for i, own in zip(new, layout.tolist())}
         else:
             tokens_per_tile = len(turn.features[keys[0]]) // sum(turn.tile_counts[keys[0]])
-        return _Cut(pixel_values, torch.tensor([known[key] for key in keys]), tokens_per_tile, turn)
+        layout = torch.tensor([known[key] for key in keys])
+        return _Cut(pixel_values, layout[:, :3], layout[:, 3:], tokens_per_tile, turn)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -435,10 +437,11 @@ class ChatMixin:
         options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         options |= {"pixel_values": cut.pixel_values, "use_scm": scm_tile_order is not None}
         if cut.turn is not None:
-            options |= {CACHE_NAME: cut.turn, "tile_counts": cut.tile_counts}
+            options |= {CACHE_NAME: cut.turn, "tile_counts": cut.tile_counts, "tile_grids": cut.tile_grids}
         if scm_tile_order is not None and cut.tile_counts is not None:
             ends = _query_ends(request.conversations, prompts)
-            options |= {"tile_order": scm_tile_order, "scm_query_ends": ends, "tile_counts": cut.tile_counts}
+            options |= {"tile_order": scm_tile_order, "scm_query_ends": ends}
+            options |= {"tile_counts": cut.tile_counts, "tile_grids": cut.tile_grids}
         stops = options.get("stop_strings") or self.generation_config.stop_strings or []
         request.ends = [template.separator, *([stops] if isinstance(stops, str) else stops)]
         if not request.skip_special_tokens:
@@ -703,8 +706,8 @@ def _read_rows_of_tiles(
     return rows
 
 
-def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
-    """Return the detailed, adaptive and thumbnail tiles (images, 3) of images that the caller cut.
+def _tile_layout(grids, tiles: list[int]) -> torch.Tensor:
+    """Return the tile counts of images that the caller cut and, as far as they are known, their grids: (images, 3 + 4).
 
     Args:
         grids: (columns, rows) of the detailed grid of each image; None: which tiles are detailed does not matter.
@@ -713,7 +716,7 @@ def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
         ValueError: Not one (columns, rows) for each image, or a grid of more tiles than the image has.
     """
     if grids is None:
-        return torch.tensor([[0, 0, count] for count in tiles])
+        return torch.tensor([[0, 0, count, 1, 1, 1, 1] for count in tiles])
     ratios = torch.as_tensor(grids)
     ratios = ratios[None] if ratios.ndim == 1 else ratios
     if tuple(ratios.shape) != (len(tiles), 2) or ratios.is_floating_point() or (ratios < 1).any():
@@ -729,7 +732,7 @@ def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
                 f"target_aspect_ratio {grid} means {detailed} detailed tiles, but the picture has {total}."
             )
         thumbnail = min(total - detailed, 1)
-        counts.append((detailed, total - detailed - thumbnail, thumbnail))
+        counts.append((detailed, total - detailed - thumbnail, thumbnail, *grid, 1, 1))
     return torch.tensor(counts)
 
 
@@ -737,7 +740,7 @@ def _picture_keys(processor, conversation: Conversation, tile_order: str, use_sc
     """Return what tells the images of a conversation apart, with how they are cut."""
     pictures = conversation.pictures
     if pictures and pictures[0][1] is None:
-        counts = _tile_counts(grids if use_scm else None, [len(tiles) for tiles, _ in pictures]).tolist()
+        counts = _tile_layout(grids if use_scm else None, [len(tiles) for tiles, _ in pictures]).tolist()
         return [picture_key(tiles, (tile_order, count)) for (tiles, _), count in zip(pictures, counts)]
     settings = processor.image_processor.to_json_string() if pictures else ""
     return [picture_key(source, (settings, options)) for source, options in pictures]

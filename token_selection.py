@@ -211,7 +211,9 @@ class Selection:
         positions: "renumbered" as published: what stays closes up. "original": every token keeps its place in the prompt.
         score: "attention" of the language model; "features": how far a token's feature is from zero, which depends on the
             image alone and needs no pass of the language model.
-        stage: "embeddings": what is dropped is never read. "layer": it is read up to the scoring layer.
+        stage: "embeddings": what is dropped is never read. "layer": the prompt is read as a whole up to the scoring layer;
+            then the rest, and the cache of the layers before, are of what stays. The prompt's last token and all after it
+            see what stays alone.
     """
 
     shape: str = "token"
@@ -261,13 +263,8 @@ class Selection:
             )
         if self.markers and self.positions != "original":
             raise ValueError("scm_select: a marker stands where the run it stands for ends; add positions='original'.")
-        if self.score == "features" and self.stage == "layer":
-            raise ValueError("scm_select: scores of features need no layer; leave out stage='layer'.")
-
-    @property
-    def needs_map(self) -> bool:
-        """Whether it must know how the tiles lie, and not only how many they are."""
-        return self.shape != "token"
+        if self.stage == "layer" and self.positions != "original":
+            raise ValueError("scm_select: the lower layers read every token in its place; add positions='original'.")
 
     def choose(
         self, scores: torch.Tensor, tile_map: TileMap, count: int, stays: torch.Tensor | None = None

@@ -159,7 +159,7 @@ def test_coordinates_are_the_highest_of_each_tile():
         ({"markers": 0.1}, "add positions='original'"),
         ({"name": "markers", "budget": "tile"}, "markers go with a keep ratio"),
         ({"name": "markers", "mass": 0.5}, "markers go with a keep ratio"),
-        ({"score": "features", "stage": "layer"}, "leave out stage='layer'"),
+        ({"stage": "layer"}, "read every token in its place; add positions='original'"),
     ],
 )
 def test_selections_that_cannot_work_are_refused(value, message):
