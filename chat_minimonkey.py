@@ -46,7 +46,7 @@ from .processing_minimonkey import (
 )
 from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, picture_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
-from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
+from .tiling import BUDGET_TILING, MOST_TILES, RANGE_NAMES, SINGLE_TILE, share_tile_budget
 from .transformers_bridge import CACHE_NAME
 
 
@@ -147,6 +147,7 @@ class ChatMixin:
         images_kwargs: dict[str, Any] | None = None,
         videos_kwargs: dict[str, Any] | None = None,
         tile_budget: int | None = None,
+        token_budget: int | None = None,
         max_prompt_tokens: int | None = None,
         use_scm: bool = False,
         num_patches_list: list[int] | None = None,
@@ -188,6 +189,8 @@ class ChatMixin:
             videos_kwargs: How frames are chosen and cut: num_frames, fps, start, end (seconds), video_backend, see
                 `video_frames.load_frames`, and frame_tiles, most tiles of a frame (1).
             tile_budget: Most tiles of all images of the prompt together; each gets the same share.
+            token_budget: Most image tokens of the prompt, instead of tile_budget: images are cut in as many tiles as that
+                holds, by the rule that reads most of so many (`tiling.BUDGET_TILING`) unless images_kwargs say otherwise.
             max_prompt_tokens: Longest prompt that is not refused; by default the context length of the language model.
             use_scm: Compress the images' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. An
                 image is scored by the turn that brought it, even when a later turn computes it again.
@@ -216,6 +219,8 @@ class ChatMixin:
             raise ValueError(f"`question` must be text that is not empty, got {question!r}.")
         if stream and generation.get("streamer") is not None:
             raise ValueError("stream=True makes a streamer of its own; leave out streamer, or stream.")
+        if token_budget is not None:
+            tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
         _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
         _check_prompt_options(system_message, max_prompt_tokens)
@@ -262,6 +267,7 @@ class ChatMixin:
         images_kwargs: dict[str, Any] | None = None,
         videos_kwargs: dict[str, Any] | None = None,
         tile_budget: int | None = None,
+        token_budget: int | None = None,
         max_prompt_tokens: int | None = None,
         use_scm: bool = False,
         num_patches_list: list[int] | None = None,
@@ -293,6 +299,8 @@ class ChatMixin:
         if given:
             raise ValueError(f"{' and '.join(given)} works with chat, one conversation at a time, not with batch_chat.")
         count = len(questions)
+        if token_budget is not None:
+            tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
         _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
         _check_prompt_options(system_message, max_prompt_tokens)
@@ -322,6 +330,23 @@ class ChatMixin:
         forget_all(self)
 
     # --- images ------------------------------------------------------------------------------------------------------
+
+    def _tiles_for(
+        self, token_budget: int, tile_budget: int | None, images_kwargs: dict[str, Any] | None
+    ) -> tuple[int, dict[str, Any]]:
+        """Return how many tiles so many image tokens are, and the image processor's options to make the best of them."""
+        _check_count("token_budget", token_budget)
+        options = dict(images_kwargs or {})
+        if tile_budget is not None or "size" in options:
+            raise ValueError(
+                "token_budget goes neither with tile_budget nor with a tile size of your own; pass one of them."
+            )
+        tiles, per_tile = token_budget // self.config.image_seq_length, self.config.image_seq_length
+        if not tiles:
+            raise ValueError(f"A token_budget of {token_budget} holds no tile; one has {per_tile} tokens.")
+        if not options.keys() & {*RANGE_NAMES, "preset"}:
+            options |= dict(zip(RANGE_NAMES, (1, min(max(tiles - 1, 1), MOST_TILES), 1, 1)))
+        return tiles, {"tiling": BUDGET_TILING, **options}
 
     def _cut(self, processor, request: _Request, grids, keys: list[bytes] | None = None) -> _Cut:
         """Cut the images of all conversations into tiles; with a memory, those that it does not know.

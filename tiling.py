@@ -51,6 +51,8 @@ PRESET_TILINGS = {"internvl": "internvl", "minicpm_v": "logscore", "bluelm_v": "
 
 TILINGS = ("msac", "internvl", "logscore", "relaxed", "msac-logscore", "msac-relaxed")
 
+BUDGET_TILING = "internvl"  # of an image that is given so many tokens: what reads most, see docs/compression.md
+
 SINGLE_TILE: Grid = (1, 1)
 
 MOST_TILES = 1000  # of a grid; listing all grids of a million tiles takes minutes

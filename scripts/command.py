@@ -16,7 +16,7 @@ COMMANDS = {
     "train": ("finetune", "train a model by a recipe"),
     "average": ("average", "average the last checkpoints of a training run"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
-    "evidence": ("evidence", "measure what multi-scale cropping and scale compression are worth"),
+    "ablate": ("ablate", "measure what ways to cut images and to compress their tokens are worth"),
     "visualize": ("visualize", "draw the grids of an image and the tokens that scale compression keeps"),
     "benchmark": ("benchmark", "measure speed and memory"),
     "documents": ("synthetic.documents", "draw a sheet of the rendered documents that training reads"),

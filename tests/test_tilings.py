@@ -72,6 +72,35 @@ def test_tilings_of_a_tile_budget(nano, processor, sent):
             assert len(sent["pixel_values"]) == detailed[0] * detailed[1] + 1
 
 
+@pytest.mark.parametrize("budget", [49, 120, 49 * 5, 49 * 13, 49 * 60])
+def test_a_token_budget_is_filled_with_tiles_and_not_exceeded(nano, processor, sent, budget):
+    images = [synthetic_picture(300, 200, 1), synthetic_picture(90, 500, 2)]
+    for count in (1, 2) if budget >= 98 else (1,):
+        nano.chat(processor, images[:count], "Read.", token_budget=budget)
+        tokens = int((sent["input_ids"] == processor.image_token_id).sum())
+        assert tokens == 49 * len(sent["pixel_values"]) <= budget
+        if count == 1 and 49 * 5 <= budget <= 49 * 13:
+            assert tokens > budget / 3
+    nano.batch_chat(processor, images, ["Read."] * 2, token_budget=budget)
+    assert ((sent["input_ids"] == processor.image_token_id).sum(dim=1) <= budget).all()
+    nano.chat(processor, images[0], "Read.", token_budget=49 * 9, images_kwargs={"preset": "default", "tiling": "msac"})
+    assert len(sent["pixel_values"]) <= 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token_budget": 48}, "A token_budget of 48 holds no tile; one has 49 tokens"),
+        ({"token_budget": 0}, "token_budget must be a whole number"),
+        ({"token_budget": 490, "tile_budget": 3}, "neither with tile_budget"),
+        ({"token_budget": 490, "images_kwargs": {"size": square(56)}}, "nor with a tile size"),
+    ],
+)
+def test_token_budgets_that_cannot_work(nano, processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        nano.chat(processor, synthetic_picture(90, 80, 1), "Read.", **options)
+
+
 def test_frames_of_videos_follow_the_tiling(processor):
     frames = [np.asarray(synthetic_picture(300, 200, seed)) for seed in (1, 2)]
     inputs = processor(
