@@ -35,10 +35,10 @@ from .conversation import (
     unprotect,
 )
 from .generation_minimonkey import check_generation_options
+from .image_processing_minimonkey import list_images
 from .processing_minimonkey import (
     VIDEO_OPTIONS,
     cut_images,
-    list_images,
     list_videos,
     place_frames,
     video_options,

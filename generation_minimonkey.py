@@ -286,7 +286,9 @@ class GenerateMixin:
         """
         if settings is None and turn is None:
             kept = None if attention_mask is None else [row.nonzero().squeeze(1) for row in attention_mask]
-            return _Embedded(self.encode_images(input_ids, pixel_values), attention_mask, kept)
+            self.tokens_per_tile(pixel_values, input_ids)
+            embeddings = self.place_features(input_ids, self.encode_tiles(pixel_values))
+            return _Embedded(embeddings, attention_mask, kept)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
             raise ValueError(

@@ -53,6 +53,8 @@ KINDS = {
 }
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 RESIZED_BY_TORCH = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)  # others mean something else there
+# What was to be shown and got lost must not become an answer without it.
+EMPTY = "{0} hold {1}, which shows nothing; pass {0}=None to ask without any."
 MOST_PIXELS = 2**29  # of all tiles of an image: 6 GB of float32
 DECODED_AHEAD = 3  # images in memory at a time, besides the one that is cut
 
@@ -181,7 +183,7 @@ class _MsacMixin:
         """Read every path, URL and data URI in an image or a (nested) list of images; leave the rest as it is."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        _ = list(_flat(image_url_or_urls))  # which raises for what is not an image
+        list_images(image_url_or_urls)  # raises for what is not an image
         if isinstance(image_url_or_urls, SOURCES):
             return load_picture(image_url_or_urls, self.untrusted_sources)
         return image_url_or_urls
@@ -199,7 +201,7 @@ class _MsacMixin:
         self, images, *_, size: SizeDict, resample, use_thumbnail: bool, return_tensors=None, device=None, **settings
     ) -> BatchFeature:
         """Cut the images into tiles, each image as soon as it is decoded."""
-        pictures, ranges = list(_flat(images)), [settings[name] for name in RANGE_NAMES]
+        pictures, ranges = list_images(images), [settings[name] for name in RANGE_NAMES]
         if not pictures:
             raise ValueError("The list of pictures is empty.")
         tiles, counts, grids = [], [], []
@@ -297,20 +299,26 @@ def _tile_side(size) -> int:
     return sides[0]
 
 
-def _flat(images) -> Iterator:
-    """Flatten lists of images within lists, in order; an array of four dimensions is a batch."""
+def list_images(images) -> list:
+    """List the images of a (nested) list without opening any; an array of four dimensions is a batch.
+
+    Raises:
+        ValueError: Something that is not an image, or that shows nothing: None or an empty list in a list, an empty array.
+    """
+    if images is None:
+        return []
     if isinstance(images, (list, tuple)):
-        for image in images:
-            yield from _flat(image)
-        return
+        for item in images:
+            if item is None or (isinstance(item, (list, tuple)) and not item):
+                raise ValueError(EMPTY.format("images", repr(item)))
+        return [image for item in images for image in list_images(item)]
     if not isinstance(images, (*SOURCES, Image.Image, np.ndarray, torch.Tensor)):
         raise ValueError(
             f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(images).__name__}."
         )
-    if getattr(images, "ndim", 3) == 4:
-        yield from images
-    else:
-        yield images
+    if 0 in getattr(images, "shape", ()):
+        raise ValueError(EMPTY.format("images", f"an array of shape {tuple(images.shape)}"))
+    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
 class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
@@ -350,7 +358,8 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         itself is used.
         """
         layers = []
-        pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
+        # Channels last in memory, which torch resizes fastest; once for all grids, since this copy takes longer than a resize.
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
         for columns, rows in grids:
             size = (tile_size * columns, tile_size * rows)
             reduces = all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, size))
@@ -359,15 +368,11 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
                 for step in resizing_steps(*image.size, *size):
                     resized = self.resize(resized, SizeDict(height=step[1], width=step[0]), resample)
             else:
-                resized = _to_tensor(resize_picture(image, *size, resample), device)
+                resized = np.array(resize_picture(image, *size, resample))
+                resized = torch.from_numpy(resized).permute(2, 0, 1).to(device)
             tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
             layers.append(tiles.permute(1, 3, 0, 2, 4).flatten(0, 1))
         return layers
-
-
-def _to_tensor(image: Image.Image, device) -> torch.Tensor:
-    """Return (3, H, W) uint8 with the channels last in memory, which torch resizes fastest."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
 
 
 __all__ = ["MiniMonkeyImageProcessor", "MiniMonkeyImageProcessorPil"]

@@ -36,7 +36,7 @@ from .conversation import (
     protect_messages,
 )
 from .grounding import draw_boxes, parse_boxes
-from .image_processing_minimonkey import MiniMonkeyImageProcessorKwargs
+from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, list_images
 from .multi_view import stitch_views
 from .picture_decoding import pages_of
 from .tiling import RANGE_NAMES
@@ -44,8 +44,6 @@ from .transformers_bridge import MultiModalData, custom_object_save
 from .video_frames import load_frames
 
 
-# What was to be shown and got lost must not become an answer without it.
-EMPTY = "{0} hold {1}, which shows nothing; pass {0}=None to ask without any."
 VIDEO_OPTIONS = ("num_frames", "fps", "start", "end", "video_backend", "frame_tiles", "untrusted_sources")
 
 
@@ -199,9 +197,9 @@ def list_videos(videos) -> list:
     Raises:
         ValueError: A list of nothing: None or an empty list in it, or an array that is not videos.
     """
-    if _is_none(videos):
+    if videos is None or (isinstance(videos, (list, tuple)) and not videos):
         return []
-    if hasattr(videos, "shape") and 0 in videos.shape:
+    if 0 in getattr(videos, "shape", ()):
         raise ValueError(EMPTY.format("videos", f"an array of shape {tuple(videos.shape)}"))
     if getattr(videos, "ndim", 4) == 5:
         return [*videos]
@@ -209,32 +207,9 @@ def list_videos(videos) -> list:
     if not is_list or all(isinstance(item, Image.Image) or getattr(item, "ndim", 4) < 4 for item in videos):
         return [videos]
     for item in videos:
-        if _is_none(item):
+        if item is None or (isinstance(item, (list, tuple)) and not item):
             raise ValueError(EMPTY.format("videos", repr(item)))
     return [video for item in videos for video in list_videos(item)]
-
-
-def list_images(images) -> list:
-    """List the images of a (nested) list without opening any; an array of four dimensions is a batch.
-
-    Raises:
-        ValueError: A list of nothing: None or an empty list in it, or an array that is not images.
-    """
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)):
-        for item in images:
-            if item is None or (isinstance(item, (list, tuple)) and not item):
-                raise ValueError(EMPTY.format("images", repr(item)))
-        return [image for item in images for image in list_images(item)]
-    if hasattr(images, "shape") and 0 in images.shape:
-        raise ValueError(EMPTY.format("images", f"an array of shape {tuple(images.shape)}"))
-    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
-
-
-def _is_none(media) -> bool:
-    """Tell whether no images or videos are meant: None, or the empty list that chat windows send."""
-    return media is None or (isinstance(media, (list, tuple)) and not media)
 
 
 class MiniMonkeyProcessor(ProcessorMixin):
@@ -310,7 +285,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         images = self._check_images(texts, images, merged["images_kwargs"])
         image_inputs, tiles = {}, []
         prompts = texts
-        if not _is_none(videos):
+        if videos is not None and not (isinstance(videos, (list, tuple)) and not videos):  # chat windows send []
             prompts, image_inputs = self._with_frames(texts, images, videos, merged)
         elif images:
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
