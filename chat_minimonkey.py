@@ -216,8 +216,9 @@ class ChatMixin:
         if stream and generation.get("streamer") is not None:
             raise ValueError("stream=True makes a streamer of its own; leave out streamer, or stream.")
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
-        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
-        _check_prompt_options(system_message, max_prompt_tokens)
+        _check_settings(
+            tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
+        )
         tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict)
@@ -226,7 +227,7 @@ class ChatMixin:
             media = (images, videos, images_kwargs or {}, videos_kwargs or {}, tile_budget)
             request.conversations = [_read(processor, question, turns, *media, is_placed=is_listed)]
         else:
-            request.conversations = [_read_tiles(tiles, num_patches_list, question, turns)]
+            request.conversations = _read_tiles(tiles, num_patches_list, [question], [turns], is_batch=False)
         keys = None
         if not remember or self.remembered_conversations < 1:
             forget_the_oldest(self)
@@ -293,8 +294,9 @@ class ChatMixin:
             raise ValueError(f"{' and '.join(given)} works with chat, one conversation at a time, not with batch_chat.")
         count = len(questions)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
-        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
-        _check_prompt_options(system_message, max_prompt_tokens)
+        _check_settings(
+            tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
+        )
         tokenizer = getattr(processor, "tokenizer", processor)
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict=False)
@@ -307,7 +309,7 @@ class ChatMixin:
                 for row, (question, turns, own) in enumerate(zip(questions, histories, media))
             ]
         else:
-            request.conversations = _read_rows_of_tiles(tiles, num_patches_list, questions, histories)
+            request.conversations = _read_tiles(tiles, num_patches_list, questions, histories, is_batch=True)
         cut = self._cut(processor, request, target_aspect_ratio if use_scm else None)
         self._prepare(
             request, cut, system_message, max_prompt_tokens, tile_order if use_scm else None, videos is not None
@@ -541,12 +543,23 @@ def _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_b
         raise ValueError("videos go with pictures (images), not with tiles; pass their frames as tiles instead.")
     if tile_budget is not None and (images is None or is_cut):
         raise ValueError("tile_budget is shared by pictures; there are none here.")
-    _check_count("tile_budget", tile_budget)
+    if tile_budget is not None and (
+        isinstance(tile_budget, bool) or not isinstance(tile_budget, int) or tile_budget < 1
+    ):
+        raise ValueError(f"tile_budget must be a whole number of at least 1, got {tile_budget!r}.")
     return images if is_cut else None
 
 
-def _check_tiles(tiles: torch.Tensor | None, num_patches_list, target_aspect_ratio, tile_order, use_scm: bool) -> None:
-    """Raise `ValueError` for what is said of tiles and does not fit."""
+def _check_settings(
+    tiles: torch.Tensor | None,
+    num_patches_list,
+    target_aspect_ratio,
+    tile_order,
+    use_scm: bool,
+    system_message,
+    max_prompt_tokens,
+) -> None:
+    """Raise `ValueError` for what is said of tiles and does not fit, and for options of the prompt that cannot be."""
     if num_patches_list and tiles is None:
         raise ValueError("num_patches_list belongs to tiles; pictures are counted when they are cut.")
     if tile_order not in TILE_ORDERS:
@@ -558,18 +571,11 @@ def _check_tiles(tiles: torch.Tensor | None, num_patches_list, target_aspect_rat
             "use_scm=True needs to know which tiles are detailed: pass target_aspect_ratio=(columns, rows) of the detailed "
             "grid, a list of them for several pictures, or pass the pictures themselves and a processor."
         )
-
-
-def _check_prompt_options(system_message, max_prompt_tokens) -> None:
-    """Raise `ValueError` for options of the prompt that cannot be."""
-    _check_count("max_prompt_tokens", max_prompt_tokens)
+    longest = 1 if max_prompt_tokens is None else max_prompt_tokens
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
+        raise ValueError(f"max_prompt_tokens must be a whole number of at least 1, got {longest!r}.")
     if system_message is not None and not isinstance(system_message, str):
         raise ValueError(f"system_message must be text, got {type(system_message).__name__}.")
-
-
-def _check_count(name: str, count) -> None:
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
 
 
 def _rows(values, count: int, name: str, what: str) -> list:
@@ -609,11 +615,13 @@ def _read(
     if not is_placed:
         question = _placed(question, asked, images, videos)
     for given, placeholder in ((images, IMAGE_PLACEHOLDER), (videos, VIDEO_PLACEHOLDER)):
-        if sum(text.count(placeholder) for text in (question, *asked)) != len(given):
-            _check(asked, question, len(given), subject, placeholder)
+        check_placeholders([*asked, question], len(given), subject, placeholder, earlier=len(asked))
     options = images_kwargs
     if tile_budget is not None and images:
-        options = _share_budget(processor.image_processor, images_kwargs, tile_budget, len(images))
+        use_thumbnail = options.get("use_thumbnail", processor.image_processor.use_thumbnail)
+        ranges = processor.image_processor.tile_ranges(**options)
+        ranges = share_tile_budget(tile_budget, len(images), ranges, use_thumbnail)
+        options = {name: value for name, value in options.items() if name != "preset"} | dict(zip(RANGE_NAMES, ranges))
     texts, pictures = [*asked, question], [(image, options) for image in images]
     if videos:
         sampling = {"untrusted_sources": processor.image_processor.untrusted_sources, **videos_kwargs}
@@ -640,29 +648,17 @@ def _placed(question: str, asked: list[str], images: list, videos: list) -> str:
     return question
 
 
-def _check(asked: list[str], question: str, given: int, subject: str, placeholder: str = IMAGE_PLACEHOLDER) -> None:
-    """Check placeholders, with a hint at what is most often forgotten."""
-    try:
-        check_placeholders([*asked, question], given, subject, placeholder)
-    except ValueError as error:
-        in_history = sum(text.count(placeholder) for text in asked)
-        if given >= in_history:
-            raise
-        raise ValueError(
-            f"{error} The history is about {in_history} of them: every turn is given those of the whole conversation, in order."
-        ) from error
+def _read_tiles(
+    tiles: torch.Tensor,
+    num_patches_list: list[int] | None,
+    questions: list[str],
+    histories: list[list[tuple[str, str]]],
+    is_batch: bool,
+) -> list[Conversation]:
+    """Read rows about tiles that the caller cut: the images belong to the rows by their placeholders.
 
-
-def _share_budget(image_processor, images_kwargs: dict[str, Any], tile_budget: int, images: int) -> dict[str, Any]:
-    """Return the image processor's options with what each image gets of a tile budget."""
-    use_thumbnail = images_kwargs.get("use_thumbnail", image_processor.use_thumbnail)
-    ranges = share_tile_budget(tile_budget, images, image_processor.tile_ranges(**images_kwargs), use_thumbnail)
-    options = {name: value for name, value in images_kwargs.items() if name != "preset"}
-    return {**options, **dict(zip(RANGE_NAMES, ranges))}
-
-
-def _split(tiles: torch.Tensor, num_patches_list: list[int] | None) -> list[tuple[torch.Tensor, None]]:
-    """Return the tiles of each image, as images that are cut already."""
+    A question that has none is about one image in a batch; else the first of a conversation is about all.
+    """
     counts = [len(tiles)] if num_patches_list is None else [int(count) for count in num_patches_list]
     if not counts or min(counts) < 1:
         raise ValueError(
@@ -673,34 +669,16 @@ def _split(tiles: torch.Tensor, num_patches_list: list[int] | None) -> list[tupl
         raise ValueError(
             f"num_patches_list {counts} adds up to {sum(counts)}, but pixel_values hold {len(tiles)} tiles."
         )
-    return [(part, None) for part in tiles.split(counts)]
-
-
-def _read_tiles(
-    tiles: torch.Tensor, num_patches_list: list[int] | None, question: str, history: list[tuple[str, str]]
-) -> Conversation:
-    pictures, asked = _split(tiles, num_patches_list), [text for text, _ in history]
-    question = question if history else _placed(question, asked, pictures, [])
-    _check(asked, question, len(pictures), "The text")
-    return Conversation(history, question, [*history, (question, None)], pictures)
-
-
-def _read_rows_of_tiles(
-    tiles: torch.Tensor,
-    num_patches_list: list[int] | None,
-    questions: list[str],
-    histories: list[list[tuple[str, str]]],
-) -> list[Conversation]:
-    """Read a batch of tiles: the images belong to the rows by their placeholders."""
-    pictures, rows = _split(tiles, num_patches_list), []
-    remaining = iter(pictures)
+    images, rows, texts = [(part, None) for part in tiles.split(counts)], [], []
+    remaining = iter(images)
     for question, history in zip(questions, histories):
         asked = [text for text, _ in history]
-        if IMAGE_PLACEHOLDER not in question:
-            question = _placed(question, asked, [None], [])
+        if is_batch or not history:
+            question = _placed(question, asked, [None] if is_batch else images, [])
         count = sum(text.count(IMAGE_PLACEHOLDER) for text in (*asked, question))
         rows.append(Conversation(history, question, [*history, (question, None)], [*islice(remaining, count)]))
-    check_placeholders([text for row in rows for text, _ in row.turns], len(pictures))
+        texts += [*asked, question]
+    check_placeholders(texts, len(images), earlier=0 if is_batch else len(texts) - 1)
     return rows
 
 

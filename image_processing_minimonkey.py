@@ -156,8 +156,9 @@ class _MsacMixin:
         size, do_resize, use_thumbnail, resample, image_mean, image_std = (
             options.get(name, getattr(self, name)) for name in CHECKED
         )
+        side = _tile_side(size)
         check_tile_ranges(*ranges)
-        side, most = _tile_side(size), ranges[1] + ranges[3] + 1
+        most = ranges[1] + ranges[3] + 1
         if most * side**2 > MOST_PIXELS:
             raise ValueError(
                 f"Up to {most} tiles of {side} x {side} pixels are {most * side**2:,} for a picture, the limit is "
