@@ -44,7 +44,7 @@ from .processing_minimonkey import (
     video_options,
     with_pages,
 )
-from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, picture_key, recall
+from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, image_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
 from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
 from .transformers_bridge import CACHE_NAME
@@ -65,7 +65,7 @@ class Conversation:
     history: list[tuple[str, str]]
     question: str
     turns: list[tuple[str, str | None]] = field(default_factory=list)
-    pictures: list[tuple[Any, dict[str, Any] | None]] = field(default_factory=list)
+    images: list[tuple[Any, dict[str, Any] | None]] = field(default_factory=list)
 
 
 @dataclass
@@ -232,7 +232,7 @@ class ChatMixin:
         if not remember or self.remembered_conversations < 1:
             forget_the_oldest(self)
         elif is_listed or return_history or return_dict or stream or hasattr(history, "memory"):
-            keys = _picture_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
+            keys = _image_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
             beginning = _beginning(request.conversations[0], system_message, keys) if is_listed else None
             keeps_history = return_history or return_dict or stream
             request.memory = recall(self, getattr(history, "memory", None), beginning, keeps_history)
@@ -330,20 +330,20 @@ class ChatMixin:
         Args:
             grids: Of tiles that the caller cut, the detailed grid of each image, if scale compression needs it.
         """
-        pictures = [picture for conversation in request.conversations for picture in conversation.pictures]
+        images = [image for conversation in request.conversations for image in conversation.images]
         memory = request.memory
         turn = None if memory is None else memory.begin_turn(keys)
-        if not pictures:
+        if not images:
             return _Cut(turn=turn)
-        new, known = range(len(pictures)), {}
+        new, known = range(len(images)), {}
         if turn is not None:
             known = dict(turn.tile_counts)
             new = sorted({key: i for i, key in reversed([*enumerate(keys)]) if key not in turn.features}.values())
         pixel_values = None
         if new:
-            wanted = [pictures[i] for i in new]
+            wanted = [images[i] for i in new]
             if isinstance(wanted[0][0], torch.Tensor) and wanted[0][1] is None:
-                counts = _tile_counts(grids, [len(tiles) for tiles, _ in pictures])[list(new)]
+                counts = _tile_counts(grids, [len(tiles) for tiles, _ in images])[list(new)]
                 pixel_values = torch.cat([tiles for tiles, _ in wanted]).to(self.device, self.dtype)
             else:
                 cut = cut_images(processor.image_processor, wanted, return_tensors="pt")
@@ -424,12 +424,12 @@ class ChatMixin:
         prompts = []
         longest = getattr(self.config.text_config, "max_position_embeddings", None) or 0
         for conversation in request.conversations:
-            own = [next(tiles) for _ in conversation.pictures]
+            own = [next(tiles) for _ in conversation.images]
             prompt = render(
                 tokenizer, template, conversation.turns, system, own, cut.tokens_per_tile, request.grounding_tokens
             )
             if len(prompt.token_ids) > (longest if max_prompt_tokens is None else max_prompt_tokens):
-                can_cut_less = not has_videos and all(options is not None for _, options in conversation.pictures)
+                can_cut_less = not has_videos and all(options is not None for _, options in conversation.images)
                 self._check_length(len(prompt.token_ids), own, cut.tokens_per_tile, max_prompt_tokens, can_cut_less)
             prompts.append(prompt)
         rows = {"input_ids": [prompt.token_ids for prompt in prompts]}
@@ -622,15 +622,17 @@ def _read(
         ranges = processor.image_processor.tile_ranges(**options)
         ranges = share_tile_budget(tile_budget, len(images), ranges, use_thumbnail)
         options = {name: value for name, value in options.items() if name != "preset"} | dict(zip(RANGE_NAMES, ranges))
-    texts, pictures = [*asked, question], [(image, options) for image in images]
+    texts = [*asked, question]
     if videos:
         sampling = {"untrusted_sources": processor.image_processor.untrusted_sources, **videos_kwargs}
-        texts, pictures = place_frames(texts, images, options, videos, sampling)
+        texts, images = place_frames(texts, images, options, videos, sampling)
+    else:
+        images = [(image, options) for image in images]
     answers = [*(answer for _, answer in history), None]
     turns = list(zip(texts, answers))
     if is_placed:  # what spells a placeholder in messages is marked for the prompt alone
         history, question = [(unprotect(text), answer) for text, answer in history], unprotect(question)
-    return Conversation(history, question, turns, pictures)
+    return Conversation(history, question, turns, images)
 
 
 def _placed(question: str, asked: list[str], images: list, videos: list) -> str:
@@ -712,22 +714,22 @@ def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
     return torch.tensor(counts)
 
 
-def _picture_keys(processor, conversation: Conversation, tile_order: str, use_scm: bool, grids) -> list[bytes]:
+def _image_keys(processor, conversation: Conversation, tile_order: str, use_scm: bool, grids) -> list[bytes]:
     """Return what tells the images of a conversation apart, with how they are cut."""
-    pictures = conversation.pictures
-    if pictures and pictures[0][1] is None:
-        counts = _tile_counts(grids if use_scm else None, [len(tiles) for tiles, _ in pictures]).tolist()
-        return [picture_key(tiles, (tile_order, count)) for (tiles, _), count in zip(pictures, counts)]
-    settings = processor.image_processor.to_json_string() if pictures else ""
-    return [picture_key(source, (settings, options)) for source, options in pictures]
+    images = conversation.images
+    if images and images[0][1] is None:
+        counts = _tile_counts(grids if use_scm else None, [len(tiles) for tiles, _ in images]).tolist()
+        return [image_key(tiles, (tile_order, count)) for (tiles, _), count in zip(images, counts)]
+    settings = processor.image_processor.to_json_string() if images else ""
+    return [image_key(source, (settings, options)) for source, options in images]
 
 
 def _beginning(conversation: Conversation, system_message: str | None, keys: list[bytes]) -> list[tuple]:
     """Return what was said so far, a tuple for each message, for `recall`."""
     remaining, beginning = iter(keys), [("system", system_message)]
     for question, answer in conversation.turns:
-        pictures = tuple(next(remaining) for _ in range(question.count(IMAGE_PLACEHOLDER)))
-        beginning += [("user", question, pictures), ("assistant", answer)]
+        images = tuple(next(remaining) for _ in range(question.count(IMAGE_PLACEHOLDER)))
+        beginning += [("user", question, images), ("assistant", answer)]
     return beginning[:-1]
 
 

@@ -354,7 +354,7 @@ class GenerateMixin:
             per_tile = len(encoded) // given
             features |= zip(unseen, encoded.split([tiles[key] * per_tile for key in unseen]))
         counts_and_features = {key: (count.tolist(), features[key]) for key, count in zip(turn.keys, counts)}
-        turn.memory.remember_pictures(counts_and_features)
+        turn.memory.remember_images(counts_and_features)
         return torch.cat([features[key] for key in turn.keys])
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:

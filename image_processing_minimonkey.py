@@ -6,7 +6,7 @@
 `backend="pil"` gives the pixels of the published code, bit for bit; `backend="torchvision"` (the default) is faster and
 differs by at most one level of 255 before normalisation.
 
-Deals with images, not with prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as
+Deals with images, not with prompts; image_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as
 soon as it is decoded, so that only a few are in memory at a time.
 """
 
@@ -32,10 +32,10 @@ from transformers.image_utils import (
     SizeDict,
 )
 
-from .picture_decoding import (
+from .image_decoding import (
     array_to_rgb,
-    load_picture,
-    resize_picture,
+    load_image,
+    resize_image,
     resizing_steps,
     tensor_to_rgb,
     to_rgb,
@@ -186,13 +186,13 @@ class _MsacMixin:
             return [self.fetch_images(image) for image in image_url_or_urls]
         list_images(image_url_or_urls)  # raises for what is not an image
         if isinstance(image_url_or_urls, SOURCES):
-            return load_picture(image_url_or_urls, self.untrusted_sources)
+            return load_image(image_url_or_urls, self.untrusted_sources)
         return image_url_or_urls
 
     def process_image(self, image, input_data_format=None, untrusted_sources=False, **kwargs) -> Image.Image:
         """Return one image of any accepted type as upright 8-bit RGB."""
         if isinstance(image, SOURCES):
-            return load_picture(image, untrusted_sources)
+            return load_image(image, untrusted_sources)
         if isinstance(image, Image.Image):
             return to_rgb(image)
         convert = tensor_to_rgb if isinstance(image, torch.Tensor) else array_to_rgb
@@ -202,11 +202,11 @@ class _MsacMixin:
         self, images, *_, size: SizeDict, resample, use_thumbnail: bool, return_tensors=None, device=None, **settings
     ) -> BatchFeature:
         """Cut the images into tiles, each image as soon as it is decoded."""
-        pictures, ranges = list_images(images), [settings[name] for name in RANGE_NAMES]
-        if not pictures:
+        images, ranges = list_images(images), [settings[name] for name in RANGE_NAMES]
+        if not images:
             raise ValueError("The list of pictures is empty.")
         tiles, counts, grids = [], [], []
-        for image in self._decoded(pictures, settings):
+        for image in self._decoded(images, settings):
             detailed, adaptive = msac_grids(*image.size, *ranges, size.height)
             counts.append(tile_counts(detailed, adaptive, use_thumbnail))
             grids.append((*detailed, *adaptive))
@@ -218,17 +218,17 @@ class _MsacMixin:
         data = {"pixel_values": pixel_values, "tile_counts": counts, "tile_grids": grids}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _decoded(self, pictures: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
+    def _decoded(self, images: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
         """Yield the images one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
         options = {name: settings.get(name) for name in ("input_data_format", "untrusted_sources")}
-        sources = iter([picture for picture in pictures if isinstance(picture, SOURCES)])
+        sources = iter([image for image in images if isinstance(image, SOURCES)])
         with ThreadPoolExecutor(DECODED_AHEAD) as threads:  # Pillow and the network let go of the interpreter meanwhile
             read = deque(
                 threads.submit(self.process_image, source, **options) for source in islice(sources, DECODED_AHEAD)
             )
-            for picture in pictures:
-                if not isinstance(picture, SOURCES):  # it may be there twice, and must not be decoded by two threads
-                    yield self.process_image(picture, **options)
+            for image in images:
+                if not isinstance(image, SOURCES):  # it may be there twice, and must not be decoded by two threads
+                    yield self.process_image(image, **options)
                     continue
                 yield read.popleft().result()
                 read.extend(threads.submit(self.process_image, source, **options) for source in islice(sources, 1))
@@ -329,7 +329,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         """Cut an image in each grid: (columns * rows, 3, S, S) uint8, row by row."""
         layers = []
         for columns, rows in grids:
-            resized = np.asarray(resize_picture(image, tile_size * columns, tile_size * rows, resample))
+            resized = np.asarray(resize_image(image, tile_size * columns, tile_size * rows, resample))
             tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
             layers.append(tiles.reshape(columns * rows, 3, tile_size, tile_size))
         return layers
@@ -369,7 +369,7 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
                 for step in resizing_steps(*image.size, *size):
                     resized = self.resize(resized, SizeDict(height=step[1], width=step[0]), resample)
             else:
-                resized = np.array(resize_picture(image, *size, resample))
+                resized = np.array(resize_image(image, *size, resample))
                 resized = torch.from_numpy(resized).permute(2, 0, 1).to(device)
             tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
             layers.append(tiles.permute(1, 3, 0, 2, 4).flatten(0, 1))

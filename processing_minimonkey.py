@@ -36,9 +36,9 @@ from .conversation import (
     protect_messages,
 )
 from .grounding import draw_boxes, parse_boxes
+from .image_decoding import pages_of
 from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, list_images
 from .multi_view import stitch_views
-from .picture_decoding import pages_of
 from .tiling import RANGE_NAMES
 from .transformers_bridge import MultiModalData, custom_object_save
 from .video_frames import load_frames
@@ -137,11 +137,11 @@ def place_frames(
     return texts, [next(remaining[kind]) for kind in kinds]
 
 
-def cut_images(image_processor, pictures: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
+def cut_images(image_processor, images: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
     """Cut images that have options of their own, beside `options` for all, with the image processor, in order."""
     parts = [
-        image_processor([picture for picture, _ in group], **{**own, **options})
-        for own, group in groupby(pictures, key=lambda picture: picture[1])
+        image_processor([image for image, _ in group], **{**own, **options})
+        for own, group in groupby(images, key=lambda image: image[1])
     ]
     return dict(parts[0]) if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
@@ -177,8 +177,8 @@ def _of_the_same_kind(mask, ids):
     return np.asarray(mask) if isinstance(ids, np.ndarray) else mask
 
 
-def with_pages(pictures: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
-    """Return `pictures`, with the pages of TIFF files as images of their own.
+def with_pages(images: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
+    """Return `images`, with the pages of TIFF files as images of their own.
 
     Where `texts` have one `<image>` for each file, its first page alone is shown, which the image processor warns about.
 
@@ -186,9 +186,9 @@ def with_pages(pictures: list, texts: list[str], image_processor, options: dict[
         ValueError: A path, where sources are untrusted.
     """
     untrusted = options.get("untrusted_sources", image_processor.untrusted_sources)
-    pages = [page for picture in pictures for page in pages_of(picture, untrusted)]
-    has_pages = len(pages) > len(pictures)
-    return pages if has_pages and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(pictures) else pictures
+    pages = [page for image in images for page in pages_of(image, untrusted)]
+    has_pages = len(pages) > len(images)
+    return pages if has_pages and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(images) else images
 
 
 def list_videos(videos) -> list:
@@ -332,8 +332,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
         given = {name: merged["videos_kwargs"].get(name) for name in VIDEO_OPTIONS}
         given = {name: value for name, value in given.items() if value is not None}
         given.setdefault("untrusted_sources", self.image_processor.untrusted_sources)
-        texts, pictures = place_frames(texts, images, merged["images_kwargs"], videos, given)
-        return texts, cut_images(self.image_processor, pictures)
+        texts, images = place_frames(texts, images, merged["images_kwargs"], videos, given)
+        return texts, cut_images(self.image_processor, images)
 
     def _check_images(self, texts: list[str], images, options: dict[str, Any]) -> list:
         """Return the images in one list, with pages as images of their own; check that each has its placeholder."""
@@ -342,15 +342,15 @@ class MiniMonkeyProcessor(ProcessorMixin):
             if len(images) != len(texts):
                 raise ValueError(f"{len(images)} lists of images were given for {len(texts)} texts.")
             rows = images if len(texts) > 1 else [list_images(images)]  # of several texts some may have no images
-            pictures = []
+            found = []
             for row, (text, given) in enumerate(zip(texts, rows)):
                 of_row = with_pages(list_images(given), [text], self.image_processor, options)
                 check_placeholders([text], len(of_row), f"Row {row}")
-                pictures += of_row
-            return pictures
-        pictures = with_pages(list_images(images), texts, self.image_processor, options)
-        check_placeholders(texts, len(pictures))
-        return pictures
+                found += of_row
+            return found
+        images = with_pages(list_images(images), texts, self.image_processor, options)
+        check_placeholders(texts, len(images))
+        return images
 
     def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         """Return token ids, padded as `options` say; nothing is added in front or behind."""
