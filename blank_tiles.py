@@ -8,7 +8,7 @@ same here. Source of the idea: DocPrune (arXiv 2604.22281), which drops backgrou
 import numpy as np
 from PIL import Image
 
-from .picture_decoding import resize_picture
+from .image_decoding import resize_image
 
 
 CELL = 28  # pixels: one token of a published tile of 448
@@ -55,5 +55,5 @@ def shown_tiles(image: Image.Image, grid: tuple[int, int], tile_size: int) -> li
     if grid == (1, 1):
         return [True]
     size = (grid[0] * tile_size, grid[1] * tile_size)
-    grey = resize_picture(image.convert("L"), *size, Image.Resampling.BICUBIC)
+    grey = resize_image(image.convert("L"), *size, Image.Resampling.BICUBIC)
     return (~blank_tiles(np.asarray(grey), tile_size)).tolist()

@@ -17,7 +17,8 @@ import torch
 from transformers import StoppingCriteria
 
 from .conversation import write_messages
-from .processing_minimonkey import list_images, list_videos
+from .image_processing_minimonkey import list_images
+from .processing_minimonkey import list_videos
 from .prompt_memory import PromptMemory
 
 

@@ -285,14 +285,20 @@ def _with_secret_control_tokens(tokenizer) -> tuple[dict[str, str], Tokenizer]:
 
 
 def check_placeholders(
-    texts: list[str], given: int, subject: str = "The text", placeholder: str = IMAGE_PLACEHOLDER
+    texts: list[str], given: int, subject: str = "The text", placeholder: str = IMAGE_PLACEHOLDER, earlier: int = 0
 ) -> None:
-    """Raise `ValueError` about `subject` unless `texts` have one placeholder for each of `given` images or videos."""
+    """Raise `ValueError` about `subject` unless `texts` have one placeholder for each of `given` images or videos.
+
+    Of the texts `earlier` are of earlier turns, whose images are most often forgotten.
+    """
     placeholders, kind = sum(text.count(placeholder) for text in texts), placeholder.strip("<>")
     if placeholders != given:
+        in_history, hint = sum(text.count(placeholder) for text in texts[:earlier]), ""
+        if given < in_history:
+            hint = f" The history is about {in_history} of them: every turn is given those of the whole conversation, in order."
         raise ValueError(
             f"{subject} has {placeholders} {placeholder} placeholders, but {given} {kind}s were given; "
-            f"each {kind} needs exactly one."
+            f"each {kind} needs exactly one.{hint}"
         )
 
 

@@ -9,7 +9,6 @@ language model.
 
 import copy
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
@@ -48,7 +47,6 @@ from .transformers_bridge import (
     IS_CACHE_RENAMED,
     OTHER_CACHE_NAME,
     PaddedRepetitionPenalty,
-    cache_of,
     extends,
     with_both_cache_names,
     with_one_cache_name,
@@ -118,13 +116,14 @@ def check_generation_options(model, generation_config: GenerationConfig | None, 
 
 @dataclass
 class _Embedded:
-    """A prompt (B, N) as embeddings (B, N, D), and which positions of each row the language model reads.
+    """A prompt (B, N) as embeddings (B, N, D), its mask (B, N), and which positions of each row the language model reads.
 
-    `kept` is None where a mask of another shape than (B, N) decides that. A `cache` holds the first of the `kept` positions
-    already: with a memory those of one row, without `cached` of each.
+    Mask and `kept` are None where all are read. A `cache` holds the first of the `kept` positions already: with a
+    memory those of one row, without `cached` of each.
     """
 
     embeddings: torch.Tensor
+    mask: torch.Tensor | None
     kept: list[torch.Tensor] | None
     settings: CompressionSettings | None = None
     prompt: Prompt | None = None
@@ -156,8 +155,7 @@ class GenerateMixin:
             ValueError: See `generate`.
         """
         settings = self._compression_settings(**scm_options)
-        mask = _whole_mask(attention_mask, input_ids)
-        return self._embed(input_ids, mask, pixel_values, tile_counts, tile_grids, settings).kept
+        return self._embed(input_ids, attention_mask, pixel_values, tile_counts, tile_grids, settings).kept
 
     @extends(GenerationMixin.generate)
     @torch.no_grad()
@@ -259,8 +257,9 @@ class GenerateMixin:
             self._remember(turn.memory, embedded, output)
         elif repacked:
             output = _with_prompt(output, input_ids)
-            if cache_of(output) is not None:
-                setattr(cache_of(output), REPACKED, True)
+            cache = getattr(output, CACHE_NAME, None)
+            if cache is not None:
+                setattr(cache, REPACKED, True)
         return with_both_cache_names(output) if IS_CACHE_RENAMED else output
 
     def _compression_settings(
@@ -313,11 +312,16 @@ class GenerateMixin:
             turn: What is remembered of the prompt's images, and, if `can_remember`, of its beginning.
         """
         if settings is None and turn is None:
-            is_usual = attention_mask is not None and attention_mask.ndim == 2
-            kept = [row.nonzero().squeeze(1) for row in attention_mask] if is_usual else None
-            features = self._features_for(input_ids, pixel_values, None)
-            return _Embedded(self.place_features(input_ids, features), kept)
-        mask = _whole_mask(attention_mask, input_ids)
+            kept = None if attention_mask is None else [row.nonzero().squeeze(1) for row in attention_mask]
+            self.tokens_per_tile(pixel_values, input_ids)
+            embeddings = self.place_features(input_ids, self.encode_tiles(pixel_values))
+            return _Embedded(embeddings, attention_mask, kept)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} for scale compression, got "
+                f"{tuple(mask.shape)}."
+            )
         if turn is not None and (len(input_ids) != 1 or not bool(mask.all())):
             raise ValueError("A turn is of one conversation: pass one row without padding.")
         settings = settings or self._compression_settings(scm_keep_ratio=1.0)
@@ -334,14 +338,14 @@ class GenerateMixin:
                 "processor returns beside pixel_values; chat needs target_aspect_ratio for tiles that you cut yourself."
             )
         else:
-            self._check_pixel_values(pixel_values)
             per_tile = self.tokens_per_tile(pixel_values)
         if tile_counts is not None and (pixel_values is not None or len(features)):
             images = find_images(
                 input_ids, mask, tile_counts, self.config.image_token_id, per_tile, settings, tile_grids
             )
             if not len(features):
-                features = self._features_for(input_ids, pixel_values, None)
+                self.tokens_per_tile(pixel_values, input_ids)
+                features = self.encode_tiles(pixel_values)
         embeddings = self.place_features(input_ids, features)
         prompt, recalled, cache = None, Recalled(), None
         if can_remember:
@@ -356,13 +360,18 @@ class GenerateMixin:
                 ]
             ]
         rotary = partial(rotary_means, self.model.language_model, like=embeddings[0])
-        kept, runs = kept_positions(embeddings, mask, images, settings, self._probe(settings), rotary)
+        probe = partial(self._probe, settings.layer)
+        kept, runs = kept_positions(embeddings, mask, images, settings, probe, rotary)
         for row, row_runs in enumerate(runs):
             for place, first, stop in row_runs:
                 embeddings[row, place] = embeddings[row, first:stop].mean(dim=0)
         if recalled.start:
             kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
-        return _Embedded(embeddings, kept, settings, prompt, cache, images, recalled.start)
+        return _Embedded(embeddings, mask, kept, settings, prompt, cache, images, recalled.start)
+
+    def _probe(self, layer: int, sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
+        routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
+        return attention_inputs(self.model.language_model, sequence, layer, **routing)
 
     def _read_to_layer(
         self, generation_config: GenerationConfig | None, options: dict[str, Any], embedded: _Embedded
@@ -378,7 +387,7 @@ class GenerateMixin:
             raise ValueError(
                 "scm_select with stage='layer' makes a cache of its own; leave out cache_implementation and use_cache=False."
             )
-        mask, layer = _whole_mask(options.get("attention_mask"), options["input_ids"]), embedded.settings.layer
+        mask, layer = embedded.mask, embedded.settings.layer
         if not embedded.settings.compresses:
             return
         caches, cached = [], []
@@ -418,7 +427,7 @@ class GenerateMixin:
             features |= zip(unseen, encoded.split([tiles[key] * per_tile for key in unseen]))
         grids = counts.new_ones(len(counts), 4) if grids is None else torch.as_tensor(grids)
         tiles_and_features = zip(turn.keys, counts.tolist(), grids.tolist())
-        turn.memory.remember_pictures({key: (count, grid, features[key]) for key, count, grid in tiles_and_features})
+        turn.memory.remember_images({key: (count, grid, features[key]) for key, count, grid in tiles_and_features})
         return torch.cat([features[key] for key in turn.keys])
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
@@ -446,24 +455,28 @@ class GenerateMixin:
         Returns:
             The generation configuration for it, and whether tokens were left out or moved.
         """
-        input_ids, embeddings = options["input_ids"], embedded.embeddings
+        input_ids, embeddings, mask, kept = options["input_ids"], embedded.embeddings, embedded.mask, embedded.kept
         is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
-        mask = options.get("attention_mask")
-        mask = _whole_mask(mask, input_ids) if embedded.kept is not None else mask
         # Tokens were left out, or rows end with padding, where generation would go on.
-        repacked = embedded.kept is not None and (
-            sum(map(len, embedded.kept)) < int(mask.sum()) or not bool(mask[:, -1].all())
-        )
+        repacked = kept is not None and (sum(map(len, kept)) < int(mask.sum()) or not bool(mask[:, -1].all()))
+        repacked = repacked or embedded.cached is not None
         if repacked:
             generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
-            self._move_padding_left(generation_config, options, mask)
+            # What reads the ids finds each row's own: all padding comes first, and none is penalised.
+            order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(input_ids.device)
+            options["input_ids"] = input_ids.gather(1, order)
+            penalty = self._setting("repetition_penalty", generation_config, options)
+            if penalty is not None and penalty != 1:
+                processors = [PaddedRepetitionPenalty(penalty, mask.eq(0).sum(dim=1))]
+                processors += options.get("logits_processor") or []
+                options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
             tensors = (embeddings, is_image, mask.long().cumsum(dim=1) - 1)  # the last: of each token in its row alone
             if embedded.cached is None:
-                (embeddings, is_image, places), options["attention_mask"] = pack(tensors, embedded.kept)
+                (embeddings, is_image, places), options["attention_mask"] = pack(tensors, kept)
             else:  # what is in the cache comes first in all rows
-                rows = list(zip(embedded.kept, embedded.cached))
-                first, first_mask = pack(tensors, [kept[:count] for kept, count in rows])
-                rest, rest_mask = pack(tensors, [kept[count:] for kept, count in rows])
+                rows = list(zip(kept, embedded.cached))
+                first, first_mask = pack(tensors, [own[:count] for own, count in rows])
+                rest, rest_mask = pack(tensors, [own[count:] for own, count in rows])
                 embeddings, is_image, places = (torch.cat(pair, dim=1) for pair in zip(first, rest))
                 options["attention_mask"] = torch.cat([first_mask, rest_mask], dim=1)
             if embedded.settings is not None and embedded.settings.selection.positions == "original":
@@ -474,25 +487,6 @@ class GenerateMixin:
         if self.config.visual_experts:
             options["visual_token_mask"] = is_image
         return generation_config, repacked
-
-    def _move_padding_left(
-        self, generation_config: GenerationConfig | None, options: dict[str, Any], mask: torch.Tensor
-    ) -> None:
-        """Let what reads the ids of `options` find each row's own: all padding comes first, and none is penalised."""
-        order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(options["input_ids"].device)
-        options["input_ids"] = options["input_ids"].gather(1, order)
-        penalty = self._setting("repetition_penalty", generation_config, options)
-        if penalty is not None and penalty != 1:
-            padding = mask.eq(0).sum(dim=1)
-            processors = [PaddedRepetitionPenalty(penalty, padding), *(options.get("logits_processor") or [])]
-            options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
-
-    def _probe(self, settings: CompressionSettings) -> Callable[[torch.Tensor, torch.Tensor], AttentionInputs]:
-        def probe(sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
-            routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
-            return attention_inputs(self.model.language_model, sequence, settings.layer, **routing)
-
-        return probe
 
     def _check_no_image_tokens(self, input_ids: torch.Tensor | None) -> None:
         tokens = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
@@ -558,18 +552,6 @@ class GenerateMixin:
             if generation_config is not None:
                 setattr(generation_config, total, None)
         return generation_config
-
-
-def _whole_mask(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the mask of a prompt (B, N), all ones where none is given."""
-    if attention_mask is None:
-        return torch.ones_like(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} for scale compression, got "
-            f"{tuple(attention_mask.shape)}."
-        )
-    return attention_mask
 
 
 def _with_prompt(output, prompt_ids: torch.Tensor):

@@ -6,7 +6,7 @@
 `backend="pil"` gives the pixels of the published code, bit for bit; `backend="torchvision"` (the default) is faster and
 differs by at most one level of 255 before normalisation.
 
-Deals with images, not with prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as
+Deals with images, not with prompts; image_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as
 soon as it is decoded, so that only a few are in memory at a time.
 """
 
@@ -33,10 +33,10 @@ from transformers.image_utils import (
 )
 
 from .blank_tiles import shown_tiles
-from .picture_decoding import (
+from .image_decoding import (
     array_to_rgb,
-    load_picture,
-    resize_picture,
+    load_image,
+    resize_image,
     resizing_steps,
     tensor_to_rgb,
     to_rgb,
@@ -66,6 +66,8 @@ KINDS = {
 }
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 RESIZED_BY_TORCH = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)  # others mean something else there
+# What was to be shown and got lost must not become an answer without it.
+EMPTY = "{0} hold {1}, which shows nothing; pass {0}=None to ask without any."
 MOST_PIXELS = 2**29  # of all tiles of an image: 6 GB of float32
 DECODED_AHEAD = 3  # images in memory at a time, besides the one that is cut
 
@@ -182,9 +184,10 @@ class _MsacMixin:
         size, do_resize, use_thumbnail, resample, image_mean, image_std = (
             options.get(name, getattr(self, name)) for name in CHECKED
         )
+        side = _tile_side(size)
         check_tile_ranges(*ranges)
         check_tiling(*(options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")))
-        side, most = _tile_side(size), ranges[1] + ranges[3] + 1
+        most = ranges[1] + ranges[3] + 1
         if most * side**2 > MOST_PIXELS:
             raise ValueError(
                 f"Up to {most} tiles of {side} x {side} pixels are {most * side**2:,} for a picture, the limit is "
@@ -210,15 +213,15 @@ class _MsacMixin:
         """Read every path, URL and data URI in an image or a (nested) list of images; leave the rest as it is."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        _ = list(_flat(image_url_or_urls))  # which raises for what is not an image
+        list_images(image_url_or_urls)  # raises for what is not an image
         if isinstance(image_url_or_urls, SOURCES):
-            return load_picture(image_url_or_urls, self.untrusted_sources)
+            return load_image(image_url_or_urls, self.untrusted_sources)
         return image_url_or_urls
 
     def process_image(self, image, input_data_format=None, untrusted_sources=False, **kwargs) -> Image.Image:
         """Return one image of any accepted type as upright 8-bit RGB."""
         if isinstance(image, SOURCES):
-            return load_picture(image, untrusted_sources)
+            return load_image(image, untrusted_sources)
         if isinstance(image, Image.Image):
             return to_rgb(image)
         convert = tensor_to_rgb if isinstance(image, torch.Tensor) else array_to_rgb
@@ -228,12 +231,12 @@ class _MsacMixin:
         self, images, *_, size: SizeDict, resample, use_thumbnail: bool, return_tensors=None, device=None, **settings
     ) -> BatchFeature:
         """Cut the images into tiles, each image as soon as it is decoded."""
-        pictures, ranges = list(_flat(images)), tuple(settings[name] for name in RANGE_NAMES)
+        images, ranges = list_images(images), tuple(settings[name] for name in RANGE_NAMES)
         tiling = settings["tiling"], settings["relaxed_alpha"]
-        if not pictures:
+        if not images:
             raise ValueError("The list of pictures is empty.")
         tiles, counts, grids = [], [], []
-        for image in self._decoded(pictures, settings):
+        for image in self._decoded(images, settings):
             detailed, adaptive = choose_grids(*image.size, ranges, size.height, *tiling)
             counts.append(tile_counts(detailed, adaptive, use_thumbnail))
             grids.append((*detailed, *adaptive))
@@ -252,17 +255,17 @@ class _MsacMixin:
         data = {"pixel_values": pixel_values, "tile_counts": counts, "tile_grids": grids}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _decoded(self, pictures: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
+    def _decoded(self, images: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
         """Yield the images one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
         options = {name: settings.get(name) for name in ("input_data_format", "untrusted_sources")}
-        sources = iter([picture for picture in pictures if isinstance(picture, SOURCES)])
+        sources = iter([image for image in images if isinstance(image, SOURCES)])
         with ThreadPoolExecutor(DECODED_AHEAD) as threads:  # Pillow and the network let go of the interpreter meanwhile
             read = deque(
                 threads.submit(self.process_image, source, **options) for source in islice(sources, DECODED_AHEAD)
             )
-            for picture in pictures:
-                if not isinstance(picture, SOURCES):  # it may be there twice, and must not be decoded by two threads
-                    yield self.process_image(picture, **options)
+            for image in images:
+                if not isinstance(image, SOURCES):  # it may be there twice, and must not be decoded by two threads
+                    yield self.process_image(image, **options)
                     continue
                 yield read.popleft().result()
                 read.extend(threads.submit(self.process_image, source, **options) for source in islice(sources, 1))
@@ -338,20 +341,26 @@ def _tile_side(size) -> int:
     return sides[0]
 
 
-def _flat(images) -> Iterator:
-    """Flatten lists of images within lists, in order; an array of four dimensions is a batch."""
+def list_images(images) -> list:
+    """List the images of a (nested) list without opening any; an array of four dimensions is a batch.
+
+    Raises:
+        ValueError: Something that is not an image, or that shows nothing: None or an empty list in a list, an empty array.
+    """
+    if images is None:
+        return []
     if isinstance(images, (list, tuple)):
-        for image in images:
-            yield from _flat(image)
-        return
+        for item in images:
+            if item is None or (isinstance(item, (list, tuple)) and not item):
+                raise ValueError(EMPTY.format("images", repr(item)))
+        return [image for item in images for image in list_images(item)]
     if not isinstance(images, (*SOURCES, Image.Image, np.ndarray, torch.Tensor)):
         raise ValueError(
             f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(images).__name__}."
         )
-    if getattr(images, "ndim", 3) == 4:
-        yield from images
-    else:
-        yield images
+    if 0 in getattr(images, "shape", ()):
+        raise ValueError(EMPTY.format("images", f"an array of shape {tuple(images.shape)}"))
+    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
 class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
@@ -361,7 +370,7 @@ class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
         """Cut an image in each grid: (columns * rows, 3, S, S) uint8, row by row."""
         layers = []
         for columns, rows in grids:
-            resized = np.asarray(resize_picture(image, tile_size * columns, tile_size * rows, resample))
+            resized = np.asarray(resize_image(image, tile_size * columns, tile_size * rows, resample))
             tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
             layers.append(tiles.reshape(columns * rows, 3, tile_size, tile_size))
         return layers
@@ -391,7 +400,8 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
         itself is used.
         """
         layers = []
-        pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
+        # Channels last in memory, which torch resizes fastest; once for all grids, since this copy takes longer than a resize.
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
         for columns, rows in grids:
             size = (tile_size * columns, tile_size * rows)
             reduces = all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, size))
@@ -400,15 +410,11 @@ class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
                 for step in resizing_steps(*image.size, *size):
                     resized = self.resize(resized, SizeDict(height=step[1], width=step[0]), resample)
             else:
-                resized = _to_tensor(resize_picture(image, *size, resample), device)
+                resized = np.array(resize_image(image, *size, resample))
+                resized = torch.from_numpy(resized).permute(2, 0, 1).to(device)
             tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
             layers.append(tiles.permute(1, 3, 0, 2, 4).flatten(0, 1))
         return layers
-
-
-def _to_tensor(image: Image.Image, device) -> torch.Tensor:
-    """Return (3, H, W) uint8 with the channels last in memory, which torch resizes fastest."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
 
 
 __all__ = ["MiniMonkeyImageProcessor", "MiniMonkeyImageProcessorPil"]

@@ -36,16 +36,14 @@ from .conversation import (
     protect_messages,
 )
 from .grounding import draw_boxes, parse_boxes
-from .image_processing_minimonkey import MiniMonkeyImageProcessorKwargs
+from .image_decoding import pages_of
+from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, list_images
 from .multi_view import stitch_views
-from .picture_decoding import pages_of
 from .tiling import RANGE_NAMES
 from .transformers_bridge import MultiModalData, custom_object_save
 from .video_frames import load_frames
 
 
-# What was to be shown and got lost must not become an answer without it.
-EMPTY = "{0} hold {1}, which shows nothing; pass {0}=None to ask without any."
 VIDEO_OPTIONS = ("num_frames", "fps", "start", "end", "video_backend", "frame_tiles", "untrusted_sources")
 
 
@@ -139,11 +137,11 @@ def place_frames(
     return texts, [next(remaining[kind]) for kind in kinds]
 
 
-def cut_images(image_processor, pictures: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
+def cut_images(image_processor, images: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
     """Cut images that have options of their own, beside `options` for all, with the image processor, in order."""
     parts = [
-        image_processor([picture for picture, _ in group], **{**own, **options})
-        for own, group in groupby(pictures, key=lambda picture: picture[1])
+        image_processor([image for image, _ in group], **{**own, **options})
+        for own, group in groupby(images, key=lambda image: image[1])
     ]
     return dict(parts[0]) if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
@@ -179,8 +177,8 @@ def _of_the_same_kind(mask, ids):
     return np.asarray(mask) if isinstance(ids, np.ndarray) else mask
 
 
-def with_pages(pictures: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
-    """Return `pictures`, with the pages of TIFF files as images of their own.
+def with_pages(images: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
+    """Return `images`, with the pages of TIFF files as images of their own.
 
     Where `texts` have one `<image>` for each file, its first page alone is shown, which the image processor warns about.
 
@@ -188,9 +186,9 @@ def with_pages(pictures: list, texts: list[str], image_processor, options: dict[
         ValueError: A path, where sources are untrusted.
     """
     untrusted = options.get("untrusted_sources", image_processor.untrusted_sources)
-    pages = [page for picture in pictures for page in pages_of(picture, untrusted)]
-    has_pages = len(pages) > len(pictures)
-    return pages if has_pages and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(pictures) else pictures
+    pages = [page for image in images for page in pages_of(image, untrusted)]
+    has_pages = len(pages) > len(images)
+    return pages if has_pages and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(images) else images
 
 
 def list_videos(videos) -> list:
@@ -199,9 +197,9 @@ def list_videos(videos) -> list:
     Raises:
         ValueError: A list of nothing: None or an empty list in it, or an array that is not videos.
     """
-    if _is_none(videos):
+    if videos is None or (isinstance(videos, (list, tuple)) and not videos):
         return []
-    if hasattr(videos, "shape") and 0 in videos.shape:
+    if 0 in getattr(videos, "shape", ()):
         raise ValueError(EMPTY.format("videos", f"an array of shape {tuple(videos.shape)}"))
     if getattr(videos, "ndim", 4) == 5:
         return [*videos]
@@ -209,32 +207,9 @@ def list_videos(videos) -> list:
     if not is_list or all(isinstance(item, Image.Image) or getattr(item, "ndim", 4) < 4 for item in videos):
         return [videos]
     for item in videos:
-        if _is_none(item):
+        if item is None or (isinstance(item, (list, tuple)) and not item):
             raise ValueError(EMPTY.format("videos", repr(item)))
     return [video for item in videos for video in list_videos(item)]
-
-
-def list_images(images) -> list:
-    """List the images of a (nested) list without opening any; an array of four dimensions is a batch.
-
-    Raises:
-        ValueError: A list of nothing: None or an empty list in it, or an array that is not images.
-    """
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)):
-        for item in images:
-            if item is None or (isinstance(item, (list, tuple)) and not item):
-                raise ValueError(EMPTY.format("images", repr(item)))
-        return [image for item in images for image in list_images(item)]
-    if hasattr(images, "shape") and 0 in images.shape:
-        raise ValueError(EMPTY.format("images", f"an array of shape {tuple(images.shape)}"))
-    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
-
-
-def _is_none(media) -> bool:
-    """Tell whether no images or videos are meant: None, or the empty list that chat windows send."""
-    return media is None or (isinstance(media, (list, tuple)) and not media)
 
 
 class MiniMonkeyProcessor(ProcessorMixin):
@@ -310,7 +285,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         images = self._check_images(texts, images, merged["images_kwargs"])
         image_inputs, tiles = {}, []
         prompts = texts
-        if not _is_none(videos):
+        if videos is not None and not (isinstance(videos, (list, tuple)) and not videos):  # chat windows send []
             prompts, image_inputs = self._with_frames(texts, images, videos, merged)
         elif images:
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
@@ -357,8 +332,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
         given = {name: merged["videos_kwargs"].get(name) for name in VIDEO_OPTIONS}
         given = {name: value for name, value in given.items() if value is not None}
         given.setdefault("untrusted_sources", self.image_processor.untrusted_sources)
-        texts, pictures = place_frames(texts, images, merged["images_kwargs"], videos, given)
-        return texts, cut_images(self.image_processor, pictures)
+        texts, images = place_frames(texts, images, merged["images_kwargs"], videos, given)
+        return texts, cut_images(self.image_processor, images)
 
     def _check_images(self, texts: list[str], images, options: dict[str, Any]) -> list:
         """Return the images in one list, with pages as images of their own; check that each has its placeholder."""
@@ -367,15 +342,15 @@ class MiniMonkeyProcessor(ProcessorMixin):
             if len(images) != len(texts):
                 raise ValueError(f"{len(images)} lists of images were given for {len(texts)} texts.")
             rows = images if len(texts) > 1 else [list_images(images)]  # of several texts some may have no images
-            pictures = []
+            found = []
             for row, (text, given) in enumerate(zip(texts, rows)):
                 of_row = with_pages(list_images(given), [text], self.image_processor, options)
                 check_placeholders([text], len(of_row), f"Row {row}")
-                pictures += of_row
-            return pictures
-        pictures = with_pages(list_images(images), texts, self.image_processor, options)
-        check_placeholders(texts, len(pictures))
-        return pictures
+                found += of_row
+            return found
+        images = with_pages(list_images(images), texts, self.image_processor, options)
+        check_placeholders(texts, len(images))
+        return images
 
     def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         """Return token ids, padded as `options` say; nothing is added in front or behind."""

@@ -101,6 +101,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
         processor.image_seq_length,
         config.tile_size,
         always_with_tile=recipe.world_size > 1,
+        pad_to_multiple_of=recipe.pad_to_multiple_of,
     )
     trainer = FineTuner(
         processor,

@@ -14,12 +14,20 @@ class Collator:
         image_token_id, tokens_per_tile, tile_size: The model's, for `always_with_tile`.
         always_with_tile: Give a batch without images one black tile after the end of a row, where nothing sees it.
             All processes of a distributed run then run the same modules, which sharding needs.
+        pad_to_multiple_of: What the length of a batch is a multiple of.
     """
 
     def __init__(
-        self, pad_token_id: int, image_token_id: int, tokens_per_tile: int, tile_size: int, always_with_tile: bool
+        self,
+        pad_token_id: int,
+        image_token_id: int,
+        tokens_per_tile: int,
+        tile_size: int,
+        always_with_tile: bool,
+        pad_to_multiple_of: int = 1,
     ):
         self.pad_token_id, self.image_token_id = pad_token_id, image_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.tokens_per_tile, self.tile_size = tokens_per_tile, tile_size
         self.always_with_tile = always_with_tile
 
@@ -36,7 +44,11 @@ class Collator:
             labels = torch.nn.functional.pad(labels, (0, self.tokens_per_tile), value=IGNORED)
             ids[0, -self.tokens_per_tile :] = self.image_token_id
             tiles = [torch.zeros(1, 3, self.tile_size, self.tile_size, dtype=torch.uint8)]
-        batch = {"input_ids": ids, "labels": labels}
+        padding = (0, -ids.shape[1] % self.pad_to_multiple_of)
+        batch = {
+            "input_ids": torch.nn.functional.pad(ids, padding, value=self.pad_token_id),
+            "labels": torch.nn.functional.pad(labels, padding, value=IGNORED),
+        }
         if tiles:
             batch["pixel_values"] = torch.cat(tiles)
         labelled = [s["cell_labels"] for s in samples if "cell_labels" in s]

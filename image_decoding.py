@@ -1,7 +1,7 @@
 """Upright 8-bit RGB images from files, URLs, PIL images and arrays of any kind.
 
-    picture = load_picture("page.png")
-    pages = pages_of("scan.tiff")  # each of them for load_picture
+    image = load_image("page.png")
+    pages = pages_of("scan.tiff")  # each of them for load_image
 
 EXIF orientation is applied, transparency is put on white (the published code dropped it, which shows the hidden colours),
 16-bit samples keep their upper half, of an animation the first frame is taken. The pages of a TIFF are images of their own.
@@ -119,7 +119,7 @@ class Page(str):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def load_picture(source: str | os.PathLike, untrusted: bool = False) -> Image.Image:
+def load_image(source: str | os.PathLike, untrusted: bool = False) -> Image.Image:
     """Read an image from a path, a URL, a data URI or a base64 string, as upright 8-bit RGB.
 
     Of a file of several pages the first is read, with a warning, unless `source` is one of `pages_of`.
@@ -156,7 +156,7 @@ def several_pages(name: str, pages: int) -> str:
 
 
 def pages_of(source, untrusted: bool = False) -> list:
-    """List the pages of an image, each for `load_picture`; `[source]` where it has one, or is not a file of pages.
+    """List the pages of an image, each for `load_image`; `[source]` where it has one, or is not a file of pages.
 
     Only TIFF and DCX have pages. A URL is not downloaded for that, and a PIL image is the page at which it stands.
 
@@ -400,11 +400,11 @@ def resizing_steps(old_width: int, old_height: int, width: int, height: int) -> 
     return (old_width, height) if vertical_first else (width, old_height), (width, height)
 
 
-def resize_picture(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
+def resize_image(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
     """Resize as `image.resize((width, height), resample)` of Pillow 13, with the same pixels under every Pillow."""
     for step in resizing_steps(*image.size, width, height):
         image = image.resize(step, resample)
     return image
 
 
-__all__ = ["Page", "load_picture", "pages_of", "resize_picture", "to_rgb"]
+__all__ = ["Page", "load_image", "pages_of", "resize_image", "to_rgb"]
