@@ -12,7 +12,16 @@ Prints a table for people and one JSON line for machines. Runs anywhere: weights
 import argparse
 import sys
 
-from minimonkey.scripts.benchmarking import compression, conversation, decode, load, preprocessing, stages, vision
+from minimonkey.scripts.benchmarking import (
+    blank,
+    compression,
+    conversation,
+    decode,
+    load,
+    preprocessing,
+    stages,
+    vision,
+)
 from minimonkey.scripts.precision import choose_dtype
 from minimonkey.scripts.repository import reports_errors
 
@@ -25,6 +34,7 @@ SUBJECTS = {
     "decode": decode,
     "conversation": conversation,
     "stages": stages,
+    "blank": blank,
 }
 
 

@@ -83,7 +83,7 @@ def test_tilings_are_compared_with_the_first():
     assert [row.get("compared_with") for row in rows] == [None, "msac", "msac", "msac"]
     assert [row["difference"] for row in rows[1:]] == [-0.25, -0.5, -0.75]
     assert [(row["better"], row["worse"]) for row in rows[1:]] == [(0, 1), (0, 2), (0, 3)]
-    assert rows[0]["character_error_rate"] == 0.25 and rows[0]["seconds"] == 0.5
+    assert rows[0]["character_error_rate"] == 0.125 and rows[0]["seconds"] == 0.5
 
 
 def test_compressors_are_compared_with_all_tokens_and_with_the_smaller_grid():
