@@ -186,23 +186,39 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     Raises:
         ValueError: No such file, or options or values that a recipe does not have.
     """
+    return make_recipe(read_options(path) | read_overrides(overrides), str(path))
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Read the options of a recipe's file, unchecked."""
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}; see scripts/training/recipes.")
     options = _parse(path.read_bytes(), str(path))
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold names and values, got {type(options).__name__}.")
+    return options
+
+
+def read_overrides(overrides: list[str]) -> dict[str, Any]:
+    """Read `name=value` texts as options; values are YAML."""
+    options = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"--set takes name=value, got {override!r}.")
         options[name] = _parse(text, f"--set {override}")
+    return options
+
+
+def make_recipe(options: dict[str, Any], where: str) -> Recipe:
+    """Return the recipe with these options, checked; `where` they come from is told in errors."""
     try:
         _check_names(options)
         _check_types(options)
         arguments = [word for name, value in options.items() for word in _as_arguments(name, value)]
         (recipe,) = RecipeParser().parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, OSError, ImportError) as error:  # the last two of options that name a file or need a package
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     return recipe
 
 
