@@ -165,11 +165,17 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, nargs="?", help="YAML file, see scripts/training/recipes; needed without --data")
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", help="YAML file, see scripts/training/recipes; needed without --data"
+    )
     parser.add_argument("--model", default=None, help="folder or Hub id (default: the recipe's, or this repository)")
-    parser.add_argument("--data", type=Path, default=None, help="folder of images with a CSV or JSONL file, or such a file")
+    parser.add_argument(
+        "--data", type=Path, default=None, help="folder of images with a CSV or JSONL file, or such a file"
+    )
     parser.add_argument("--question", default=None, help="asked about every image of a table without questions")
-    parser.add_argument("--output", type=Path, default=None, help="folder of the run (default: runs/ and the data's name)")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="folder of the run (default: runs/ and the data's name)"
+    )
     parser.add_argument(
         "--lora", type=int, nargs="?", const=16, default=None, metavar="RANK", help="train adapters of this rank (16)"
     )

@@ -10,6 +10,7 @@ question (QUESTION_COLUMNS). In a folder it is the one such file; Hugging Face's
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from minimonkey.conversation import IMAGE_PLACEHOLDER
@@ -51,7 +52,10 @@ def own_data(path: Path, output: Path, question: str | None = None) -> str | dic
     # Named by content, so that a resumed run finds its own data and no other.
     written = output / f"data-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
     output.mkdir(parents=True, exist_ok=True)
-    written.write_text(text, encoding="utf-8")
+    if not written.exists():
+        begun = written.with_suffix(f".{os.getpid()}")  # whole at once: other processes of the run look for it
+        begun.write_text(text, encoding="utf-8")
+        begun.replace(written)
     return {table.stem: {"root": str(table.parent), "annotation": str(written)}}
 
 
@@ -85,7 +89,9 @@ def read_rows(table: Path) -> list[dict]:
     rows = list(reader)
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            raise ValueError(f"{table}, row {number}: {len(reader.fieldnames or ())} columns are named, the row has others.")
+            raise ValueError(
+                f"{table}, row {number}: {len(reader.fieldnames or ())} columns are named, the row has others."
+            )
     return rows
 
 
@@ -111,7 +117,9 @@ def _column(row: dict, names: tuple[str, ...], where: str):
     for name in names:
         if row.get(name) not in (None, ""):
             return row[name]
-    raise ValueError(f"{where}: there is none of the columns {', '.join(names)}; the row has {', '.join(map(str, row))}.")
+    raise ValueError(
+        f"{where}: there is none of the columns {', '.join(names)}; the row has {', '.join(map(str, row))}."
+    )
 
 
 def _parse(text: str, where: str):
