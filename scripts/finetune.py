@@ -108,6 +108,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
         processor.image_seq_length,
         config.tile_size,
         always_with_tile=recipe.world_size > 1,
+        loss_reduction=recipe.loss_reduction,
     )
     trainer = FineTuner(
         processor,
@@ -132,7 +133,7 @@ def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
         **result.metrics,
         **measured,
         "steps": result.global_step,
-        "epochs": len(samples) / samples.epoch_size,
+        "epochs": samples.shown / samples.epoch_size,
         "examples": samples.epoch_size,
         "skipped_too_long": samples.skipped,
         "redrawn_too_long": trainer.redrawn_everywhere(),

@@ -95,6 +95,16 @@ class Recipe(TrainingArguments):
     grounding_tokens: bool = False
     """Whether <ref>, <box> and <quad> in the data are control tokens, as in `chat(..., grounding_tokens=True)`."""
 
+    # Packing, see packing.py
+    pack_tokens: int | None = None
+    """Join samples to rows of at most this many tokens; `batch_size` then counts rows."""
+    pack_tiles: int = 48
+    """Most tiles of a row."""
+    pack_buffer: int = 20
+    """Rows that are open while samples are laid into them."""
+    loss_reduction: Literal["token", "square", "sample"] = "token"
+    """How much the tokens of an answer of n tokens weigh: 1, 1 / sqrt(n), or 1 / n."""
+
     # Steps
     batch_size: int | None = None
     """Of an optimizer step, over all processes and accumulated micro batches; instead of gradient_accumulation_steps."""
@@ -298,6 +308,24 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
     _check_lora(recipe)
     _check_letters(recipe)
+    _check_packing(recipe)
+
+
+def _check_packing(recipe: Recipe) -> None:
+    for name in ("pack_tokens", "pack_tiles", "pack_buffer"):
+        value = getattr(recipe, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if recipe.names_letters and (recipe.pack_tokens is not None or recipe.loss_reduction != "token"):
+        raise ValueError("letters weigh their loss by answers; leave out pack_tokens, and loss_reduction at token.")
+    if recipe.pack_tokens is None:
+        return
+    if recipe.per_device_train_batch_size != 1:
+        raise ValueError(
+            f"With pack_tokens a row is a batch: per_device_train_batch_size is 1, got {recipe.per_device_train_batch_size}."
+        )
+    if recipe.order == "grouped":
+        raise ValueError("Packed rows are equally long already; take order: shuffled or curriculum.")
 
 
 def _check_numbers(recipe: Recipe) -> None:
