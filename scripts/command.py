@@ -13,7 +13,7 @@ COMMANDS = {
     "chat": ("chat", "ask a model about images and videos"),
     "import": ("import_checkpoint", "turn a published checkpoint into a folder that loads with AutoModel"),
     "assemble": ("assemble", "join a vision tower and a language model into a new MiniMonkey"),
-    "train": ("finetune", "train a model by a recipe"),
+    "train": ("finetune", "train a model on data of your own, or by a recipe"),
     "average": ("average", "average the last checkpoints of a training run"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
     "evidence": ("evidence", "measure what multi-scale cropping and scale compression are worth"),
