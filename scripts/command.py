@@ -15,6 +15,7 @@ COMMANDS = {
     "assemble": ("assemble", "join a vision tower and a language model into a new MiniMonkey"),
     "train": ("finetune", "train a model on data of your own, or by a recipe"),
     "average": ("average", "average the last checkpoints of a training run"),
+    "read": ("read", "read documents to text or fields, one line of JSON a page"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
     "evidence": ("evidence", "measure what multi-scale cropping and scale compression are worth"),
     "visualize": ("visualize", "draw the grids of an image and the tokens that scale compression keeps"),
