@@ -202,14 +202,14 @@ def test_what_is_drawn_is_what_the_model_read(answerer, monkeypatch):
     assert answer == last.answer
     detailed = [medium.shown[0].size for medium in conversation.media]
     assert len(detailed) == len(last.drawings) == 2
-    assert all("detailed tokens read" in drawing.caption for drawing in last.drawings)
+    assert all("kept" in drawing.caption for drawing in last.drawings)
 
 
 def test_compression_darkens_what_is_not_read(answerer):
     plain, compressed = (
         ask(answerer, Conversation(), "What is the total?", [RECEIPT], settings)[-1] for settings in (FINE, COMPRESSED)
     )
-    assert compressed.drawings[0].caption == "receipt.png: 4×3 + 2×2 + 1 tiles, 294 of 588 detailed tokens read"
+    assert compressed.drawings[0].caption == "receipt.png: 4×3 + 2×2 + 1 tiles, 294 of 588 kept"
     assert compressed.figures.read_tokens == plain.figures.read_tokens - 294
     sums = [sum(drawing.image.convert("L").histogram()[200:]) for drawing in (*plain.drawings, *compressed.drawings)]
     assert sums[1] < 0.75 * sums[0]
@@ -219,7 +219,7 @@ def test_frames_of_a_clip_are_shown(answerer, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", step=5)
     last = ask(answerer, Conversation(), "Read the text.", [clip, RECEIPT], COMPRESSED)[-1]
     captions = [drawing.caption for drawing in last.drawings]
-    assert captions[0] == "clip.mp4, frame 1: 1 tile" and captions[-1].endswith("detailed tokens read")
+    assert captions[0] == "clip.mp4, frame 1: 1 tile" and captions[-1].endswith("kept")
     assert len(captions) == media.FRAMES + 1 and last.figures.tiles == media.FRAMES + 17
 
 

@@ -173,7 +173,7 @@ class Answerer:
                 parts = [f"{columns}×{rows}" for (columns, rows), count in zip(grids, tiles) if count]
                 caption = f"{medium.name}: {' + '.join([*parts, '1'])} tile{'s' if parts else ''}"
                 if own is not None:
-                    caption += f", {sum(map(sum, own))} of {len(own) * len(own[0])} detailed tokens read"
+                    caption += f", {sum(map(sum, own))} of {len(own) * len(own[0])} kept"
                 small = image.copy()
                 small.thumbnail((DRAWN_SIDE, DRAWN_SIDE))
                 drawings.append(Drawing(draw(small, *grids, own or [[True]]), caption))

@@ -35,17 +35,17 @@ EXAMPLES = [
 ]
 
 LEGEND = (
-    '<div class="legend"><span class="detailed"></span>seams of the detailed grid'
-    '<span class="adaptive"></span>of the adaptive grid<span class="dropped"></span>left out by SCM</div>'
+    '<div class="legend"><div><i class="detailed"></i>seams of the detailed grid</div><div><i class="adaptive"></i>of the '
+    'adaptive grid</div><div><i class="dropped"></i>left out by SCM</div></div>'
 )
 
 CSS = """
 .gradio-container {max-width: 1320px !important; margin: auto}
 #head h1 {margin: 0; font-size: 1.5rem}
 #head p, .legend, .figures small, .words + small {margin: 0; opacity: .72}
-.legend {display: flex; flex-wrap: wrap; gap: 6px; align-items: center; font-size: .8rem}
-.legend span {display: inline-block; width: 22px; height: 0; margin-left: 10px; border-top: 3px solid}
-.legend span:first-child {margin-left: 0}
+.legend {display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .8rem}
+.legend div {display: flex; align-items: center; gap: 6px; white-space: nowrap}
+.legend i {display: inline-block; width: 22px; height: 0; border-top: 3px solid}
 .legend .detailed {border-color: rgb(40, 110, 255)}
 .legend .adaptive {border-color: rgb(255, 140, 0); border-top-style: dashed}
 .legend .dropped {height: 14px; border: 0; background: #444}
@@ -56,7 +56,7 @@ CSS = """
   white-space: pre-wrap; overflow-wrap: anywhere}
 .words .likely {background: rgba(255, 180, 0, .28); border-radius: 3px}
 .words .unlikely {background: rgba(240, 60, 60, .3); border-radius: 3px}
-#gallery .caption {white-space: normal; font-weight: normal; font-size: .8rem}
+#gallery .caption {white-space: normal; font-weight: normal; font-size: .8rem; line-height: 1.2}
 #chat button[title="Share"] {display: none}
 #gallery .preview {background: var(--background-fill-primary); backdrop-filter: none}
 footer {display: none !important}
@@ -92,7 +92,7 @@ def build(answerer: Answerer, preset: str = "default", subject: str = "", at_onc
         subject: What answers, in a line under the title.
         at_once: How many answers are made at a time; other visitors wait in a queue.
     """
-    page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(IDLE, IDLE))
+    page = gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(IDLE, IDLE))
     with page:
         visit = gr.State(Visit(), time_to_live=IDLE)
         gr.HTML(f"<h1>{TITLE}</h1><p>{html.escape(subject)}</p>", elem_id="head")
@@ -104,7 +104,7 @@ def build(answerer: Answerer, preset: str = "default", subject: str = "", at_onc
                     elem_id="chat",
                     render_markdown=False,
                     allow_tags=False,
-                    buttons=["copy"],
+                    buttons=[],
                     feedback_options=None,
                     allow_file_downloads=False,
                     placeholder="Upload or paste an image, a PDF or a clip, and ask about it.",
@@ -126,9 +126,7 @@ def build(answerer: Answerer, preset: str = "default", subject: str = "", at_onc
                         elem_id="scm",
                         min_width=200,
                     )
-                    keep = gr.Slider(
-                        0.1, 1.0, 0.5, step=0.05, label="Share of them kept", elem_id="keep", min_width=200
-                    )
+                    keep = gr.Slider(0.1, 1.0, 0.5, step=0.05, label="Share kept", elem_id="keep", min_width=200)
                 fresh = gr.Button("New conversation", elem_id="fresh", size="sm")
             with gr.Column(scale=5, min_width=320):
                 gallery = gr.Gallery(
@@ -169,13 +167,13 @@ def build(answerer: Answerer, preset: str = "default", subject: str = "", at_onc
                 media = [medium for path in asked["files"] for medium in read_file(path, chosen)]
                 media += read_address(url, chosen) if url else []
                 chosen_settings = Settings(cut, bool(use_scm), float(keep), int(longest))
-                question = {"role": "user", "content": [*_thumbnails(media, chat), asked["text"]]}
+                question = {"role": "user", "content": [*_thumbnails(media, chat), _as_text(asked["text"])]}
                 running = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
                 shown_drawings = gr.skip()
                 for step in answerer.ask(visit.conversation, asked["text"], media, chosen_settings):
                     if step.drawings is not None:
                         shown_drawings = _gallery(step.drawings)
-                    messages = [*visit.shown, question, {"role": "assistant", "content": step.answer or "…"}]
+                    messages = [*visit.shown, question, {"role": "assistant", "content": _as_text(step.answer) or "…"}]
                     panel = gr.skip() if step.figures is None else _figures(step.figures, step.words)
                     yield running, "", messages, shown_drawings, panel, visit
                     shown_drawings = gr.skip()
@@ -215,6 +213,11 @@ def build(answerer: Answerer, preset: str = "default", subject: str = "", at_onc
     return page
 
 
+def _as_text(text: str) -> str:
+    """Return text as the chatbot shows it unchanged, since it takes tags for HTML."""
+    return html.escape(text, quote=False)
+
+
 def _thumbnails(media: list[Medium], chat: gr.Chatbot) -> list[dict[str, str]]:
     """Return what a message shows of images and videos: each in small, stored where gradio serves files from."""
     contents = []
@@ -239,7 +242,7 @@ def _figures(figures: Figures, words: list[tuple[str, float]] | None) -> str:
     confidence = "" if figures.confidence is None else f"{figures.confidence:.0%}"
     cells = [
         (confidence, "confidence"),
-        (read, "tokens of the prompt read"),
+        (read, "prompt tokens read"),
         (f"{figures.tiles}", "tiles"),
         (f"{figures.answer_tokens}", "tokens answered"),
         (f"{figures.first_seconds:.2f} s", "to the first word"),
