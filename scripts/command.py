@@ -20,6 +20,7 @@ COMMANDS = {
     "evidence": ("evidence", "measure what multi-scale cropping and scale compression are worth"),
     "visualize": ("visualize", "draw the grids of an image and the tokens that scale compression keeps"),
     "benchmark": ("benchmark", "measure speed and memory"),
+    "demo": ("demo", "show a model in the browser"),
     "documents": ("synthetic.documents", "draw a sheet of the rendered documents that training reads"),
 }
 
