@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from reading_helpers import draw, spoil, write_pages
+from reading_helpers import spoil, write_pages
 
 from minimonkey.scripts.reading.journal import open_journal
 

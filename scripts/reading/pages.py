@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minimonkey.media_sources import check_file, short_name
 from minimonkey.image_decoding import DECODER_ERRORS, TURNS, count_pages, open_image, to_rgb
+from minimonkey.media_sources import check_file, short_name
 
 
 PDF_START, PDF_HEADER_WITHIN = b"%PDF-", 1024  # bytes; readers accept what precedes the header
