@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from minimonkey.media_sources import DownloadLimits, is_url, local_file, short_name
 from minimonkey.image_decoding import DECODER_ERRORS, FORMATS, load_image, pages_of
+from minimonkey.media_sources import DownloadLimits, is_url, local_file, short_name
 from minimonkey.video_frames import load_frames
 
 
