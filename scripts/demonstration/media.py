@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from minimonkey.image_decoding import DECODER_ERRORS, FORMATS, load_image, pages_of
 from minimonkey.media_sources import DownloadLimits, is_url, local_file, short_name
-from minimonkey.picture_decoding import DECODER_ERRORS, FORMATS, load_picture, pages_of
 from minimonkey.video_frames import load_frames
 
 
@@ -130,9 +130,9 @@ def _read_images(path: Path, name: str, pages: str) -> list[Medium]:
         raise ValueError(f"{name} has {width} x {height} pixels, the limit is {MOST_PIXELS // 10**6} million.")
     sources = pages_of(path)
     if len(sources) == 1:
-        return [_image(name, load_picture(sources[0]))]
+        return [_image(name, load_image(sources[0]))]
     numbers = choose_pages(pages, len(sources), name)
-    return [_image(f"{name}, page {number}", load_picture(sources[number - 1])) for number in numbers]
+    return [_image(f"{name}, page {number}", load_image(sources[number - 1])) for number in numbers]
 
 
 def _size(path: Path) -> tuple[int, int]:
