@@ -112,6 +112,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
         processor.image_seq_length,
         config.tile_size,
         always_with_tile=recipe.world_size > 1,
+        pad_to_multiple_of=recipe.pad_to_multiple_of,
         loss_reduction=recipe.loss_reduction,
     )
     trainer = FineTuner(

@@ -15,6 +15,7 @@ class Collator:
         image_token_id, tokens_per_tile, tile_size: The model's, for `always_with_tile`.
         always_with_tile: Give a batch without images one black tile after the end of a row, where nothing sees it.
             All processes of a distributed run then run the same modules, which sharding needs.
+        pad_to_multiple_of: What the length of a batch is a multiple of.
         loss_reduction: How much the tokens of answers weigh, see packing.py; "token" gives no weights.
     """
 
@@ -25,10 +26,12 @@ class Collator:
         tokens_per_tile: int,
         tile_size: int,
         always_with_tile: bool,
+        pad_to_multiple_of: int = 1,
         loss_reduction: str = "token",
     ):
         self.loss_reduction = loss_reduction
         self.pad_token_id, self.image_token_id = pad_token_id, image_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.tokens_per_tile, self.tile_size = tokens_per_tile, tile_size
         self.always_with_tile = always_with_tile
 
@@ -54,13 +57,16 @@ class Collator:
             weights = pad_sequence(weights, batch_first=True)
             positions = None
         tiles = [s["pixel_values"] for s in samples if "pixel_values" in s]
-        if not tiles and self.always_with_tile:
-            ids = torch.nn.functional.pad(ids, (0, self.tokens_per_tile), value=self.pad_token_id)
-            labels = torch.nn.functional.pad(labels, (0, self.tokens_per_tile), value=IGNORED)
-            weights = torch.nn.functional.pad(weights, (0, self.tokens_per_tile))
-            if positions is not None:
-                positions = torch.cat([positions, torch.arange(self.tokens_per_tile)[None]], dim=1)
-            ids[0, -self.tokens_per_tile :] = self.image_token_id
+        length, needs_tile = ids.shape[1], not tiles and self.always_with_tile
+        more = self.tokens_per_tile if needs_tile else 0
+        more += -(length + more) % self.pad_to_multiple_of
+        ids = torch.nn.functional.pad(ids, (0, more), value=self.pad_token_id)
+        labels = torch.nn.functional.pad(labels, (0, more), value=IGNORED)
+        weights = torch.nn.functional.pad(weights, (0, more))
+        if positions is not None:
+            positions = torch.cat([positions, torch.arange(more)[None]], dim=1)
+        if needs_tile:
+            ids[0, length : length + self.tokens_per_tile] = self.image_token_id
             tiles = [torch.zeros(1, 3, self.tile_size, self.tile_size, dtype=torch.uint8)]
         batch = {"input_ids": ids, "labels": labels}
         if positions is not None:
