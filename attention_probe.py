@@ -25,25 +25,16 @@ _PROBE = "minimonkey_probe"
 
 
 class _Reached(Exception):  # noqa: N818 - it is not an error
-    """Ends a pass whose remaining layers are not needed."""
-
-    def __init__(self, inputs: AttentionInputs):
-        self.inputs = inputs
+    """Ends a pass whose remaining layers are not needed; its argument are the `AttentionInputs`."""
 
 
-class _InChunks(nn.Module):
-    """A block that treats each token by itself, run on a few tokens at a time."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def forward(self, hidden_states: torch.Tensor):
-        parts = hidden_states.split(CHUNK_TOKENS, dim=-2)
-        first = self.block(parts[0])
-        if not isinstance(first, torch.Tensor) or len(parts) == 1:  # some mixtures of experts also return router logits
-            return first if len(parts) == 1 else self.block(hidden_states)
-        return torch.cat([first, *(self.block(part) for part in parts[1:])], dim=-2)
+def _in_chunks(block: nn.Module, hidden_states: torch.Tensor):
+    """Run a block that treats each token by itself on a few tokens at a time."""
+    parts = hidden_states.split(CHUNK_TOKENS, dim=-2)
+    first = block(parts[0])
+    if not isinstance(first, torch.Tensor) or len(parts) == 1:  # some mixtures of experts also return router logits
+        return first if len(parts) == 1 else block(hidden_states)
+    return torch.cat([first, *(block(part) for part in parts[1:])], dim=-2)
 
 
 def _hand_over(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value, attention_mask, **options):
@@ -57,11 +48,6 @@ AttentionInterface.register(_PROBE, _hand_over)
 def _receive(query, key, attention_mask, scaling, softcap=None, sliding_window=None, s_aux=None, **_):
     mask = attention_mask[0] if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 else None
     raise _Reached(AttentionInputs(query[0], key[0], scaling, softcap, sliding_window, s_aux, mask))
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` wrapped, which can be copied in parts; return any other as it is."""
-    return getattr(module, "_orig_mod", module)
 
 
 def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
@@ -97,10 +83,11 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
     Raises:
         ValueError: The language model is not built as transformers' decoders usually are.
     """
-    language_model = _uncompiled(language_model)
-    layers = getattr(language_model, "layers", None)
-    layers = None if layers is None else [_uncompiled(one) for one in layers[: layer + 1]]
-    attention = None if layers is None else _uncompiled(getattr(layers[layer], "self_attn", None))
+    # torch.compile wraps modules, which can be copied in parts only without it.
+    language_model = getattr(language_model, "_orig_mod", language_model)
+    layers = [getattr(one, "_orig_mod", one) for one in getattr(language_model, "layers", [])[: layer + 1]]
+    attention = getattr(layers[layer], "self_attn", None) if layers else None
+    attention = getattr(attention, "_orig_mod", attention)
     config = getattr(attention, "config", None)
     if config is None:
         raise ValueError(
@@ -111,30 +98,30 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
     attention.config = copy.copy(config)
     attention.config._attn_implementation = _PROBE
     attention.receive_attention_inputs = _receive
-    before = [
-        _copy(one, **{name: _InChunks(getattr(one, name)) for name in TOKENWISE_BLOCKS if hasattr(one, name)})
-        for one in layers[:layer]
-    ]
+    before = []
+    for one in layers[:layer]:
+        blocks = {name: nn.Module() for name in TOKENWISE_BLOCKS if hasattr(one, name)}
+        for name, block in blocks.items():
+            block.forward = partial(_in_chunks, getattr(one, name))
+        before.append(_copy(one, **blocks))
     beginning = nn.ModuleList([*before, _copy(layers[layer], self_attn=attention)])
     # Dynamic rotary embeddings remember the longest sequence they saw; they must not remember this one.
     rotary = {name: copy.deepcopy(child) for name, child in language_model.named_children() if "rotary" in name}
     try:
         _copy(language_model, layers=beginning, **rotary)(inputs_embeds=embeddings[None], use_cache=False, **kwargs)
     except _Reached as reached:
-        _check_mask_is_known(reached.inputs, config, layer)
-        return reached.inputs
-    raise ValueError(
-        f"{type(attention).__name__} of {type(language_model).__name__} does not go through transformers' attention "
-        "interface, where scale compression reads its queries and keys; call with use_scm=False."
-    )
-
-
-def _check_mask_is_known(inputs: AttentionInputs, config, layer: int) -> None:
-    """Check that a back end which gets no mask hides nothing beyond what causality and the window hide."""
+        (inputs,) = reached.args
+    else:
+        raise ValueError(
+            f"{type(attention).__name__} of {type(language_model).__name__} does not go through transformers' attention "
+            "interface, where scale compression reads its queries and keys; call with use_scm=False."
+        )
     kinds = getattr(config, "layer_types", None) or []
     kind = kinds[layer] if layer < len(kinds) else "full_attention"
+    # A back end that gets no mask must hide nothing beyond what causality and the window hide.
     if inputs.mask is None and kind not in ("full_attention", "sliding_attention"):
         raise ValueError(
             f"Layer {layer} has {kind}, which scale compression can read only with attn_implementation 'eager' or 'sdpa'; "
             "choose one of them or another scm_layer."
         )
+    return inputs

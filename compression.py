@@ -46,18 +46,6 @@ class AttentionInputs:
     sinks: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
-    def hide(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return logits (H, Q, keys) of the queries at `positions` (Q,), those of unseen keys set to minus infinity."""
-        keys = logits.shape[-1]
-        if self.mask is None:
-            distance = positions[:, None] - torch.arange(keys, device=logits.device)
-            seen = distance >= 0
-            if self.sliding_window is not None:
-                seen &= distance < self.sliding_window
-            return logits.masked_fill_(~seen, -torch.inf)
-        mask = self.mask[:, positions, :keys]
-        return logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
-
 
 @dataclass(frozen=True)
 class ImageSpan:
@@ -136,8 +124,7 @@ def find_images(
     Raises:
         ValueError: Counts that do not fit the image tokens, or an image that is spread over rows or masked.
     """
-    counts = _checked_counts(tile_counts)
-    ends = _checked_ends(settings.query_ends, len(counts), input_ids.shape[1])
+    counts, ends = _check_images(tile_counts, settings.query_ends, input_ids.shape[1])
     rows, columns = (input_ids == image_token_id).nonzero().cpu().unbind(1)
     expected = tokens_per_tile * sum(map(sum, counts))
     if len(rows) != expected:
@@ -146,58 +133,45 @@ def find_images(
             f"{expected} ({tokens_per_tile} a tile)."
         )
     unpadded = attention_mask.bool().cpu().long().cumsum(dim=1)  # tokens up to and with each position
-    images: list[list[ImageSpan]] = [[] for _ in range(input_ids.shape[0])]
+    images: list[list[ImageSpan]] = [[] for _ in input_ids]
     next_token = 0
-    for number, tiles in enumerate(counts):
-        tokens = slice(next_token, next_token + tokens_per_tile * sum(tiles))
+    for number, (tiles, end) in enumerate(zip(counts, ends)):
+        detailed, adaptive, thumbnail = (tokens_per_tile * count for count in tiles)
+        tokens = slice(next_token, next_token + detailed + adaptive + thumbnail)
         next_token = tokens.stop
         if tokens.start == tokens.stop:
             continue
-        row, first, last = _run(rows[tokens], columns[tokens], attention_mask, number)
-        if ends[number] <= last:
-            raise ValueError(
-                f"scm_query_ends[{number}] is {ends[number]}; it must lie after the image, which ends at {last}."
-            )
-        start = int(unpadded[row, first]) - 1
-        detailed, adaptive, _ = (tokens_per_tile * count for count in tiles)
+        row, first, last = int(rows[tokens.start]), int(columns[tokens.start]), int(columns[tokens.stop - 1])
+        if int(rows[tokens.stop - 1]) != row or last - first != tokens.stop - tokens.start - 1:
+            raise ValueError(f"The tokens of image {number} do not stand together in one row; check tile_counts.")
+        if not attention_mask[row, first : last + 1].bool().all():
+            raise ValueError(f"attention_mask hides tokens of image {number}.")
+        if end <= last:
+            raise ValueError(f"scm_query_ends[{number}] is {end}; it must lie after the image, which ends at {last}.")
+        start, stop = int(unpadded[row, first]) - 1, int(unpadded[row, last])
         detailed_start = start + (adaptive if settings.tile_order == "adaptive_first" else 0)
-        stop, query_stop = start + last + 1 - first, int(unpadded[row, ends[number] - 1])
+        query_stop = int(unpadded[row, end - 1])
         images[row].append(ImageSpan(start, stop, detailed_start, detailed_start + detailed, query_stop))
     return images
 
 
-def _run(rows: torch.Tensor, columns: torch.Tensor, attention_mask: torch.Tensor, number: int) -> tuple[int, int, int]:
-    """Return the row and the first and last column of an image's tokens, which must stand together and be seen."""
-    row, first, last = int(rows[0]), int(columns[0]), int(columns[-1])
-    if int(rows[-1]) != row or last - first != len(columns) - 1:
-        raise ValueError(f"The tokens of image {number} do not stand together in one row; check tile_counts.")
-    if not attention_mask[row, first : last + 1].bool().all():
-        raise ValueError(f"attention_mask hides tokens of image {number}.")
-    return row, first, last
-
-
-def _checked_ends(query_ends: list[int] | None, images: int, length: int) -> list[int]:
-    """Return where the queries of each image end, at the latest at the end of the row."""
-    if query_ends is None:
-        return [length] * images
-    if len(query_ends) != images:
-        raise ValueError(f"scm_query_ends has {len(query_ends)} entries for {images} images.")
-    if not all(isinstance(end, Integral) and not isinstance(end, bool) and end <= length for end in query_ends):
-        raise ValueError(
-            f"scm_query_ends must be integers of at most {length}, the length of a row, got {query_ends!r}."
-        )
-    return [int(end) for end in query_ends]
-
-
-def _checked_counts(tile_counts: torch.Tensor) -> list[list[int]]:
-    counts = torch.as_tensor(tile_counts)
-    is_integer = not counts.is_floating_point() and counts.dtype != torch.bool
-    if counts.ndim != 2 or counts.shape[1] != 3 or not is_integer or (counts < 0).any():
+def _check_images(
+    tile_counts: torch.Tensor, query_ends: list[int] | None, length: int
+) -> tuple[list[list[int]], list[int]]:
+    """Return the tiles of each image, and where its queries end in a row of this length: at the row's end by default."""
+    tiles = torch.as_tensor(tile_counts)
+    is_integer = not tiles.is_floating_point() and tiles.dtype != torch.bool
+    if tiles.ndim != 2 or tiles.shape[1] != 3 or not is_integer or (tiles < 0).any():
         raise ValueError(
             "tile_counts must hold the detailed, adaptive and thumbnail tiles of each image, integers of shape "
-            f"(images, 3), got {counts.dtype} of shape {tuple(counts.shape)}: {counts.tolist()}."
+            f"(images, 3), got {tiles.dtype} of shape {tuple(tiles.shape)}: {tiles.tolist()}."
         )
-    return counts.tolist()
+    ends = [length] * len(tiles) if query_ends is None else query_ends
+    if len(ends) != len(tiles):
+        raise ValueError(f"scm_query_ends has {len(ends)} entries for {len(tiles)} images.")
+    if not all(isinstance(end, Integral) and not isinstance(end, bool) and end <= length for end in ends):
+        raise ValueError(f"scm_query_ends must be integers of at most {length}, the length of a row, got {ends!r}.")
+    return tiles.tolist(), [int(end) for end in ends]
 
 
 def kept_positions(
@@ -253,35 +227,32 @@ def _score(
     probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
 ) -> dict[ImageSpan, torch.Tensor]:
     """Return the attention that the detailed tokens of each image of a row (n, D) get, (detailed tokens,) in float32."""
-    compressible = [image for image in images if image.detailed_tokens]
-    queries = {image: _queries(image, images, query_set) for image in compressible}
-    is_image = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
+    is_image = torch.zeros(len(embeddings), dtype=torch.bool)
     for image in images:
         is_image[image.start : image.stop] = True
+    queries = {}  # of each image the positions that score it, among those that see it: its own, and those of text
+    for image in images:
+        if image.detailed_tokens:
+            stop = image.stop if query_set == "visual" else image.query_stop
+            scores_it = ~is_image[:stop]
+            scores_it[image.start : image.stop] = True
+            queries[image] = scores_it[image.detailed_stop :].nonzero().squeeze(1) + image.detailed_stop
+            if not len(queries[image]):
+                raise ValueError(
+                    f"No token that scm_queries={query_set!r} counts comes after the detailed tiles of an image, so they "
+                    "cannot be compressed; the image needs a thumbnail, or the prompt text after it."
+                )
+    is_image = is_image.to(embeddings.device)
     inputs = probe(embeddings, is_image) if query_set == "all" else None
     scores = {}
-    for image in compressible:
+    for image, positions in queries.items():
         first = 0
         if query_set == "visual":
             first, tokens = image.start, slice(image.start, image.stop)
             inputs = probe(embeddings[tokens], is_image[tokens])
         block = slice(image.detailed_start - first, image.detailed_stop - first)
-        scores[image] = attention_received(inputs, block, queries[image] - first)
+        scores[image] = attention_received(inputs, block, positions - first)
     return scores
-
-
-def _queries(image: ImageSpan, images: list[ImageSpan], query_set: str) -> torch.Tensor:
-    """Return the positions of the tokens that score an image, among those that see it."""
-    positions = torch.arange(image.detailed_stop, image.stop if query_set == "visual" else image.query_stop)
-    for other in images:
-        if other is not image:
-            positions = positions[(positions < other.start) | (positions >= other.stop)]
-    if not len(positions):
-        raise ValueError(
-            f"No token that scm_queries={query_set!r} counts comes after the detailed tiles of an image, so they cannot be "
-            "compressed; the image needs a thumbnail, or the prompt text after it."
-        )
-    return positions
 
 
 def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Tensor) -> torch.Tensor:
@@ -310,7 +281,15 @@ def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Ten
         if inputs.softcap is not None:
             logits = torch.tanh(logits / inputs.softcap) * inputs.softcap
         logits = logits.unflatten(1, (groups, -1)).flatten(0, 1)  # (H, Q', visible)
-        logits = inputs.hide(logits, positions)
+        if inputs.mask is None:
+            distance = positions[:, None] - torch.arange(visible, device=key.device)
+            is_hidden = distance < 0
+            if inputs.sliding_window is not None:
+                is_hidden |= distance >= inputs.sliding_window
+            logits = logits.masked_fill_(is_hidden, -torch.inf)
+        else:
+            mask = inputs.mask[:, positions, :visible]
+            logits = logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
         normaliser = logits.logsumexp(dim=-1, keepdim=True)
         if inputs.sinks is not None:
             normaliser = torch.logaddexp(normaliser, inputs.sinks.float().view(-1, 1, 1))

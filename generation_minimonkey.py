@@ -9,7 +9,6 @@ language model.
 
 import copy
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -47,7 +46,6 @@ from .transformers_bridge import (
     IS_CACHE_RENAMED,
     OTHER_CACHE_NAME,
     PaddedRepetitionPenalty,
-    cache_of,
     extends,
     with_both_cache_names,
     with_one_cache_name,
@@ -117,13 +115,14 @@ def check_generation_options(model, generation_config: GenerationConfig | None, 
 
 @dataclass
 class _Embedded:
-    """A prompt (B, N) as embeddings (B, N, D), and which positions of each row the language model reads.
+    """A prompt (B, N) as embeddings (B, N, D), its mask (B, N), and which positions of each row the language model reads.
 
-    `kept` is None where a mask of another shape than (B, N) decides that. With a memory there is one row, of which the
-    `cache` holds the first of the `kept` positions already.
+    Mask and `kept` are None where all are read. With a memory there is one row, of which the `cache` holds the first of the
+    `kept` positions already.
     """
 
     embeddings: torch.Tensor
+    mask: torch.Tensor | None
     kept: list[torch.Tensor] | None
     prompt: Prompt | None = None
     cache: Cache | None = None
@@ -151,8 +150,7 @@ class GenerateMixin:
             ValueError: See `generate`.
         """
         settings = self._compression_settings(**scm_options)
-        mask = _whole_mask(attention_mask, input_ids)
-        return self._embed(input_ids, mask, pixel_values, tile_counts, settings).kept
+        return self._embed(input_ids, attention_mask, pixel_values, tile_counts, settings).kept
 
     @extends(GenerationMixin.generate)
     @torch.no_grad()
@@ -245,8 +243,9 @@ class GenerateMixin:
             self._remember(turn.memory, embedded, output)
         elif repacked:
             output = _with_prompt(output, input_ids)
-            if cache_of(output) is not None:
-                setattr(cache_of(output), REPACKED, True)
+            cache = getattr(output, CACHE_NAME, None)
+            if cache is not None:
+                setattr(cache, REPACKED, True)
         return with_both_cache_names(output) if IS_CACHE_RENAMED else output
 
     def _compression_settings(
@@ -286,11 +285,16 @@ class GenerateMixin:
             turn: What is remembered of the prompt's images, and, if `can_remember`, of its beginning.
         """
         if settings is None and turn is None:
-            is_usual = attention_mask is not None and attention_mask.ndim == 2
-            kept = [row.nonzero().squeeze(1) for row in attention_mask] if is_usual else None
-            features = self._features_for(input_ids, pixel_values, None)
-            return _Embedded(self.place_features(input_ids, features), kept)
-        mask = _whole_mask(attention_mask, input_ids)
+            kept = None if attention_mask is None else [row.nonzero().squeeze(1) for row in attention_mask]
+            self.tokens_per_tile(pixel_values, input_ids)
+            embeddings = self.place_features(input_ids, self.encode_tiles(pixel_values))
+            return _Embedded(embeddings, attention_mask, kept)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} for scale compression, got "
+                f"{tuple(mask.shape)}."
+            )
         if turn is not None and (len(input_ids) != 1 or not bool(mask.all())):
             raise ValueError("A turn is of one conversation: pass one row without padding.")
         settings = settings or self._compression_settings(scm_keep_ratio=1.0)
@@ -307,12 +311,12 @@ class GenerateMixin:
                 "processor returns beside pixel_values; chat needs target_aspect_ratio for tiles that you cut yourself."
             )
         else:
-            self._check_pixel_values(pixel_values)
             per_tile = self.tokens_per_tile(pixel_values)
         if tile_counts is not None and (pixel_values is not None or len(features)):
             images = find_images(input_ids, mask, tile_counts, self.config.image_token_id, per_tile, settings)
             if not len(features):
-                features = self._features_for(input_ids, pixel_values, None)
+                self.tokens_per_tile(pixel_values, input_ids)
+                features = self.encode_tiles(pixel_values)
         embeddings = self.place_features(input_ids, features)
         prompt, recalled, cache = None, Recalled(), None
         if can_remember:
@@ -326,10 +330,14 @@ class GenerateMixin:
                     for image in images[0]
                 ]
             ]
-        kept = kept_positions(embeddings, mask, images, settings, self._probe(settings))
+        kept = kept_positions(embeddings, mask, images, settings, partial(self._probe, settings.layer))
         if recalled.start:
             kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
-        return _Embedded(embeddings, kept, prompt, cache)
+        return _Embedded(embeddings, mask, kept, prompt, cache)
+
+    def _probe(self, layer: int, sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
+        routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
+        return attention_inputs(self.model.language_model, sequence, layer, **routing)
 
     def _recall_features(self, turn: Turn, counts: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Return the features (tokens, D) of all images of a conversation; compute only those of unseen images."""
@@ -346,7 +354,7 @@ class GenerateMixin:
             per_tile = len(encoded) // given
             features |= zip(unseen, encoded.split([tiles[key] * per_tile for key in unseen]))
         counts_and_features = {key: (count.tolist(), features[key]) for key, count in zip(turn.keys, counts)}
-        turn.memory.remember_pictures(counts_and_features)
+        turn.memory.remember_images(counts_and_features)
         return torch.cat([features[key] for key in turn.keys])
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
@@ -374,43 +382,27 @@ class GenerateMixin:
         Returns:
             The generation configuration for it, and whether tokens were left out or moved.
         """
-        input_ids, embeddings = options["input_ids"], embedded.embeddings
+        input_ids, embeddings, mask, kept = options["input_ids"], embedded.embeddings, embedded.mask, embedded.kept
         is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
-        mask = options.get("attention_mask")
-        mask = _whole_mask(mask, input_ids) if embedded.kept is not None else mask
         # Tokens were left out, or rows end with padding, where generation would go on.
-        repacked = embedded.kept is not None and (
-            sum(map(len, embedded.kept)) < int(mask.sum()) or not bool(mask[:, -1].all())
-        )
+        repacked = kept is not None and (sum(map(len, kept)) < int(mask.sum()) or not bool(mask[:, -1].all()))
         if repacked:
             generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
-            self._move_padding_left(generation_config, options, mask)
-            (embeddings, is_image), options["attention_mask"] = pack((embeddings, is_image), embedded.kept)
+            # What reads the ids finds each row's own: all padding comes first, and none is penalised.
+            order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(input_ids.device)
+            options["input_ids"] = input_ids.gather(1, order)
+            penalty = self._setting("repetition_penalty", generation_config, options)
+            if penalty is not None and penalty != 1:
+                processors = [PaddedRepetitionPenalty(penalty, mask.eq(0).sum(dim=1))]
+                processors += options.get("logits_processor") or []
+                options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
+            (embeddings, is_image), options["attention_mask"] = pack((embeddings, is_image), kept)
         options["inputs_embeds"] = embeddings
         if embedded.cache is not None:
             options[CACHE_NAME] = embedded.cache
         if self.config.visual_experts:
             options["visual_token_mask"] = is_image
         return generation_config, repacked
-
-    def _move_padding_left(
-        self, generation_config: GenerationConfig | None, options: dict[str, Any], mask: torch.Tensor
-    ) -> None:
-        """Let what reads the ids of `options` find each row's own: all padding comes first, and none is penalised."""
-        order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(options["input_ids"].device)
-        options["input_ids"] = options["input_ids"].gather(1, order)
-        penalty = self._setting("repetition_penalty", generation_config, options)
-        if penalty is not None and penalty != 1:
-            padding = mask.eq(0).sum(dim=1)
-            processors = [PaddedRepetitionPenalty(penalty, padding), *(options.get("logits_processor") or [])]
-            options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
-
-    def _probe(self, settings: CompressionSettings) -> Callable[[torch.Tensor, torch.Tensor], AttentionInputs]:
-        def probe(sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
-            routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
-            return attention_inputs(self.model.language_model, sequence, settings.layer, **routing)
-
-        return probe
 
     def _check_no_image_tokens(self, input_ids: torch.Tensor | None) -> None:
         tokens = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
@@ -476,18 +468,6 @@ class GenerateMixin:
             if generation_config is not None:
                 setattr(generation_config, total, None)
         return generation_config
-
-
-def _whole_mask(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the mask of a prompt (B, N), all ones where none is given."""
-    if attention_mask is None:
-        return torch.ones_like(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} for scale compression, got "
-            f"{tuple(attention_mask.shape)}."
-        )
-    return attention_mask
 
 
 def _with_prompt(output, prompt_ids: torch.Tensor):

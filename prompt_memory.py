@@ -23,8 +23,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, DynamicLayer
 
 from .compression import CompressionSettings, ImageSpan
+from .image_decoding import to_rgb
 from .media_sources import check_file, path_of, short_name
-from .picture_decoding import to_rgb
 
 
 def common_length(first: list[int], second: list[int]) -> int:
@@ -38,7 +38,7 @@ class Prompt:
     compressed (`settings.keep_ratio` 1: not at all)."""
 
     token_ids: list[int]
-    pictures: list[tuple[bytes, ImageSpan]]
+    images: list[tuple[bytes, ImageSpan]]
     settings: CompressionSettings
 
     def common_start(self, other: "Prompt") -> int:
@@ -46,10 +46,10 @@ class Prompt:
         same = common_length(self.token_ids, other.token_ids)
         is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
         is_compressed = min(self.settings.keep_ratio, other.settings.keep_ratio) < 1
-        for i, (key, span) in enumerate(self.pictures):
+        for i, (key, span) in enumerate(self.images):
             if span.start >= same:
                 break
-            other_key, other_span = other.pictures[i] if i < len(other.pictures) else (None, None)
+            other_key, other_span = other.images[i] if i < len(other.images) else (None, None)
             is_same = key == other_key and span.stop <= same
             if is_compressed and span.detailed_tokens:
                 is_same = is_same and is_compressed_alike and span == other_span and span.query_stop <= same
@@ -82,7 +82,7 @@ class PromptMemory:
     Training, replacing or moving weights or buffers, or changing the model's configuration, makes it void; a
     change through `parameter.data` in place is not noticed, so call `forget` after one.
 
-    `tile_counts` and `features` are those of its images, by their key (see `picture_key`).
+    `tile_counts` and `features` are those of its images, by their key (see `image_key`).
     """
 
     def __init__(self, model: nn.Module):
@@ -117,10 +117,10 @@ class PromptMemory:
         """Return what the next turn, about the images `keys`, starts from."""
         return Turn(self, keys, self.tile_counts, self.features)
 
-    def remember_pictures(self, pictures: dict[bytes, tuple[list[int], torch.Tensor]]) -> None:
+    def remember_images(self, images: dict[bytes, tuple[list[int], torch.Tensor]]) -> None:
         """Keep the tile counts and features of exactly these images, those of the prompt that is about to be read."""
-        self.tile_counts = {key: counts for key, (counts, _) in pictures.items()}
-        self.features = {key: features for key, (_, features) in pictures.items()}
+        self.tile_counts = {key: counts for key, (counts, _) in images.items()}
+        self.features = {key: features for key, (_, features) in images.items()}
         forget_the_oldest(self._model(), self)
 
     def take_cache(self, prompt: Prompt) -> Recalled:
@@ -168,11 +168,11 @@ def new_cache(model: nn.Module) -> Cache:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def picture_key(picture, options: object) -> bytes:
+def image_key(image, options: object) -> bytes:
     """Return what tells images apart: what they show and how they are to be cut.
 
     Args:
-        picture: A PIL image (what is shown of it counts), an array or tensor (their values), a path (the file's bytes), a URL
+        image: A PIL image (what is shown of it counts), an array or tensor (their values), a path (the file's bytes), a URL
             or data URI (its text).
         options: Whatever else decides how it is cut; its `repr` counts.
 
@@ -180,25 +180,25 @@ def picture_key(picture, options: object) -> bytes:
         ValueError: Anything else, or an image whose file is broken.
     """
     digest = hashlib.sha256(repr(options).encode())
-    if isinstance(picture, (str, os.PathLike)):
-        digest.update(repr(getattr(picture, "page", None)).encode())
-        _digest_source(digest, picture)
-    elif isinstance(picture, torch.Tensor):
-        digest.update(repr((picture.shape, picture.dtype)).encode())
+    if isinstance(image, (str, os.PathLike)):
+        digest.update(repr(getattr(image, "page", None)).encode())
+        _digest_source(digest, image)
+    elif isinstance(image, torch.Tensor):
+        digest.update(repr((image.shape, image.dtype)).encode())
         try:
-            digest.update(picture.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+            digest.update(image.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
         except (TypeError, RuntimeError) as error:  # sparse, on the meta device, ...
-            raise ValueError(f"A tensor of {picture.layout} on {picture.device} is no picture: {error}") from error
-    elif isinstance(picture, Image.Image):
-        shown = to_rgb(picture)
+            raise ValueError(f"A tensor of {image.layout} on {image.device} is no picture: {error}") from error
+    elif isinstance(image, Image.Image):
+        shown = to_rgb(image)
         digest.update(repr(shown.size).encode())
         digest.update(shown.tobytes())
-    elif isinstance(picture, np.ndarray):
-        digest.update(repr((picture.shape, picture.dtype)).encode())
-        digest.update(picture.tobytes())
+    elif isinstance(image, np.ndarray):
+        digest.update(repr((image.shape, image.dtype)).encode())
+        digest.update(image.tobytes())
     else:
         raise ValueError(
-            f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(picture).__name__}."
+            f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(image).__name__}."
         )
     return digest.digest()
 

@@ -73,19 +73,15 @@ def closest_grid(width: int, height: int, grids: tuple[Grid, ...], tile_size: in
     return best
 
 
-def check_tile_range(min_tiles: int, max_tiles: int, name: str = "tile") -> None:
-    """Raise `ValueError` unless 1 <= `min_tiles` <= `max_tiles` <= `MOST_TILES`, both integers."""
-    for value in (min_tiles, max_tiles):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"The {name} range must be two integers, got {min_tiles!r} to {max_tiles!r}.")
-    if not 1 <= min_tiles <= max_tiles:
-        raise ValueError(
-            f"The {name} range {min_tiles} to {max_tiles} holds no grid; it needs 1 <= minimum <= maximum."
-        )
-    if max_tiles > MOST_TILES:
-        raise ValueError(
-            f"The {name} range {min_tiles} to {max_tiles} is too wide: a grid has at most {MOST_TILES} tiles."
-        )
+def check_tile_ranges(*ranges: int) -> None:
+    """Raise `ValueError` unless the four `TileRanges` are two ranges of integers, 1 <= minimum <= maximum <= `MOST_TILES`."""
+    for name, least, most in (("detailed tile", *ranges[:2]), ("adaptive tile", *ranges[2:])):
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in (least, most)):
+            raise ValueError(f"The {name} range must be two integers, got {least!r} to {most!r}.")
+        if not 1 <= least <= most:
+            raise ValueError(f"The {name} range {least} to {most} holds no grid; it needs 1 <= minimum <= maximum.")
+        if most > MOST_TILES:
+            raise ValueError(f"The {name} range {least} to {most} is too wide: a grid has at most {MOST_TILES} tiles.")
 
 
 @lru_cache(maxsize=4096)
@@ -114,8 +110,7 @@ def msac_grids(
     """
     if width < 1 or height < 1 or tile_size < 1:
         raise ValueError(f"Sizes must be at least 1 pixel, got a {width} x {height} image, tile size {tile_size}.")
-    check_tile_range(min_tiles, max_tiles, "detailed tile")
-    check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
+    check_tile_ranges(min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles)
     detailed = closest_grid(width, height, grids_in_range(min_tiles, max_tiles), tile_size)
     candidates = tuple(
         grid
@@ -125,21 +120,20 @@ def msac_grids(
     return detailed, closest_grid(width, height, candidates, tile_size)
 
 
-def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> list[Grid]:
-    """Return the grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; a one-tile grid gives none.
+def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> tuple[int, int, int]:
+    """Count the detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none.
 
     Args:
         use_thumbnail: Whether the whole image comes last as one tile. An image without other tiles is one in any case.
     """
-    cut = [grid for grid in (detailed, adaptive) if grid != SINGLE_TILE]
-    return cut + [SINGLE_TILE] if use_thumbnail or not cut else cut
-
-
-def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> tuple[int, int, int]:
-    """Count the detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none."""
-    grids = layer_grids(detailed, adaptive, use_thumbnail)
     cut = [0 if grid == SINGLE_TILE else grid[0] * grid[1] for grid in (detailed, adaptive)]
-    return cut[0], cut[1], int(SINGLE_TILE in grids)
+    return cut[0], cut[1], int(use_thumbnail or not any(cut))
+
+
+def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> list[Grid]:
+    """Return the grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; see `tile_counts`."""
+    counts = tile_counts(detailed, adaptive, use_thumbnail)
+    return [grid for grid, count in zip((detailed, adaptive, SINGLE_TILE), counts) if count]
 
 
 def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges, use_thumbnail: bool = True) -> TileRanges:

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from minimonkey.chat_answer import ChatAnswer
 from minimonkey.scripts.evaluation.dropping import selection
 from minimonkey.scripts.evaluation.metrics import METRICS, nearest_reference
 from minimonkey.scripts.evaluation.predictions import Predictions
@@ -22,6 +23,7 @@ class Answering:
         scm_keep_ratio: Share of the detailed tokens that stay; None: no compression.
         drop: Which tokens are dropped, see dropping.py.
         scm_layer: The layer whose attention decides; None: the configuration's.
+        stop_repetition: Whether answers that repeat themselves are ended.
     """
 
     model: Any
@@ -31,8 +33,9 @@ class Answering:
     scm_keep_ratio: float | None = None
     drop: str = "scm"
     scm_layer: int | None = None
+    stop_repetition: bool = False
 
-    def __call__(self, items: list[Item], images: list[list[Image.Image]]) -> list[str]:
+    def __call__(self, items: list[Item], images: list[list[Image.Image]]) -> list[ChatAnswer]:
         """Answer a batch."""
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "images_kwargs": self.images_kwargs}
         if self.scm_keep_ratio is not None:
@@ -40,6 +43,7 @@ class Answering:
             options |= {"use_scm": True, "scm_keep_ratio": self.scm_keep_ratio, "scm_select": select}
         if self.scm_layer is not None:
             options["scm_layer"] = self.scm_layer
+        options |= {"stop_repetition": self.stop_repetition, "return_dict": True}
         return self.model.batch_chat(self.processor, images, [item.question for item in items], **options)
 
     def open(self, item: Item) -> list[Image.Image]:
@@ -79,7 +83,8 @@ def _answer_batch(items: list[Item], answering: Answering) -> list[dict]:
     answers = answering(items, images)
     seconds = (time.perf_counter() - started) / len(items)
     return [
-        prediction(item, answer, answering.count_tokens(pictures)) | {"seconds": round(seconds, 4)}
+        prediction(item, answer.text, answering.count_tokens(pictures))
+        | {"seconds": round(seconds, 4), "finish_reason": answer.finish_reason}
         for item, answer, pictures in zip(items, answers, images)
     ]
 
