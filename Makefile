@@ -16,7 +16,7 @@ VERSION = import importlib.metadata; print(importlib.metadata.version('transform
 TYPECHECK = build/typecheck
 NANO_SMOKE = runs/nano-smoke
 
-.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-all lint lock clean
+.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-ray test-all lint lock clean
 
 quickstart: setup
 	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
@@ -71,8 +71,19 @@ test-core-newest: setup
 	if [ $$newest = $$($(BIN)/python -c "$(VERSION)") ]; then echo "transformers $$newest is the newest, and the locked one."; \
 	else echo "transformers $$newest:" && PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python $(CORE); fi
 
+# Documents read by Ray's workers, one of which is killed. What Ray needs is laid over the locked set.
+RAY = .venv-ray
+$(RAY)/.ready: setup pyproject.toml
+	$(PYTHON) -m venv $(RAY)
+	cd $(VENV)/lib/python3*/site-packages && pwd > $(CURDIR)/$(RAY)/locked.pth && cp $(CURDIR)/$(RAY)/locked.pth $(CURDIR)/$(RAY)/lib/python3*/site-packages
+	$(RAY)/bin/pip install --quiet "ray[data]"
+	touch $@
+
+test-ray: $(RAY)/.ready
+	$(RAY)/bin/python -m pytest -q -m ray tests/test_reading_engines.py
+
 test-all: setup
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -m "not gpu and not ray and not vllm"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -90,4 +101,4 @@ lock: setup
 	$(COMPILE) --output-file $(LOWEST) --resolution lowest-direct --no-deps --upgrade
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(FLOOR) $(OVERLAYS) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(FLOOR) $(RAY) $(OVERLAYS) build *.egg-info
