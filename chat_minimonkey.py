@@ -16,9 +16,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from .chat_answer import AnswerStream, ChatAnswer, ChatHistory
+from .chat_answer import AnswerStream, ChatAnswer, ChatHistory, TokenProbabilities
 from .compression import TILE_ORDERS
 from .conversation import (
     GROUNDING_TOKENS,
@@ -46,6 +46,7 @@ from .processing_minimonkey import (
 )
 from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, image_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
+from .repetition import DEFAULTS, RepetitionGuard
 from .tiling import BUDGET_TILING, MOST_TILES, RANGE_NAMES, SINGLE_TILE, share_tile_budget
 from .transformers_bridge import CACHE_NAME
 
@@ -95,6 +96,8 @@ class _Request:
     conversations: list[Conversation] = field(default_factory=list)
     memory: PromptMemory | None = None
     ends: list[str] = field(default_factory=list)
+    guard: RepetitionGuard | None = None
+    probabilities: TokenProbabilities | None = None
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of an answer, special tokens left out unless they are asked for."""
@@ -155,6 +158,7 @@ class ChatMixin:
         tile_order: str = "detailed_first",
         grounding_tokens: bool = False,
         skip_special_tokens: bool = True,
+        stop_repetition: bool | dict[str, int] = False,
         remember: bool = True,
         **generation: Any,
     ) -> str | tuple[str, ChatHistory] | ChatAnswer | AnswerStream:
@@ -201,6 +205,8 @@ class ChatMixin:
             grounding_tokens: `<ref>`, `<box>` and `<quad>` in questions and answers are the model's own tokens, as for models
                 that answer with boxes. By default they are plain text in questions and left out of answers.
             skip_special_tokens: False leaves all special tokens in the answer.
+            stop_repetition: True ends an answer that repeats itself, with the `finish_reason` "repetition"; a dict does so with
+                settings of `repetition.RepetitionGuard`.
             remember: False computes everything from the start and keeps nothing for the next turn.
             **generation: What `generate` takes: max_new_tokens, do_sample, num_beams, stop_strings, streamer, ... The answer
                 ends before a stop string, and with the template's separator besides any `eos_token_id`.
@@ -228,6 +234,7 @@ class ChatMixin:
         tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict)
+        request.guard = _guard(stop_repetition, request.decode)
         turns = [] if history is None else check_history(history)
         if tiles is None:
             media = (images, videos, images_kwargs or {}, videos_kwargs or {}, tile_budget)
@@ -263,6 +270,7 @@ class ChatMixin:
         *,
         videos=None,
         return_history: bool = False,
+        return_dict: bool = False,
         generation_config: GenerationConfig | dict[str, Any] | None = None,
         system_message: str | None = None,
         images_kwargs: dict[str, Any] | None = None,
@@ -276,8 +284,9 @@ class ChatMixin:
         tile_order: str = "detailed_first",
         grounding_tokens: bool = False,
         skip_special_tokens: bool = True,
+        stop_repetition: bool | dict[str, int] = False,
         **generation: Any,
-    ) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
+    ) -> list[str] | list[ChatAnswer] | tuple[list[str], list[list[tuple[str, str]]]]:
         """Ask several questions at once, each about its own images.
 
         Called with one entry of `images` (and of `videos`) for each question (None, an image or a list), or in the published
@@ -286,7 +295,8 @@ class ChatMixin:
         computed from the start.
 
         Returns:
-            The answers, and with `return_history=True` also one history for each.
+            The answers, and with `return_history=True` also one history for each; with `return_dict=True` a `ChatAnswer` for
+            each, for which, unlike in `chat`, the logits of one step at a time are kept, and penalties count.
 
         Raises:
             ValueError: See `chat`.
@@ -296,7 +306,7 @@ class ChatMixin:
         )
         if not is_text or not questions:
             raise ValueError(f"`questions` must be a list of strings that are not empty, got {questions!r}.")
-        given = [name for name in ("stream", "return_dict", "messages", "remember") if generation.pop(name, None)]
+        given = [name for name in ("stream", "messages", "remember") if generation.pop(name, None)]
         if given:
             raise ValueError(f"{' and '.join(given)} works with chat, one conversation at a time, not with batch_chat.")
         count = len(questions)
@@ -309,6 +319,9 @@ class ChatMixin:
         tokenizer = getattr(processor, "tokenizer", processor)
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict=False)
+        request.guard = _guard(stop_repetition, request.decode)
+        if return_dict:
+            request.probabilities = self._record_probabilities(request.options)
         histories = [check_history(one) for one in _rows(history or None, count, "`history`", "history")]
         if tiles is None:
             shared = (images_kwargs or {}, videos_kwargs or {}, tile_budget)
@@ -324,6 +337,8 @@ class ChatMixin:
             request, cut, system_message, max_prompt_tokens, tile_order if use_scm else None, videos is not None
         )
         answers = self._answers(request)
+        if return_dict:
+            return answers
         texts = [answer.text for answer in answers]
         return (texts, [list(answer.history) for answer in answers]) if return_history else texts
 
@@ -430,6 +445,15 @@ class ChatMixin:
         check_generation_options(self, None, options)
         return options
 
+    def _record_probabilities(self, options: dict[str, Any]) -> TokenProbabilities:
+        """Put what records the probabilities of tokens before the caller's logits processors in `options`."""
+        for name in ("num_beams", "num_return_sequences"):
+            if (self._setting(name, None, options) or 1) != 1:
+                raise ValueError(f"return_dict=True of batch_chat needs {name}=1; use chat.")
+        recorder = TokenProbabilities()
+        options["logits_processor"] = LogitsProcessorList([recorder, *(options.get("logits_processor") or [])])
+        return recorder
+
     def _prepare(
         self,
         request: _Request,
@@ -470,6 +494,10 @@ class ChatMixin:
             ends = _query_ends(request.conversations, prompts)
             options |= {"tile_order": scm_tile_order, "scm_query_ends": ends}
             options |= {"tile_counts": cut.tile_counts, "tile_grids": cut.tile_grids}
+        if request.guard is not None:
+            request.guard.prompt_length = options["input_ids"].shape[1]
+            criteria = [*(options.get("stopping_criteria") or []), request.guard]
+            options["stopping_criteria"] = StoppingCriteriaList(criteria)
         stops = options.get("stop_strings") or self.generation_config.stop_strings or []
         request.ends = [template.separator, *([stops] if isinstance(stops, str) else stops)]
         if not request.skip_special_tokens:
@@ -518,16 +546,28 @@ class ChatMixin:
             probabilities = self.compute_transition_scores(
                 output.sequences, output.logits, beams, normalize_logits=True
             )
+        elif request.probabilities is not None:
+            probabilities = request.probabilities.of(sequences)
+        limit = self._setting("max_new_tokens", None, request.options)
+        limit = limit or (self._setting("max_length", None, request.options) or 0) - length
         answers = []
         for conversation, row in zip(request.conversations, first):
             ids = sequences[row, length:].tolist()
-            ids = ids[: next((i + 1 for i, token in enumerate(ids) if token in end_ids), None)]  # padding may follow
+            length_said = next((i for i, token in enumerate(ids) if token in end_ids), len(ids))
+            looped = None if request.guard is None else request.guard.find(ids[:length_said])
+            is_ended = looped is None and length_said < len(ids)
+            ids = ids[: length_said + 1 if looped is None else looped]  # padding may follow
             text = request.decode(ids)
+            is_ended |= any(end in text for end in request.ends)
             for end in request.ends:
                 text = text.partition(end)[0]
             history = ChatHistory([*conversation.history, (conversation.question, text.strip())])
             history.memory = request.memory
             answer = ChatAnswer(text.strip(), history, ids)
+            if looped is not None:
+                answer.finish_reason = "repetition"
+            elif is_ended or len(ids) >= limit:
+                answer.finish_reason = "stop" if is_ended else "length"
             if probabilities is not None:
                 answer.log_probabilities = probabilities[row, : len(ids)].tolist()
             answers.append(answer)
@@ -605,6 +645,18 @@ def _check_settings(
         raise ValueError(f"max_prompt_tokens must be a whole number of at least 1, got {longest!r}.")
     if system_message is not None and not isinstance(system_message, str):
         raise ValueError(f"system_message must be text, got {type(system_message).__name__}.")
+
+
+def _guard(stop_repetition: bool | dict[str, int], decode: Callable[[list[int]], str]) -> RepetitionGuard | None:
+    """Return what ends answers that repeat themselves, if that is wanted; `_prepare` says where the answers begin."""
+    if stop_repetition is False or stop_repetition is None:
+        return None
+    if stop_repetition is not True and not isinstance(stop_repetition, dict):
+        raise ValueError(f"stop_repetition is True, False or a dict of settings, got {stop_repetition!r}.")
+    settings = {} if stop_repetition is True else stop_repetition
+    if unknown := settings.keys() - DEFAULTS.keys():
+        raise ValueError(f"stop_repetition takes {', '.join(DEFAULTS)}, got {', '.join(map(str, unknown))}.")
+    return RepetitionGuard(0, **settings, decode=decode)
 
 
 def _rows(values, count: int, name: str, what: str) -> list:

@@ -132,12 +132,12 @@ def load_image(source: str | os.PathLike, untrusted: bool = False) -> Image.Imag
     """
     page = getattr(source, "page", None)
     name = short_name(source)
-    with _opened(source, untrusted) as image:
+    with open_image(source, untrusted) as image:
         try:
             _check_pixels(image)
             if page is not None:
                 image.seek(page)
-            elif (pages := _count_pages(image)) > 1:
+            elif (pages := count_pages(image)) > 1:
                 warnings.warn(several_pages(name, pages), stacklevel=2)
             return _decoded(image)
         except Image.DecompressionBombError as error:
@@ -174,9 +174,9 @@ def pages_of(source, untrusted: bool = False) -> list:
         return [source]
     if not start.startswith(PAGED_STARTS):
         return [source]
-    with _opened(source, untrusted) as image:
+    with open_image(source, untrusted) as image:
         try:
-            pages = _count_pages(image)
+            pages = count_pages(image)
         except DECODER_ERRORS as error:
             raise ValueError(f"{short_name(source)} cannot be read as a picture: {_reason(error)}") from error
     if pages > MOST_PAGES:
@@ -197,8 +197,8 @@ def _start(source: str | os.PathLike, untrusted: bool) -> bytes:
         return b""
 
 
-def _opened(source: str | os.PathLike, untrusted: bool) -> Image.Image:
-    """Open an image file without decoding it.
+def open_image(source: str | os.PathLike, untrusted: bool = False) -> Image.Image:
+    """Open an image file without decoding it, as `load_image` does: in-process formats alone.
 
     Raises:
         ValueError: It cannot be found, downloaded or opened, with what would read it where that is known.
@@ -251,7 +251,8 @@ def _hint(start: bytes) -> str:
     return ""
 
 
-def _count_pages(image: Image.Image) -> int:
+def count_pages(image: Image.Image) -> int:
+    """Count the pages of an opened TIFF or DCX; 1 of any other image."""
     return getattr(image, "n_frames", 1) if image.format in PAGED_FORMATS else 1
 
 
@@ -278,7 +279,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: Its file is broken, or a side is too long.
     """
     try:
-        if (pages := _count_pages(image)) > 1 and image.tell() == 0:
+        if (pages := count_pages(image)) > 1 and image.tell() == 0:
             warnings.warn(several_pages("The picture", pages), stacklevel=2)
         return _decoded(image)
     except DECODER_ERRORS as error:
@@ -407,4 +408,4 @@ def resize_image(image: Image.Image, width: int, height: int, resample: int) -> 
     return image
 
 
-__all__ = ["Page", "load_image", "pages_of", "resize_image", "to_rgb"]
+__all__ = ["Page", "count_pages", "load_image", "open_image", "pages_of", "resize_image", "to_rgb"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from minimonkey.chat_answer import ChatAnswer
 from minimonkey.scripts.evaluation.dropping import selection
 from minimonkey.scripts.evaluation.metrics import METRICS, nearest_reference
 from minimonkey.scripts.evaluation.predictions import Predictions
@@ -25,6 +26,7 @@ class Answering:
         compressor: Which tokens are dropped, see ways.py; None: as published. "smaller-TILING" drops none, but cuts
             the image in so few tiles by TILING that there are no more tokens.
         scm_layer: The layer whose attention decides; None: the configuration's.
+        stop_repetition: Whether answers that repeat themselves are ended.
     """
 
     model: Any
@@ -34,17 +36,19 @@ class Answering:
     scm_keep_ratio: float | None = None
     compressor: str | None = None
     scm_layer: int | None = None
+    stop_repetition: bool = False
 
     @property
     def _smaller_tiling(self) -> str | None:
         is_smaller = self.scm_keep_ratio is not None and (self.compressor or "").startswith(SMALLER)
         return self.compressor.removeprefix(SMALLER) if is_smaller else None
 
-    def __call__(self, items: list[Item], images: list[list[Image.Image]]) -> list[str]:
+    def __call__(self, items: list[Item], images: list[list[Image.Image]]) -> list[ChatAnswer]:
         """Answer a batch."""
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "images_kwargs": self.images_kwargs}
         if self.scm_layer is not None:
             options["scm_layer"] = self.scm_layer
+        options |= {"stop_repetition": self.stop_repetition, "return_dict": True}
         if self._smaller_tiling is not None:
             return self._answer_by_budget(items, images, options)
         if self.scm_keep_ratio is not None:
@@ -54,11 +58,11 @@ class Answering:
             options |= {"scm_queries": queries} if queries else {}
         return self.model.batch_chat(self.processor, images, [item.question for item in items], **options)
 
-    def _answer_by_budget(self, items: list[Item], images: list[list[Image.Image]], options: dict) -> list[str]:
+    def _answer_by_budget(self, items: list[Item], images: list[list[Image.Image]], options: dict) -> list[ChatAnswer]:
         """Answer those items together whose images have as many tiles to share."""
         options = {name: value for name, value in options.items() if name != "scm_layer"}
         options["images_kwargs"] = {**self.images_kwargs, "tiling": self._smaller_tiling}
-        budgets, answers = [self._tile_budget(pictures) for pictures in images], [""] * len(items)
+        budgets, answers = [self._tile_budget(pictures) for pictures in images], [None] * len(items)
         for budget in sorted(set(budgets)):
             rows = [row for row, own in enumerate(budgets) if own == budget]
             questions = [items[row].question for row in rows]
@@ -127,7 +131,8 @@ def _answer_batch(items: list[Item], answering: Answering) -> list[dict]:
     answers = answering(items, images)
     seconds = (time.perf_counter() - started) / len(items)
     return [
-        prediction(item, answer, answering.count_tokens(pictures)) | {"seconds": round(seconds, 4)}
+        prediction(item, answer.text, answering.count_tokens(pictures))
+        | {"seconds": round(seconds, 4), "finish_reason": answer.finish_reason}
         for item, answer, pictures in zip(items, answers, images)
     ]
 
