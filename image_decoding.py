@@ -38,42 +38,9 @@ MOST_PAGES = 1000
 # What is decoded within this process. EPS would start Ghostscript and IPTC may hold one, WMF needs Windows, the others have
 # no decoder in Pillow.
 FORMATS = (
-    *(
-        "AVIF",
-        "BLP",
-        "BMP",
-        "CUR",
-        "DCX",
-        "DDS",
-        "DIB",
-        "FITS",
-        "FLI",
-        "FTEX",
-        "GBR",
-        "GIF",
-        "HEIF",
-        "ICNS",
-        "ICO",
-        "IM",
-    ),
-    *(
-        "IMT",
-        "JPEG",
-        "JPEG2000",
-        "MCIDAS",
-        "MPO",
-        "MSP",
-        "PCD",
-        "PCX",
-        "PIXAR",
-        "PNG",
-        "PPM",
-        "PSD",
-        "QOI",
-        "SGI",
-        "SPIDER",
-    ),
-    *("SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
+    *("AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "HEIF"),
+    *("ICNS", "ICO", "IM", "IMT", "JPEG", "JPEG2000", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG"),
+    *("PPM", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
 )
 
 PAGED_FORMATS = ("TIFF", "DCX")
