@@ -135,8 +135,11 @@ def pages_of(source, untrusted: bool = False) -> list:
     if untrusted:
         refuse_path(source)
     try:
-        is_file = not untrusted and os.path.isfile(source)
-        start = _first_bytes(source, 4) if is_file else _start(source, untrusted)
+        if not untrusted and os.path.isfile(source):
+            with open(source, "rb") as file:
+                start = file.read(4)
+        else:
+            start = _start(source, untrusted)
     except OSError:  # whoever reads the image says so
         return [source]
     if not start.startswith(PAGED_STARTS):

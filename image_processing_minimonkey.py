@@ -48,7 +48,6 @@ from .tiling import (
     SINGLE_TILE,
     Grid,
     TileRanges,
-    check_tile_ranges,
     check_tiling,
     choose_grids,
     tile_counts,
@@ -185,8 +184,8 @@ class _MsacMixin:
             options.get(name, getattr(self, name)) for name in CHECKED
         )
         side = _tile_side(size)
-        check_tile_ranges(*ranges)
-        check_tiling(*(options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")))
+        rule = {name: options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")}
+        check_tiling(*ranges, **rule)
         most = ranges[1] + ranges[3] + 1
         if most * side**2 > MOST_PIXELS:
             raise ValueError(
@@ -274,7 +273,7 @@ class _MsacMixin:
         """Return the four tile ranges that a call with these options uses; a tiling without adaptive grid has 1 to 1 there."""
         settings = {**{name: getattr(self, name) for name in GRID_OPTIONS}, **expand_preset(images_kwargs)}
         ranges = tuple(settings[name] for name in RANGE_NAMES)
-        check_tile_ranges(*ranges)
+        check_tiling(*ranges)
         return ranges if settings["tiling"].startswith("msac") else (*ranges[:2], 1, 1)
 
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
