@@ -40,7 +40,16 @@ from .picture_decoding import (
     tensor_to_rgb,
     to_rgb,
 )
-from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_grids, msac_grids, tile_counts
+from .tiling import (
+    PRESETS,
+    RANGE_NAMES,
+    TileRanges,
+    check_tile_range,
+    largest_image,
+    layer_grids,
+    msac_grids,
+    tile_counts,
+)
 
 
 CHECKED = ("size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
@@ -240,6 +249,14 @@ class _MsacMixin:
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of an image of this size, all three kinds together, without its pixels."""
         return sum(self.count_tiles(height, width, images_kwargs))
+
+    def largest_image(self, **images_kwargs: Any) -> tuple[int, int]:
+        """Return a (height, width) that gives the most tiles with these options, see `tiling.largest_image`."""
+        settings = expand_preset(images_kwargs)
+        tile_size = _tile_side(settings.get("size") or self.size)
+        use_thumbnail = settings.get("use_thumbnail", self.use_thumbnail)
+        width, height = largest_image(self.tile_ranges(**settings), tile_size, use_thumbnail)
+        return height, width
 
     def to_dict(self) -> dict[str, Any]:
         """Return what transformers returns, but keep both back ends in `auto_map`, which saving would narrow to one."""
