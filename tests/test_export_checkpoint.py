@@ -25,7 +25,8 @@ def nano(folder: Path) -> Path:
 
 def assembled(model_type: str, template: str):
     def make(folder: Path) -> Path:
-        language = language_folder(folder / "language", model_type)
+        options = {"pad_token_id": 0, "eos_token_id": 1} if model_type == "phi3" else {}
+        language = language_folder(folder / "language", model_type, **options)
         vision = FIXTURES / "models" / "internlm2"
         assemble(str(vision), str(language), folder / "model", template, torch.float32)
         return folder / "model"
@@ -55,8 +56,9 @@ def test_the_import_of_an_export_is_the_same_model(kind, tmp_path):
     import_checkpoint(str(tmp_path / "published"), tmp_path / "again")
     assert_same_weights(folder, tmp_path / "again")
     before, after = (AutoConfig.from_pretrained(path, trust_remote_code=True) for path in (folder, tmp_path / "again"))
-    assert before.text_config.to_dict() == after.text_config.to_dict()
-    assert before.vision_config.to_dict() == after.vision_config.to_dict()
+    for part in ("text_config", "vision_config"):
+        one, other = (getattr(config, part).to_dict() for config in (before, after))
+        assert {**one, "dtype": None} == {**other, "dtype": None}  # which a published file always tells
     for name in (
         "image_token_id",
         "tile_size",
