@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 VLLM = .venv-vllm
 NEWEST = .venv-newest
 FLOOR = .venv-floor
+DEMO = .venv-demo
 LOCK = requirements/lock.txt
 LOWEST = requirements/floor.txt
 
@@ -17,7 +18,7 @@ VERSION = import importlib.metadata; print(importlib.metadata.version('transform
 TYPECHECK = build/typecheck
 NANO_SMOKE = runs/nano-smoke
 
-.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-all test-vllm benchmark-vllm lint lock clean
+.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-demo test-all test-vllm benchmark-vllm lint lock clean
 
 quickstart: setup
 	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
@@ -93,8 +94,19 @@ test-core-newest: setup
 	if [ $$newest = $$($(BIN)/python -c "$(VERSION)") ]; then echo "transformers $$newest is the newest, and the locked one."; \
 	else echo "transformers $$newest:" && PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python $(CORE); fi
 
+# The demo page in Chromium (Debian: apt-get install chromium). gradio wants an older Pillow than the locked one, so that the page
+# has an environment of its own, laid over the locked one.
+$(DEMO)/.ready: $(VENV)/.ready pyproject.toml
+	$(PYTHON) -m venv $(DEMO)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(DEMO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth
+	$(DEMO)/bin/pip install --quiet ".[browser]"
+	touch $@
+
+test-demo: $(DEMO)/.ready
+	$(DEMO)/bin/python -m pytest -q -m browser
+
 test-all: setup
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -m "not gpu and not browser"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -112,4 +124,4 @@ lock: setup
 	$(COMPILE) --output-file $(LOWEST) --resolution lowest-direct --no-deps --upgrade
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(NEWEST) $(FLOOR) $(OVERLAYS) build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(NEWEST) $(FLOOR) $(DEMO) $(OVERLAYS) build *.egg-info

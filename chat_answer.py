@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 
 from .conversation import write_messages
-from .processing_minimonkey import flatten_pictures, list_videos
+from .image_processing_minimonkey import list_images
+from .processing_minimonkey import list_videos
 from .prompt_memory import PromptMemory
 
 
@@ -39,7 +40,7 @@ class ChatHistory(list):
         Raises:
             ValueError: The numbers of placeholders and of images or videos differ.
         """
-        return write_messages(self, flatten_pictures(images), list_videos(videos), system_message)
+        return write_messages(self, list_images(images), list_videos(videos), system_message)
 
     def forget(self) -> None:
         """Free the memory that the conversation holds (its key/value cache and the features of its images)."""
@@ -55,13 +56,15 @@ class ChatAnswer:
     """An answer and what is known about it, see `return_dict=True` of `chat`.
 
     `token_ids` are those that were generated, including the end token, and `log_probabilities` those that the model gave
-    each of them, before temperature and other settings of sampling.
+    each of them, before temperature and other settings of sampling. `finish_reason` is "stop" (it ended by itself or at a stop
+    string), "length" (at the limit of tokens), "repetition" (see `stop_repetition`), or None where it was ended from outside.
     """
 
     text: str
     history: ChatHistory
     token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] | None = None
+    finish_reason: str | None = None
 
     @property
     def confidence(self) -> float | None:
@@ -69,6 +72,27 @@ class ChatAnswer:
         if not self.log_probabilities:
             return None
         return math.exp(sum(self.log_probabilities) / len(self.log_probabilities))
+
+
+class TokenProbabilities(LogitsProcessor):
+    """Records the log-probability of each token that a generation chose, one sequence a row; changes no scores.
+
+    Beside the result, the probabilities of one step (B, vocabulary) are kept.
+    """
+
+    def __init__(self):
+        self._step: torch.Tensor | None = None
+        self._chosen: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._step is not None:
+            self._chosen.append(self._step.gather(1, input_ids[:, -1:]))
+        self._step = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def of(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Return the log-probabilities (B, new tokens) of the new tokens of `sequences` (B, all tokens)."""
+        return torch.cat([*self._chosen, self._step.gather(1, sequences[:, -1:])], dim=1)
 
 
 def trim_pieces(pieces: Iterator[str], ends: list[str]) -> Iterator[str]:

@@ -14,12 +14,14 @@ COMMANDS = {
     "import": ("import_checkpoint", "turn a published checkpoint into a folder that loads with AutoModel"),
     "export": ("export_checkpoint", "write a model under the published names, for LMDeploy, llama.cpp and others"),
     "assemble": ("assemble", "join a vision tower and a language model into a new MiniMonkey"),
-    "train": ("finetune", "train a model by a recipe"),
+    "train": ("finetune", "train a model on data of your own, or by a recipe"),
     "average": ("average", "average the last checkpoints of a training run"),
+    "read": ("read", "read documents to text or fields, one line of JSON a page"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
-    "evidence": ("evidence", "measure what multi-scale cropping and scale compression are worth"),
+    "ablate": ("ablate", "measure what ways to cut images and to compress their tokens are worth"),
     "visualize": ("visualize", "draw the grids of an image and the tokens that scale compression keeps"),
     "benchmark": ("benchmark", "measure speed and memory"),
+    "demo": ("demo", "show a model in the browser"),
     "documents": ("synthetic.documents", "draw a sheet of the rendered documents that training reads"),
 }
 

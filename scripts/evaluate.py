@@ -75,6 +75,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=int, default=None, help="default: enough for the suite; 128 of a benchmark"
     )
+    parser.add_argument("--stop-repetition", action="store_true", help="end answers that repeat themselves")
     parser.add_argument("--batch-size", type=int, default=32)
     add_device_argument(parser)
     add_dtype_argument(parser)
@@ -130,7 +131,8 @@ def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     processor.image_processor.get_number_of_image_patches(100, 100, tiles)
     model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
     keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
-    return Answering(model, processor, max_new_tokens, tiles, keep_ratio, args.drop or "scm", args.scm_layer)
+    compression = (keep_ratio, args.drop, args.scm_layer)
+    return Answering(model, processor, max_new_tokens, tiles, *compression, stop_repetition=args.stop_repetition)
 
 
 def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> dict:
@@ -155,6 +157,8 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
         settings["materials"] = materials()
     if args.questions != "any":
         settings["questions"] = args.questions
+    if args.stop_repetition:
+        settings["stop_repetition"] = True
     if args.benchmark is not None:
         settings["benchmark"] = hashlib.sha256(args.benchmark.read_bytes()).hexdigest()
     return settings | {"tiles": image_options(args), "max_new_tokens": max_new_tokens}

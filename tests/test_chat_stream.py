@@ -263,7 +263,7 @@ def test_errors_before_the_generation_are_raised_at_once(model, processor, pictu
     ):
         with pytest.raises(ValueError, match=message):
             model.chat(processor, picture, QUESTION, stream=True, **options)
-    for name in ("stream", "return_dict"):
+    for name in ("stream", "messages"):
         with pytest.raises(ValueError, match=f"{name} works with chat"):
             model.batch_chat(processor, [picture], [QUESTION], **{name: True})
 

@@ -8,17 +8,19 @@ import torch
 from model_helpers import prompt, tiny_model, tiny_mono
 from transformers import AttentionInterface
 
-from minimonkey.tiling import PRESETS, largest_image, msac_grids, tile_counts
+from minimonkey.tiling import PRESETS, TILINGS, choose_grids, largest_image, tile_counts
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_no_image_gives_more_tiles_than_the_largest(preset):
+@pytest.mark.parametrize(
+    ("preset", "tiling"), [*((preset, "msac") for preset in PRESETS), *(("default", tiling) for tiling in TILINGS)]
+)
+def test_no_image_gives_more_tiles_than_the_largest(preset, tiling):
     ranges, shapes = PRESETS[preset], random.Random(0)
 
     def tiles(width: int, height: int) -> int:
-        return sum(tile_counts(*msac_grids.__wrapped__(width, height, *ranges, 28)))
+        return sum(tile_counts(*choose_grids(width, height, ranges, 28, tiling)))
 
-    most = tiles(*largest_image(ranges, 28))
+    most = tiles(*largest_image(ranges, 28, tiling=tiling))
     assert all(tiles(*(int(2 ** shapes.uniform(0, 12)) for _ in "wh")) <= most for _ in range(2000))
     assert most >= tiles(4000, 3000)
 

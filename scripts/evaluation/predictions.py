@@ -25,7 +25,7 @@ class Predictions:
         self.lines: dict[str, dict] = {}
         self._is_begun = False
         if path is not None and resume and path.exists():
-            _check_same(_settings_path(path), settings)
+            check_same(settings_path(path), settings)
             whole = _whole_lines(path)
             self.lines = {line["id"]: line for line in parse_predictions(whole, path)}
             path.write_text(whole, encoding="utf-8")
@@ -39,7 +39,7 @@ class Predictions:
         if not self._is_begun:  # only once there is an answer: if the model cannot be loaded, the old file is kept
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("", encoding="utf-8")
-            _settings_path(self.path).write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+            settings_path(self.path).write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
             self._is_begun = True
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -58,7 +58,8 @@ def weights_digest(model: str, subfolder: str = "") -> str | None:
     return digest.hexdigest()
 
 
-def _settings_path(path: Path) -> Path:
+def settings_path(path: Path) -> Path:
+    """Return where the settings are kept that a file of predictions was made with."""
     return path.with_name(path.name + ".settings.json")
 
 
@@ -93,12 +94,11 @@ def parse_predictions(text: str, path: Path) -> list[dict]:
     return lines
 
 
-def _check_same(settings_path: Path, settings: dict) -> None:
-    if not settings_path.exists():
-        raise ValueError(
-            f"{settings_path} is missing, which says how the predictions were made; start without --resume."
-        )
-    before = json.loads(settings_path.read_text(encoding="utf-8"))
+def check_same(path: Path, settings: dict) -> None:
+    """Raise `ValueError` unless the settings at `path` are these."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing, which says how the predictions were made; start without --resume.")
+    before = json.loads(path.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(settings))
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if names:

@@ -164,7 +164,7 @@ class MiniMonkeyInVLLM(TransformersMultiModalForCausalLM):
         if kept == detailed:
             return features
         language_model, layer = self.model.language_model, self.config.scm_layer
-        inputs = attention_inputs(language_model, features, layer, attention="sdpa")
+        inputs = attention_inputs(language_model, features, layer, back_end="sdpa")
         scores = attention_received(inputs, slice(0, detailed), torch.arange(detailed, len(features)))
         if get_tensor_model_parallel_world_size() > 1:  # each process has scored with its own heads
             scores = tensor_model_parallel_all_reduce(scores)

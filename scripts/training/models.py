@@ -57,6 +57,9 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         deepen(model, recipe.language_layers)
     model.config.text_config.use_cache = False  # useless in training
     freeze(model, recipe.train if recipe.lora_r is None else [])
+    if recipe.compile_layers:
+        for layer in (*model.model.vision_tower.encoder.layer, *model.model.language_model.layers):
+            layer.compile(dynamic=True)  # in place: weights keep their names
     return model if recipe.lora_r is None else _with_adapters(model, recipe)
 
 

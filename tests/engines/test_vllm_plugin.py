@@ -21,14 +21,14 @@ def expected():
 
 @pytest.fixture(scope="module")
 def engine(expected):
-    """The plugin says how large an image can be, so nothing about room has to be said; by default too little is there."""
-    return start_engine(ROOT, max_num_batched_tokens=512)
+    """Room for 512 tokens, and for the largest image with the options of the server, as the plugin tells them."""
+    return start_engine(ROOT, max_num_batched_tokens=512, mm_processor_kwargs=DEFAULT)
 
 
 def test_answers_are_those_of_transformers(engine, expected):
     """One after the other and again: what one request left in the caches does not reach one with another ratio."""
     for case in (0, 1, 2, 1, 0):
-        assert answers_of(engine, nano_prompts(), {**DEFAULT, **OPTIONS[case]}) == expected[case]
+        assert answers_of(engine, nano_prompts(), OPTIONS[case]) == expected[case]
 
 
 def test_fewer_tokens_reach_the_language_model(expected):
@@ -42,7 +42,7 @@ def test_fewer_tokens_reach_the_language_model(expected):
         ({"scm_keep_ratio": 0.5}, "works only with use_scm=True"),
         ({"use_scm": True, "scm_keep_ratio": 2}, "at most 1, got 2"),
         (
-            {**DEFAULT, "use_scm": True, "use_thumbnail": False, "adaptive_min_tiles": 1, "adaptive_max_tiles": 1},
+            {"use_scm": True, "use_thumbnail": False, "adaptive_min_tiles": 1, "adaptive_max_tiles": 1},
             "use_thumbnail=False left neither",
         ),
     ],
@@ -50,4 +50,4 @@ def test_fewer_tokens_reach_the_language_model(expected):
 def test_options_that_cannot_work_are_refused(engine, expected, options, message):
     with pytest.raises(ValueError, match=message):
         answers_of(engine, nano_prompts()[:1], options)
-    assert answers_of(engine, nano_prompts()[:1], DEFAULT) == expected[0][:1]
+    assert answers_of(engine, nano_prompts()[:1], {}) == expected[0][:1]

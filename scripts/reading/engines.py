@@ -1,0 +1,185 @@
+"""What answers a batch of pages: transformers, or vLLM; both are asked and answer alike.
+
+    engine = TransformersEngine(Weights(model="MiniMonkey-2B"))
+    answers = engine.answer(images, Question("Read the text."))
+
+An engine has a `tokenizer`, counts the tokens of a page's prompt without its pixels, and gives a `ChatAnswer` for each image.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from transformers import LogitsProcessorList
+
+from minimonkey.chat_answer import ChatAnswer, ChatHistory
+from minimonkey.conversation import get_template
+from minimonkey.repetition import RepetitionGuard
+from minimonkey.scripts.precision import choose_dtype
+from minimonkey.scripts.reading.fields import Schema
+from minimonkey.scripts.repository import load_model, load_processor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which model, and how it is loaded.
+
+    Args:
+        model: Hub id or folder.
+        device: None: a GPU where there is one.
+        dtype: As in precision.py; "auto" is what the device is fast in.
+    """
+
+    model: str
+    subfolder: str = ""
+    device: str | None = None
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What each page is asked.
+
+    Args:
+        images_kwargs: Options of the image processor.
+        schema: A JSON schema of an object that the answer must fulfil.
+        stop_repetition: Whether an answer that repeats itself is ended.
+        scm_keep_ratio: Share of the detailed tokens that scale compression keeps; None: no compression.
+    """
+
+    text: str
+    max_new_tokens: int = 1024
+    images_kwargs: dict[str, Any] = field(default_factory=dict)
+    schema: dict[str, Any] | None = None
+    stop_repetition: bool = True
+    scm_keep_ratio: float | None = None
+
+
+class Engine(Protocol):
+    """What `Reader` needs of an engine."""
+
+    tokenizer: Any
+
+    def count_tokens(self, width: int, height: int, question: Question) -> int:
+        """Count the prompt's tokens for an image of this size."""
+        ...
+
+    def answer(self, images: list[Image.Image], question: Question) -> list[ChatAnswer]:
+        """Answer the question about each image, greedily.
+
+        Raises:
+            ValueError: A page or the question cannot be worked on.
+            RuntimeError: The device failed, for want of memory for example.
+        """
+        ...
+
+
+class TransformersEngine:
+    """The model in this process; the vision tower runs once over all tiles of a batch."""
+
+    def __init__(self, weights: Weights):
+        device = weights.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.processor = load_processor(weights.model)
+        dtype = choose_dtype(weights.dtype, device)
+        self.model = load_model(weights.model, subfolder=weights.subfolder, dtype=dtype).to(device)
+        self.tokenizer = self.processor.tokenizer
+        self._schema: Schema | None = None
+
+    def count_tokens(self, width: int, height: int, question: Question) -> int:
+        config = self.model.config
+        tiles = self.processor.image_processor.get_number_of_image_patches(height, width, question.images_kwargs)
+        return tiles * config.image_seq_length + _count_text(self.tokenizer, config.system_message, question.text)
+
+    def answer(self, images: list[Image.Image], question: Question) -> list[ChatAnswer]:
+        options: dict[str, Any] = {}
+        if question.schema is not None:
+            options["logits_processor"] = LogitsProcessorList([self._hold(question.schema, len(images))])
+        if question.scm_keep_ratio is not None:
+            options |= {"use_scm": True, "scm_keep_ratio": question.scm_keep_ratio}
+        return self.model.batch_chat(
+            self.processor,
+            images,
+            [question.text] * len(images),
+            return_dict=True,
+            do_sample=False,
+            max_new_tokens=question.max_new_tokens,
+            images_kwargs=question.images_kwargs,
+            stop_repetition=question.stop_repetition,
+            **options,
+        )
+
+    def _hold(self, schema: dict[str, Any], rows: int):
+        if self._schema is None or self._schema.schema != schema:
+            self._schema = Schema(schema)
+        config = self.model.config
+        end = self.tokenizer.convert_tokens_to_ids(get_template(config.template).separator)
+        return self._schema.processor(self.tokenizer, config.text_config.vocab_size, end, rows)
+
+
+class VllmEngine:
+    """vLLM in this process, over `LLM.chat`; it batches by itself whatever it is given.
+
+    It loads the code of the model's folder (`trust_remote_code`). It has no scale compression, and an answer that repeats
+    itself is cut only after it was made.
+
+    Args:
+        options: What `vllm.LLM` takes: max_model_len, gpu_memory_utilization, enforce_eager, ...
+
+    Raises:
+        ValueError: vLLM is not installed, or the weights are in a subfolder.
+    """
+
+    def __init__(self, weights: Weights, **options: Any):
+        try:
+            import vllm
+            from vllm.sampling_params import StructuredOutputsParams
+        except ImportError as error:
+            raise ValueError(f"--engine vllm needs vLLM ({error}); see docs/serving.md.") from error
+        if weights.subfolder:
+            raise ValueError(
+                f"vLLM takes a folder of its own, not the subfolder {weights.subfolder!r}; put its weights and configuration "
+                "beside the code and the tokenizer."
+            )
+        self.processor = load_processor(weights.model)
+        self.tokenizer = self.processor.tokenizer
+        self._sampling, self._structured = vllm.SamplingParams, StructuredOutputsParams
+        dtype = {} if weights.dtype == "auto" else {"dtype": weights.dtype}
+        given = {"trust_remote_code": True, "model_impl": "transformers", **dtype, **options}
+        self.llm = vllm.LLM(model=weights.model, **given)
+
+    def count_tokens(self, width: int, height: int, question: Question) -> int:
+        tiles = self.processor.image_processor.get_number_of_image_patches(height, width, question.images_kwargs)
+        return tiles * self.processor.image_seq_length + _count_text(self.tokenizer, "", question.text)
+
+    def answer(self, images: list[Image.Image], question: Question) -> list[ChatAnswer]:
+        if question.scm_keep_ratio is not None:
+            raise ValueError("vLLM has no scale compression here; leave out --use-scm, or take --engine transformers.")
+        held = {} if question.schema is None else {"structured_outputs": self._structured(json=question.schema)}
+        sampling = self._sampling(temperature=0.0, max_tokens=question.max_new_tokens, logprobs=0, **held)
+        text = {"type": "text", "text": question.text}
+        messages = [
+            [{"role": "user", "content": [{"type": "image_pil", "image_pil": image}, text]}] for image in images
+        ]
+        outputs = self.llm.chat(messages, sampling, use_tqdm=False, mm_processor_kwargs=question.images_kwargs or None)
+        return [self._read(output.outputs[0], question) for output in outputs]
+
+    def _read(self, output, question: Question) -> ChatAnswer:
+        ids, reason = list(output.token_ids), output.finish_reason
+        probabilities = [step[token].logprob for token, step in zip(ids, output.logprobs or [])]
+        text = output.text
+        if question.stop_repetition:
+            end = RepetitionGuard(0, decode=self.tokenizer.decode).find(ids)
+            if end is not None and end < len(ids):
+                ids, reason = ids[:end], "repetition"
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        history = ChatHistory([(question.text, text.strip())])
+        return ChatAnswer(text.strip(), history, ids, probabilities[: len(ids)] or None, reason)
+
+
+def _count_text(tokenizer, system_message: str, question: str) -> int:
+    """Count the tokens of a prompt's texts; its few control tokens are overestimated."""
+    return len(tokenizer(f"{system_message}\n{question}", add_special_tokens=False)["input_ids"]) + 16
+
+
+ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
