@@ -69,8 +69,16 @@ class ProcessingInfo(MultiModalProcessingInfo):
         return {**supported, "images_kwargs": supported["images_kwargs"] | {*SCM_OPTIONS}}
 
     def images_kwargs(self, options: Mapping[str, object]) -> dict[str, Any]:
-        """Return what a request with these options asks of images, the options of the server behind those of the request."""
-        return dict(self._merge_and_resolve_mm_processor_kwargs(options).get("images_kwargs") or {})
+        """Return what a request with these options asks of images, the options of the server behind those of the request.
+
+        Raises:
+            ValueError: An option that neither images nor texts have; it would be ignored.
+        """
+        scopes = self._merge_and_resolve_mm_processor_kwargs(options)
+        unknown = [name for name in scopes if not name.endswith("_kwargs")]
+        if unknown:
+            raise ValueError(f"Unknown mm_processor_kwargs: {', '.join(sorted(unknown))}.")
+        return dict(scopes.get("images_kwargs") or {})
 
     def get_image_size_with_most_features(self) -> ImageSize:
         """Return the size that gives the most tokens, by which vLLM sizes its encoder cache; it is seldom a square."""

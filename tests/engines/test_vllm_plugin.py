@@ -40,6 +40,7 @@ def test_fewer_tokens_reach_the_language_model(expected):
     ("options", "message"),
     [
         ({"scm_keep_ratio": 0.5}, "works only with use_scm=True"),
+        ({"max_tile": 3}, "Unknown .*max_tile"),
         ({"use_scm": True, "scm_keep_ratio": 2}, "at most 1, got 2"),
         (
             {"use_scm": True, "use_thumbnail": False, "adaptive_min_tiles": 1, "adaptive_max_tiles": 1},
