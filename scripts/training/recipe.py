@@ -69,6 +69,10 @@ class Recipe(TrainingArguments):
     # What is trained
     train: list[str] = field(default_factory=lambda: ["language_model"], metadata={"choices": PARTS})
     """The rest stays as it is."""
+    train_only: list[str] | None = None
+    """Of these parts only parameters with one of these texts in their name, as `visual_mlp` for visual experts."""
+    frozen: list[str] | None = None
+    """Parameters with one of these texts in their name stay as they are."""
     lora_r: int | None = None
     """Train instead adapters of this rank on every attention and MLP projection of the language model."""
     lora_alpha: int | None = None
@@ -383,6 +387,8 @@ def _check_lora(recipe: Recipe) -> None:
         if recipe.lora_alpha is not None or recipe.lora_dropout or not recipe.lora_merge:
             raise ValueError("lora_alpha, lora_dropout and lora_merge belong to lora_r, the rank of the adapters.")
         return
+    if recipe.train_only is not None or recipe.frozen is not None:
+        raise ValueError("train_only and frozen choose among trained weights; LoRA trains none of the model's own.")
     if recipe.train != ["language_model"]:
         raise ValueError(f"LoRA trains adapters of the language model alone; train is {recipe.train}, leave it out.")
     if recipe.muon_learning_rate is not None:

@@ -11,7 +11,7 @@ from conftest import ROOT  # noqa: E402
 from vllm_helpers import answers_of, expected_answers, nano_prompts, start_engine  # noqa: E402
 
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.vllm
 # Of the whole model, of a preset, and by hand; each is an option of a request.
 OPTIONS = [{}, {"preset": "default"}, {"min_tiles": 1, "max_tiles": 6, "adaptive_max_tiles": 4}]
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 from vllm_helpers import start_engine  # noqa: F401 - which skips where vLLM is not installed
 
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.vllm
 PAGE = (ROOT / "docs" / "serving.md").read_text()
 
 

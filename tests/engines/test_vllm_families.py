@@ -12,7 +12,7 @@ from minimonkey.scripts.export_checkpoint import export_checkpoint
 from minimonkey.scripts.import_checkpoint import import_checkpoint
 
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.vllm
 # Heads of 32, the least that vLLM's attention for CPUs has.
 SIZES = {
     "hidden_size": 128,

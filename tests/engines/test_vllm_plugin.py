@@ -5,7 +5,7 @@ from conftest import ROOT
 from vllm_helpers import answers_of, expected_answers, nano_prompts, start_engine
 
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.vllm
 DEFAULT = {"preset": "default"}
 OPTIONS = [{}, {"use_scm": True}, {"use_scm": True, "scm_keep_ratio": 0.25}]
 

@@ -10,7 +10,7 @@ from minimonkey.scripts.assemble import assemble
 from minimonkey.scripts.export_checkpoint import export_checkpoint
 
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.vllm
 SIZES = {
     "hidden_size": 128,
     "head_dim": 32,

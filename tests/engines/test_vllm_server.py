@@ -20,7 +20,7 @@ from vllm_helpers import NEW_TOKENS, expected_answers, user
 from minimonkey.scripts.repository import load_processor
 
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.vllm
 START_SECONDS = 600
 DEFAULT = {"preset": "default"}
 
