@@ -50,6 +50,7 @@ from .tiling import (
     TileRanges,
     check_tiling,
     choose_grids,
+    largest_image,
     tile_counts,
 )
 
@@ -291,6 +292,16 @@ class _MsacMixin:
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of an image of this size, all three kinds together, without its pixels; see `count_tiles`."""
         return sum(self.count_tiles(height, width, images_kwargs))
+
+    def largest_image(self, **images_kwargs: Any) -> tuple[int, int]:
+        """Return a (height, width) that gives the most tiles with these options, see `tiling.largest_image`."""
+        own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
+        settings = {**own, **expand_preset(images_kwargs)}
+        tile_size = _tile_side(settings.get("size") or self.size)
+        ranges = tuple(settings[name] for name in RANGE_NAMES)
+        options = (settings[name] for name in ("use_thumbnail", "tiling", "relaxed_alpha"))
+        width, height = largest_image(ranges, tile_size, *options)
+        return height, width
 
     def to_dict(self) -> dict[str, Any]:
         """Return what transformers returns, but keep both back ends in `auto_map`, which saving would narrow to one."""

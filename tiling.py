@@ -214,6 +214,33 @@ def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> l
     return [grid for grid, count in zip((detailed, adaptive, SINGLE_TILE), counts) if count]
 
 
+@lru_cache
+def largest_image(
+    ranges: TileRanges,
+    tile_size: int = 448,
+    use_thumbnail: bool = True,
+    tiling: str = "msac",
+    relaxed_alpha: float = 0.1,
+) -> tuple[int, int]:
+    """Return a (width, height) that gives as many tiles as any image can, for engines that reserve room for images.
+
+    It is seldom a square: with the default ranges 1:1 gives 14 tiles, 4:3 gives 19 and 1:12 gives 20.
+    """
+    grids = {*grids_in_range(*ranges[:2]), *grids_in_range(*ranges[2:])}
+    shapes = sorted({columns / rows for columns, rows in grids})
+    borders = sorted({(one + other) / 2 for one in shapes for other in shapes})  # the nearest grid changes only there
+    between = [(one + other) / 2 for one, other in zip(borders, borders[1:])]
+    area = tile_size**2 * max(ranges)
+    sizes = [(columns * tile_size, rows * tile_size) for columns, rows in sorted(grids)]
+    sizes += [(max(1, round((area * shape) ** 0.5)), max(1, round((area / shape) ** 0.5))) for shape in between]
+    return max(
+        sizes,
+        key=lambda size: sum(
+            tile_counts(*choose_grids.__wrapped__(*size, ranges, tile_size, tiling, relaxed_alpha), use_thumbnail)
+        ),
+    )
+
+
 def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges, use_thumbnail: bool = True) -> TileRanges:
     """Return tile ranges for each of `images` images that together give at most `tile_budget` tiles, thumbnails counted.
 
