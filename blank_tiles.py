@@ -6,9 +6,6 @@ same here. Source of the idea: DocPrune (arXiv 2604.22281), which drops backgrou
 """
 
 import numpy as np
-from PIL import Image
-
-from .image_decoding import resize_image
 
 
 CELL = 28  # pixels: one token of a published tile of 448
@@ -50,10 +47,13 @@ def blank_tiles(grey: np.ndarray, tile_size: int) -> np.ndarray:
     return ~around.reshape(rows, cells, columns, cells).any(axis=(1, 3)).ravel()
 
 
-def shown_tiles(image: Image.Image, grid: tuple[int, int], tile_size: int) -> list[bool]:
-    """Return which tiles of an image in a grid of (columns, rows) show something; a grid of one tile always does."""
+def shown_tiles(tiles: np.ndarray, grid: tuple[int, int]) -> list[bool]:
+    """Return which tiles (columns * rows, 3, S, S), uint8, of a grid show something; a grid of one tile always does."""
     if grid == (1, 1):
         return [True]
-    size = (grid[0] * tile_size, grid[1] * tile_size)
-    grey = resize_image(image.convert("L"), *size, Image.Resampling.BICUBIC)
-    return (~blank_tiles(np.asarray(grey), tile_size)).tolist()
+    columns, rows = grid
+    red, green, blue = tiles.transpose(1, 0, 2, 3).astype(np.uint32)
+    grey = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)  # as Pillow does
+    size = grey.shape[-1]
+    page = grey.reshape(rows, columns, size, size).transpose(0, 2, 1, 3).reshape(rows * size, columns * size)
+    return (~blank_tiles(page, size)).tolist()

@@ -40,7 +40,7 @@ from .compression import (
     pack,
 )
 from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, joined_caches, new_cache
-from .token_selection import Selection, read_selection
+from .token_selection import PUBLISHED, read_selection
 from .transformers_bridge import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -273,7 +273,7 @@ class GenerateMixin:
         end_ids: int | list[int] | None = None,
     ) -> CompressionSettings:
         config, chooses = self.config, callable(scm_select)
-        selection = Selection() if scm_select is None or chooses else read_selection(scm_select)
+        selection = PUBLISHED if scm_select is None or chooses else read_selection(scm_select)
         if scm_keep_ratio is not None and selection.mass is not None:
             raise ValueError(
                 f"scm_select with mass={selection.mass} decides itself how many tokens stay; leave out scm_keep_ratio, and set "

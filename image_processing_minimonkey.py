@@ -243,7 +243,8 @@ class _MsacMixin:
             layers = [grid for grid, count in zip((detailed, adaptive, SINGLE_TILE), counts[-1]) if count]
             cut = self._cut(image, layers, size.height, resample, device)
             if settings["drop_blank"]:
-                shown = [shown_tiles(image, grid, size.height) for grid in layers]
+                arrays = [part.cpu().numpy() if isinstance(part, torch.Tensor) else part for part in cut]
+                shown = [shown_tiles(*pair) for pair in zip(arrays, layers)]
                 if any(map(any, shown)):
                     remaining = iter(map(sum, shown))
                     counts[-1] = tuple(next(remaining) if count else 0 for count in counts[-1])

@@ -297,8 +297,9 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+PUBLISHED = Selection()
 SELECTIONS = {
-    "token": Selection(),
+    "token": PUBLISHED,
     "smooth": Selection(shape="smooth"),
     "dilated": Selection(shape="smooth", window=(3, 3), how="max"),
     "block": Selection(shape="block"),

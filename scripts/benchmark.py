@@ -14,6 +14,7 @@ import argparse
 import sys
 
 from minimonkey.scripts.benchmarking import (
+    blank,
     compression,
     conversation,
     decode,
@@ -36,6 +37,7 @@ SUBJECTS = {
     "conversation": conversation,
     "stages": stages,
     "serving": serving,
+    "blank": blank,
 }
 
 

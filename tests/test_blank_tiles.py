@@ -9,7 +9,7 @@ from conftest import FIXTURES, synthetic_picture
 from image_helpers import PUBLISHED, square
 from PIL import Image, ImageDraw
 
-from minimonkey.blank_tiles import blank_share, blank_tiles
+from minimonkey.blank_tiles import blank_share, blank_tiles, shown_tiles
 
 
 BLANK = json.loads((FIXTURES / "selection" / "selection.json").read_text())["blank"]
@@ -49,6 +49,15 @@ def test_grain_is_paper_and_a_thin_line_is_not():
     line = np.full((224, 224), 240, dtype=np.uint8)
     line[60, :] = 90
     assert blank_tiles(line, 112).tolist() == [False, False, True, True]
+
+
+def test_grey_is_that_of_pillow():
+    page = synthetic_picture(112, 112, 3)
+    tiles = np.asarray(page).transpose(2, 0, 1)[None]
+    sheet = np.concatenate([tiles, np.full_like(tiles, 240)])
+    grey = np.concatenate([np.asarray(page.convert("L")), np.full((112, 112), 240, dtype=np.uint8)], axis=1)
+    assert shown_tiles(sheet, (2, 1)) == (~blank_tiles(grey, 112)).tolist() == [True, True]  # the ring
+    assert shown_tiles(np.full_like(tiles, 240), (1, 1)) == [True]
 
 
 @pytest.mark.parametrize("tile_size", [28, 40, 56, 448])
