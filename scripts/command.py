@@ -20,7 +20,7 @@ COMMANDS = {
     "read": ("read", "read documents to text or fields, one line of JSON a page"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
     "score": ("score", "score predictions as a benchmark's authors do, or write what its server takes"),
-    "evidence": ("evidence", "measure what multi-scale cropping and scale compression are worth"),
+    "ablate": ("ablate", "measure what ways to cut images and to compress their tokens are worth"),
     "visualize": ("visualize", "draw the grids of an image and the tokens that scale compression keeps"),
     "benchmark": ("benchmark", "measure speed and memory"),
     "demo": ("demo", "show a model in the browser"),

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_kernels_available
 
 from minimonkey.scripts.precision import choose_dtype
 from minimonkey.tiling import check_tile_ranges
@@ -123,7 +124,8 @@ class Recipe(TrainingArguments):
     machine is fast in it, suits those that are frozen under LoRA."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attn_implementation: str | None = None
-    """On a CPU, `eager` goes back through short sequences in less time than `sdpa`."""
+    """As transformers takes it; `owner/kernel` of the Hub needs the package kernels. On a CPU, `eager` goes back through short
+    sequences in less time than `sdpa`."""
     compile_layers: bool = False
     """Compile the layers of vision tower and language model: minutes at the start, then less time for each step."""
     pad_to_multiple_of: int = 1
@@ -298,6 +300,13 @@ def _structure(name: str, value):
 
 
 def _check(recipe: Recipe) -> None:
+    for name, what in (("model", "a folder or model"), ("output_dir", "a folder")):
+        if not getattr(recipe, name).strip():
+            raise ValueError(f"{name} must name {what}, got {getattr(recipe, name)!r}.")
+    if "/" in (recipe.attn_implementation or "") and not is_kernels_available():
+        raise ValueError(
+            f"attn_implementation {recipe.attn_implementation!r} is a kernel of the Hub, which needs: pip install kernels"
+        )
     _check_numbers(recipe)
     warmup_ratio = recipe.warmup_steps if recipe.warmup_steps < 1 else 0
     if warmup_ratio < 0 or not 0 < recipe.decay_ratio <= 1 - warmup_ratio:
