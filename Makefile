@@ -72,16 +72,17 @@ test-core-newest: setup
 	if [ $$newest = $$($(BIN)/python -c "$(VERSION)") ]; then echo "transformers $$newest is the newest, and the locked one."; \
 	else echo "transformers $$newest:" && PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python $(CORE); fi
 
-# The demo page in Chromium (Debian: apt-get install chromium). gradio wants an older Pillow than the locked one, so that the page
-# has an environment of its own, laid over the locked one.
+# The demo page in Chromium (Debian: apt-get install chromium), and the cookbook with all that it asks for. gradio wants an older
+# Pillow than the locked one, so that they have an environment of their own, laid over the locked one.
 $(DEMO)/.ready: $(VENV)/.ready pyproject.toml
 	$(PYTHON) -m venv $(DEMO)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(DEMO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth
-	$(DEMO)/bin/pip install --quiet ".[browser]"
+	$(DEMO)/bin/pip install --quiet ".[browser,cookbook]"
 	touch $@
 
 test-demo: $(DEMO)/.ready
 	$(DEMO)/bin/python -m pytest -q -m browser
+	$(DEMO)/bin/python -m pytest -q tests/test_demo.py tests/test_cookbook.py
 
 test-all: setup
 	$(BIN)/python -m pytest -q -m "not gpu and not browser"
