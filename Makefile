@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 NEWEST = .venv-newest
 FLOOR = .venv-floor
 DEMO = .venv-demo
+RAY = .venv-ray
 LOCK = requirements/lock.txt
 LOWEST = requirements/floor.txt
 
@@ -17,7 +18,7 @@ VERSION = import importlib.metadata; print(importlib.metadata.version('transform
 TYPECHECK = build/typecheck
 NANO_SMOKE = runs/nano-smoke
 
-.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-demo test-all lint lock clean
+.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-demo test-ray test-all lint lock clean
 
 quickstart: setup
 	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
@@ -72,20 +73,28 @@ test-core-newest: setup
 	if [ $$newest = $$($(BIN)/python -c "$(VERSION)") ]; then echo "transformers $$newest is the newest, and the locked one."; \
 	else echo "transformers $$newest:" && PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python $(CORE); fi
 
-# The demo page in Chromium (Debian: apt-get install chromium), and the cookbook with all that it asks for. gradio wants an older
-# Pillow than the locked one, so that they have an environment of their own, laid over the locked one.
-$(DEMO)/.ready: $(VENV)/.ready pyproject.toml
-	$(PYTHON) -m venv $(DEMO)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(DEMO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth
-	$(DEMO)/bin/pip install --quiet ".[browser,cookbook]"
+# What is at odds with the locked versions, or large, has an environment of its own, laid over the locked one.
+PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
+$(DEMO)/.ready: EXTRA = browser,cookbook
+$(RAY)/.ready: EXTRA = ray
+$(DEMO)/.ready $(RAY)/.ready: %/.ready: $(VENV)/.ready pyproject.toml
+	$(PYTHON) -m venv $*
+	$(BIN)/python -c "$(PACKAGES)" > $$($*/bin/python -c "$(PACKAGES)")/locked.pth
+	$*/bin/pip install --quiet ".[$(EXTRA)]"
 	touch $@
 
+# The demo page in Chromium (Debian: apt-get install chromium), and the cookbook with all that it asks for. gradio wants an older Pillow
+# than the locked one.
 test-demo: $(DEMO)/.ready
 	$(DEMO)/bin/python -m pytest -q -m browser
 	$(DEMO)/bin/python -m pytest -q tests/test_demo.py tests/test_cookbook.py
 
+# Documents read by Ray's workers, one of which is killed.
+test-ray: $(RAY)/.ready
+	$(RAY)/bin/python -m pytest -q -m ray tests/test_reading_engines.py
+
 test-all: setup
-	$(BIN)/python -m pytest -q -m "not gpu and not browser"
+	$(BIN)/python -m pytest -q -m "not gpu and not browser and not ray and not vllm"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -103,4 +112,4 @@ lock: setup
 	$(COMPILE) --output-file $(LOWEST) --resolution lowest-direct --no-deps --upgrade
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(FLOOR) $(DEMO) $(OVERLAYS) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(FLOOR) $(DEMO) $(RAY) $(OVERLAYS) build *.egg-info

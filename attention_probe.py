@@ -1,4 +1,5 @@
-"""Queries and keys of one layer of a language model, as they enter its attention, for any decoder of transformers.
+"""Parts of a language model, for any decoder of transformers: queries and keys of one layer as they enter its attention, and
+a pass from one layer on with fewer tokens.
 
 The layers before run as they are, with the attention back end they have. Of the requested layer only what comes before its
 attention runs: its norm, projections and rotations. The language model itself is not touched: the pass is made
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from .compression import AttentionInputs
+from .transformers_bridge import CACHE_NAME
 
 
 # Tokens that go through a feed-forward block at a time; whole prompts would need more memory here than the scores do.
@@ -22,6 +24,29 @@ CHUNK_TOKENS = 512
 TOKENWISE_BLOCKS = ("mlp", "visual_mlp")
 
 _PROBE = "minimonkey_probe"
+
+
+class _Shortened(nn.Module):
+    """A layer that reads only some of the tokens, the first of its kind out of all of them."""
+
+    def __init__(self, layer: nn.Module, kept: torch.Tensor, past: int, is_first: bool):
+        super().__init__()
+        self.layer, self.kept, self.is_first = layer, kept, is_first
+        self.keys = torch.cat([torch.arange(past, device=kept.device), past + kept])
+
+    def forward(self, hidden_states, *args, attention_mask=None, position_ids=None, position_embeddings=None, **kwargs):
+        if isinstance(attention_mask, torch.Tensor):
+            attention_mask = attention_mask[..., self.kept, :][..., self.keys]
+        if kwargs.get("visual_token_mask") is not None:
+            kwargs["visual_token_mask"] = kwargs["visual_token_mask"][:, self.kept]
+        return self.layer(
+            hidden_states[:, self.kept] if self.is_first else hidden_states,
+            *args,
+            attention_mask=attention_mask,
+            position_ids=position_ids[:, self.kept],
+            position_embeddings=tuple(angles[:, self.kept] for angles in position_embeddings),
+            **kwargs,
+        )
 
 
 class _Reached(Exception):  # noqa: N818 - it is not an error
@@ -125,3 +150,52 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
             "choose one of them or another scm_layer."
         )
     return inputs
+
+
+def rotary_means(language_model: nn.Module, tokens: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean cosine and the mean sine (n,) of the rotary angles of the first `tokens` positions.
+
+    Raises:
+        ValueError: The language model has no rotary angles, or those of several kinds of layers.
+    """
+    rotary = getattr(getattr(language_model, "_orig_mod", language_model), "rotary_emb", None)
+    try:
+        cosines, sines = copy.deepcopy(rotary)(like[:1, None], torch.arange(tokens, device=like.device)[None])
+    except TypeError as error:
+        raise ValueError(
+            f"{type(language_model).__name__} has no rotary angles that are the same in every layer, which scm_select with "
+            "coordinates needs; leave them out."
+        ) from error
+    return cosines[0].float().mean(dim=-1), sines[0].float().mean(dim=-1)
+
+
+def read_dropping(
+    language_model: nn.Module, embeddings: torch.Tensor, start: int, layer: int, kept: torch.Tensor, cache, **kwargs
+) -> None:
+    """Read tokens on top of a cache, all of them in the layers before `layer`, in it and after it only those that are kept.
+
+    Args:
+        embeddings: (n, D)
+        start: The position of the first of them; those of the others follow.
+        kept: (m,) ascending indices of those that stay; afterwards `cache` holds only them, in every layer.
+        cache: A `DynamicCache`; it is changed.
+
+    Raises:
+        ValueError: The language model is not built as transformers' decoders usually are.
+    """
+    language_model = getattr(language_model, "_orig_mod", language_model)
+    layers = [getattr(one, "_orig_mod", one) for one in getattr(language_model, "layers", [])]
+    if not layers or not hasattr(layers[0], "self_attn"):
+        raise ValueError(
+            f"{type(language_model).__name__} has no layers that can be read one by one, which scm_select with "
+            "stage='layer' needs; leave it out."
+        )
+    past, kept = cache.get_seq_length(), kept.to(embeddings.device)
+    shortened = [_Shortened(one, kept, past, i == 0) for i, one in enumerate(layers[layer:])]
+    positions = torch.arange(start, start + len(embeddings), device=embeddings.device)[None]
+    shorter = _copy(language_model, layers=nn.ModuleList([*layers[:layer], *shortened]))
+    options = {CACHE_NAME: cache, "use_cache": True, "position_ids": positions, **kwargs}
+    shorter(inputs_embeds=embeddings[None], **options)
+    remaining = torch.cat([torch.arange(past, device=kept.device), past + kept])
+    for one in cache.layers[:layer]:
+        one.keys, one.values = one.keys[:, :, remaining], one.values[:, :, remaining]

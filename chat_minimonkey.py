@@ -47,7 +47,7 @@ from .processing_minimonkey import (
 from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, image_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
 from .repetition import DEFAULTS, RepetitionGuard
-from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
+from .tiling import BUDGET_TILING, MOST_TILES, RANGE_NAMES, SINGLE_TILE, share_tile_budget
 from .transformers_bridge import CACHE_NAME
 
 
@@ -71,14 +71,15 @@ class Conversation:
 
 @dataclass
 class _Cut:
-    """The tiles (T, 3, S, S) of all images of a call, and how many of each image's are detailed, adaptive and thumbnail
-    tiles (images, 3).
+    """The tiles (T, 3, S, S) of all images of a call, how many of each image's are detailed, adaptive and thumbnail tiles
+    (images, 3), and the columns and rows of its two grids (images, 4).
 
     With a memory there is a `turn`, and `pixel_values` hold only the images that are new to it.
     """
 
     pixel_values: torch.Tensor | None = None
     tile_counts: torch.Tensor | None = None
+    tile_grids: torch.Tensor | None = None
     tokens_per_tile: int = 0
     turn: Turn | None = None
 
@@ -149,6 +150,7 @@ class ChatMixin:
         images_kwargs: dict[str, Any] | None = None,
         videos_kwargs: dict[str, Any] | None = None,
         tile_budget: int | None = None,
+        token_budget: int | None = None,
         max_prompt_tokens: int | None = None,
         use_scm: bool = False,
         num_patches_list: list[int] | None = None,
@@ -191,6 +193,8 @@ class ChatMixin:
             videos_kwargs: How frames are chosen and cut: num_frames, fps, start, end (seconds), video_backend, see
                 `video_frames.load_frames`, and frame_tiles, most tiles of a frame (1).
             tile_budget: Most tiles of all images of the prompt together; each gets the same share.
+            token_budget: Most image tokens of the prompt, instead of tile_budget: images are cut in as many tiles as that
+                holds, by the rule that reads most of so many (`tiling.BUDGET_TILING`) unless images_kwargs say otherwise.
             max_prompt_tokens: Longest prompt that is not refused; by default the context length of the language model.
             use_scm: Compress the images' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. An
                 image is scored by the turn that brought it, even when a later turn computes it again.
@@ -221,6 +225,8 @@ class ChatMixin:
             raise ValueError(f"`question` must be text that is not empty, got {question!r}.")
         if stream and generation.get("streamer") is not None:
             raise ValueError("stream=True makes a streamer of its own; leave out streamer, or stream.")
+        if token_budget is not None:
+            tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
         _check_settings(
             tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
@@ -270,6 +276,7 @@ class ChatMixin:
         images_kwargs: dict[str, Any] | None = None,
         videos_kwargs: dict[str, Any] | None = None,
         tile_budget: int | None = None,
+        token_budget: int | None = None,
         max_prompt_tokens: int | None = None,
         use_scm: bool = False,
         num_patches_list: list[int] | None = None,
@@ -303,6 +310,8 @@ class ChatMixin:
         if given:
             raise ValueError(f"{' and '.join(given)} works with chat, one conversation at a time, not with batch_chat.")
         count = len(questions)
+        if token_budget is not None:
+            tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
         _check_settings(
             tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
@@ -339,6 +348,24 @@ class ChatMixin:
 
     # --- images ------------------------------------------------------------------------------------------------------
 
+    def _tiles_for(
+        self, token_budget: int, tile_budget: int | None, images_kwargs: dict[str, Any] | None
+    ) -> tuple[int, dict[str, Any]]:
+        """Return how many tiles so many image tokens are, and the image processor's options to make the best of them."""
+        if isinstance(token_budget, bool) or not isinstance(token_budget, int) or token_budget < 1:
+            raise ValueError(f"token_budget must be a whole number of at least 1, got {token_budget!r}.")
+        options = dict(images_kwargs or {})
+        if tile_budget is not None or "size" in options:
+            raise ValueError(
+                "token_budget goes neither with tile_budget nor with a tile size of your own; pass one of them."
+            )
+        tiles, per_tile = token_budget // self.config.image_seq_length, self.config.image_seq_length
+        if not tiles:
+            raise ValueError(f"A token_budget of {token_budget} holds no tile; one has {per_tile} tokens.")
+        if not options.keys() & {*RANGE_NAMES, "preset"}:
+            options |= dict(zip(RANGE_NAMES, (1, min(max(tiles - 1, 1), MOST_TILES), 1, 1)))
+        return tiles, {"tiling": BUDGET_TILING, **options}
+
     def _cut(self, processor, request: _Request, grids, keys: list[bytes] | None = None) -> _Cut:
         """Cut the images of all conversations into tiles; with a memory, those that it does not know.
 
@@ -352,28 +379,29 @@ class ChatMixin:
             return _Cut(turn=turn)
         new, known = range(len(images)), {}
         if turn is not None:
-            known = dict(turn.tile_counts)
+            known = {key: [*counts, *turn.tile_grids[key]] for key, counts in turn.tile_counts.items()}
             new = sorted({key: i for i, key in reversed([*enumerate(keys)]) if key not in turn.features}.values())
         pixel_values = None
         if new:
             wanted = [images[i] for i in new]
             if isinstance(wanted[0][0], torch.Tensor) and wanted[0][1] is None:
-                counts = _tile_counts(grids, [len(tiles) for tiles, _ in images])[list(new)]
+                layout = _tile_layout(grids, [len(tiles) for tiles, _ in images])[list(new)]
                 pixel_values = torch.cat([tiles for tiles, _ in wanted]).to(self.device, self.dtype)
             else:
                 cut = cut_images(processor.image_processor, wanted, return_tensors="pt")
-                pixel_values, counts = cut["pixel_values"], cut["tile_counts"]
+                pixel_values, layout = cut["pixel_values"], torch.cat([cut["tile_counts"], cut["tile_grids"]], dim=1)
                 # uint8 tiles are normalised by the model, see encode_images.
                 dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
                 pixel_values = pixel_values.to(self.device, dtype)
             is_usual = pixel_values.shape[-1] == self.config.tile_size
             tokens_per_tile = self.config.image_seq_length if is_usual else self.tokens_per_tile(pixel_values)
             if turn is None:
-                return _Cut(pixel_values, counts, tokens_per_tile)
-            known |= {keys[i]: count for i, count in zip(new, counts.tolist())}
+                return _Cut(pixel_values, layout[:, :3], layout[:, 3:], tokens_per_tile)
+            known |= {keys[i]: own for i, own in zip(new, layout.tolist())}
         else:
             tokens_per_tile = len(turn.features[keys[0]]) // sum(turn.tile_counts[keys[0]])
-        return _Cut(pixel_values, torch.tensor([known[key] for key in keys]), tokens_per_tile, turn)
+        layout = torch.tensor([known[key] for key in keys])
+        return _Cut(pixel_values, layout[:, :3], layout[:, 3:], tokens_per_tile, turn)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -396,7 +424,7 @@ class ChatMixin:
                 "model.generate(**inputs, return_dict_in_generate=True) with the processor's inputs. return_dict=True gives "
                 "the probabilities of the answer's tokens."
             )
-        for names, where in (((*RANGE_NAMES, "preset"), "images_kwargs"), (VIDEO_OPTIONS, "videos_kwargs")):
+        for names, where in (((*RANGE_NAMES, "preset", "tiling"), "images_kwargs"), (VIDEO_OPTIONS, "videos_kwargs")):
             misplaced = [name for name in names if name in options]
             if misplaced:
                 raise ValueError(f"{', '.join(misplaced)} goes into {where}: {where}={{{misplaced[0]!r}: ...}}.")
@@ -461,10 +489,11 @@ class ChatMixin:
         options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         options |= {"pixel_values": cut.pixel_values, "use_scm": scm_tile_order is not None}
         if cut.turn is not None:
-            options |= {CACHE_NAME: cut.turn, "tile_counts": cut.tile_counts}
+            options |= {CACHE_NAME: cut.turn, "tile_counts": cut.tile_counts, "tile_grids": cut.tile_grids}
         if scm_tile_order is not None and cut.tile_counts is not None:
             ends = _query_ends(request.conversations, prompts)
-            options |= {"tile_order": scm_tile_order, "scm_query_ends": ends, "tile_counts": cut.tile_counts}
+            options |= {"tile_order": scm_tile_order, "scm_query_ends": ends}
+            options |= {"tile_counts": cut.tile_counts, "tile_grids": cut.tile_grids}
         if request.guard is not None:
             request.guard.prompt_length = options["input_ids"].shape[1]
             criteria = [*(options.get("stopping_criteria") or []), request.guard]
@@ -673,7 +702,7 @@ def _read(
         use_thumbnail = options.get("use_thumbnail", processor.image_processor.use_thumbnail)
         ranges = processor.image_processor.tile_ranges(**options)
         ranges = share_tile_budget(tile_budget, len(images), ranges, use_thumbnail)
-        options = {name: value for name, value in options.items() if name != "preset"} | dict(zip(RANGE_NAMES, ranges))
+        options = options | dict(zip(RANGE_NAMES, ranges))  # which a preset leaves as they are
     texts = [*asked, question]
     if videos:
         sampling = {"untrusted_sources": processor.image_processor.untrusted_sources, **videos_kwargs}
@@ -736,8 +765,8 @@ def _read_tiles(
     return rows
 
 
-def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
-    """Return the detailed, adaptive and thumbnail tiles (images, 3) of images that the caller cut.
+def _tile_layout(grids, tiles: list[int]) -> torch.Tensor:
+    """Return the tile counts of images that the caller cut and, as far as they are known, their grids: (images, 3 + 4).
 
     Args:
         grids: (columns, rows) of the detailed grid of each image; None: which tiles are detailed does not matter.
@@ -746,7 +775,7 @@ def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
         ValueError: Not one (columns, rows) for each image, or a grid of more tiles than the image has.
     """
     if grids is None:
-        return torch.tensor([[0, 0, count] for count in tiles])
+        return torch.tensor([[0, 0, count, 1, 1, 1, 1] for count in tiles])
     ratios = torch.as_tensor(grids)
     ratios = ratios[None] if ratios.ndim == 1 else ratios
     if tuple(ratios.shape) != (len(tiles), 2) or ratios.is_floating_point() or (ratios < 1).any():
@@ -762,7 +791,7 @@ def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
                 f"target_aspect_ratio {grid} means {detailed} detailed tiles, but the picture has {total}."
             )
         thumbnail = min(total - detailed, 1)
-        counts.append((detailed, total - detailed - thumbnail, thumbnail))
+        counts.append((detailed, total - detailed - thumbnail, thumbnail, *grid, 1, 1))
     return torch.tensor(counts)
 
 
@@ -770,7 +799,7 @@ def _image_keys(processor, conversation: Conversation, tile_order: str, use_scm:
     """Return what tells the images of a conversation apart, with how they are cut."""
     images = conversation.images
     if images and images[0][1] is None:
-        counts = _tile_counts(grids if use_scm else None, [len(tiles) for tiles, _ in images]).tolist()
+        counts = _tile_layout(grids if use_scm else None, [len(tiles) for tiles, _ in images]).tolist()
         return [image_key(tiles, (tile_order, count)) for (tiles, _), count in zip(images, counts)]
     settings = processor.image_processor.to_json_string() if images else ""
     return [image_key(source, (settings, options)) for source, options in images]

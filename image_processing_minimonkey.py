@@ -32,6 +32,7 @@ from transformers.image_utils import (
     SizeDict,
 )
 
+from .blank_tiles import shown_tiles
 from .image_decoding import (
     array_to_rgb,
     load_image,
@@ -40,9 +41,21 @@ from .image_decoding import (
     tensor_to_rgb,
     to_rgb,
 )
-from .tiling import PRESETS, RANGE_NAMES, SINGLE_TILE, Grid, TileRanges, check_tile_ranges, msac_grids, tile_counts
+from .tiling import (
+    PRESET_TILINGS,
+    PRESETS,
+    RANGE_NAMES,
+    SINGLE_TILE,
+    Grid,
+    TileRanges,
+    check_tile_ranges,
+    check_tiling,
+    choose_grids,
+    tile_counts,
+)
 
 
+GRID_OPTIONS = (*RANGE_NAMES, "tiling", "relaxed_alpha")
 CHECKED = ("size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
 SOURCES = (str, os.PathLike)
 KINDS = {
@@ -70,10 +83,19 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     adaptive_max_tiles (`int`, *optional*, defaults to `self.adaptive_max_tiles`):
         Greatest number of tiles of the adaptive grid.
     preset (`str`, *optional*):
-        A name of `tiling.PRESETS`, the tile ranges of a published benchmark; sets those of the four that are not given.
+        A name of `tiling.PRESETS`, the tile ranges of a published benchmark or system; sets those of the four that are not
+        given, and the tiling.
+    tiling (`str`, *optional*, defaults to `self.tiling`):
+        How the grids are chosen, see `tiling.choose_grids`: "msac" as in Mini-Monkey; "internvl", "logscore" (MiniCPM-V) and
+        "relaxed" (BlueLM-V-3B) have no adaptive grid, "msac-logscore" and "msac-relaxed" have one beside these.
+    relaxed_alpha (`float`, *optional*, defaults to `self.relaxed_alpha`):
+        Share of useful pixels that "relaxed" gives up for less waste; 0 is the rule of LLaVA-NeXT.
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
         Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
         only in parts, which is useful for comparisons.
+    drop_blank (`bool`, *optional*, defaults to `self.drop_blank`):
+        Whether detailed and adaptive tiles that show nothing but paper are left out, see blank_tiles.py; `tile_counts` then
+        count the others. Photographs keep all their tiles, and so does an image that would have none left.
     untrusted_sources (`bool`, *optional*, defaults to `self.untrusted_sources`):
         For servers: whether paths are refused, and URLs of addresses that are not public.
     """
@@ -83,7 +105,10 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     adaptive_min_tiles: int
     adaptive_max_tiles: int
     preset: str | None
+    tiling: str
+    relaxed_alpha: float | int
     use_thumbnail: bool
+    drop_blank: bool
     untrusted_sources: bool
 
 
@@ -104,7 +129,10 @@ class _MsacMixin:
     do_normalize = True
     do_convert_rgb = True
     min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = PRESETS["default"]
+    tiling = "msac"
+    relaxed_alpha = 0.1
     use_thumbnail = True
+    drop_blank = False
     untrusted_sources = False
     preset = None
 
@@ -138,7 +166,7 @@ class _MsacMixin:
         unknown = options.keys() - self.valid_kwargs.__annotations__.keys()
         if unknown:
             known = ", ".join(
-                (*RANGE_NAMES, "preset", "use_thumbnail", "size", "resample", "do_normalize", "untrusted_sources")
+                (*RANGE_NAMES, "preset", "tiling", "use_thumbnail", "size", "resample", "untrusted_sources")
             )
             raise ValueError(
                 f"Unknown options of images: {', '.join(sorted(map(str, unknown)))}; known are {known}, ..."
@@ -158,6 +186,7 @@ class _MsacMixin:
         )
         side = _tile_side(size)
         check_tile_ranges(*ranges)
+        check_tiling(*(options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")))
         most = ranges[1] + ranges[3] + 1
         if most * side**2 > MOST_PIXELS:
             raise ValueError(
@@ -202,16 +231,24 @@ class _MsacMixin:
         self, images, *_, size: SizeDict, resample, use_thumbnail: bool, return_tensors=None, device=None, **settings
     ) -> BatchFeature:
         """Cut the images into tiles, each image as soon as it is decoded."""
-        images, ranges = list_images(images), [settings[name] for name in RANGE_NAMES]
+        images, ranges = list_images(images), tuple(settings[name] for name in RANGE_NAMES)
+        tiling = settings["tiling"], settings["relaxed_alpha"]
         if not images:
             raise ValueError("The list of pictures is empty.")
         tiles, counts, grids = [], [], []
         for image in self._decoded(images, settings):
-            detailed, adaptive = msac_grids(*image.size, *ranges, size.height)
+            detailed, adaptive = choose_grids(*image.size, ranges, size.height, *tiling)
             counts.append(tile_counts(detailed, adaptive, use_thumbnail))
             grids.append((*detailed, *adaptive))
             layers = [grid for grid, count in zip((detailed, adaptive, SINGLE_TILE), counts[-1]) if count]
-            tiles += self._cut(image, layers, size.height, resample, device)
+            cut = self._cut(image, layers, size.height, resample, device)
+            if settings["drop_blank"]:
+                shown = [shown_tiles(image, grid, size.height) for grid in layers]
+                if any(map(any, shown)):
+                    remaining = iter(map(sum, shown))
+                    counts[-1] = tuple(next(remaining) if count else 0 for count in counts[-1])
+                    cut = [layer[numbers] for layer, numbers in zip(cut, shown)]
+            tiles += cut
         joined = torch.cat(tiles).contiguous() if isinstance(tiles[0], torch.Tensor) else np.concatenate(tiles)
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         pixel_values = self.rescale_and_normalize(joined, *(settings[name] for name in names))
@@ -234,22 +271,26 @@ class _MsacMixin:
                 read.extend(threads.submit(self.process_image, source, **options) for source in islice(sources, 1))
 
     def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
-        """Return the four tile ranges that a call with these options uses."""
-        settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs)}
+        """Return the four tile ranges that a call with these options uses; a tiling without adaptive grid has 1 to 1 there."""
+        settings = {**{name: getattr(self, name) for name in GRID_OPTIONS}, **expand_preset(images_kwargs)}
         ranges = tuple(settings[name] for name in RANGE_NAMES)
         check_tile_ranges(*ranges)
-        return ranges
+        return ranges if settings["tiling"].startswith("msac") else (*ranges[:2], 1, 1)
 
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
-        """Count the detailed, adaptive and thumbnail tiles of an image of this size, without its pixels."""
-        own = {name: getattr(self, name) for name in (*RANGE_NAMES, "use_thumbnail")}
+        """Count the detailed, adaptive and thumbnail tiles of an image of this size, without its pixels.
+
+        With `drop_blank` these are the most it can have.
+        """
+        own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
-        ranges = (settings[name] for name in RANGE_NAMES)
-        return tile_counts(*msac_grids(width, height, *ranges, tile_size), settings["use_thumbnail"])
+        ranges = tuple(settings[name] for name in RANGE_NAMES)
+        grids = choose_grids(width, height, ranges, tile_size, settings["tiling"], settings["relaxed_alpha"])
+        return tile_counts(*grids, settings["use_thumbnail"])
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Count the tiles of an image of this size, all three kinds together, without its pixels."""
+        """Count the tiles of an image of this size, all three kinds together, without its pixels; see `count_tiles`."""
         return sum(self.count_tiles(height, width, images_kwargs))
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,7 +310,7 @@ class _MsacMixin:
 
 
 def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return `kwargs` with the four tile ranges of its `preset`, where they are not given themselves.
+    """Return `kwargs` with the four tile ranges and the tiling of its `preset`, where they are not given themselves.
 
     Raises:
         ValueError: No preset has that name.
@@ -282,7 +323,7 @@ def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
     given = {name: value for name, value in kwargs.items() if name != "preset" and value is not None}
-    return {**dict(zip(RANGE_NAMES, PRESETS[preset])), **given}
+    return {**dict(zip(RANGE_NAMES, PRESETS[preset])), "tiling": PRESET_TILINGS.get(preset, "msac"), **given}
 
 
 def _tile_side(size) -> int:

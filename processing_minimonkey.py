@@ -160,7 +160,7 @@ def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) 
     ranges = dict(zip(RANGE_NAMES, (1, sampling.pop("frame_tiles", 1), 1, 1)))
     if "video_backend" in sampling:
         sampling["backend"] = sampling.pop("video_backend")
-    return sampling, {**{name: value for name, value in images_kwargs.items() if name != "preset"}, **ranges}
+    return sampling, {**images_kwargs, **ranges}  # which a preset leaves as they are
 
 
 def _joined(parts: list):
@@ -417,13 +417,17 @@ class MiniMonkeyProcessor(ProcessorMixin):
         return prompt
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Count the tokens and tiles of images of (height, width) `image_sizes`, for serving engines."""
+        """Count the tokens and tiles of images of (height, width) `image_sizes`, for serving engines.
+
+        Raises:
+            ValueError: `drop_blank`, with which the number depends on the pixels.
+        """
         if image_sizes is None:
             return MultiModalData()
-        tiles = [
-            self.image_processor.get_number_of_image_patches(*size, kwargs.get("images_kwargs", kwargs))
-            for size in image_sizes
-        ]
+        options = kwargs.get("images_kwargs", kwargs)
+        if options.get("drop_blank", self.image_processor.drop_blank):
+            raise ValueError("drop_blank=True leaves out tiles by their pixels, which are not here; set it to False.")
+        tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in image_sizes]
         tokens = [self.image_seq_length * count + 2 for count in tiles]  # with <img> and </img>
         return MultiModalData(num_image_tokens=tokens, num_image_patches=tiles)
 

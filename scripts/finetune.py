@@ -4,6 +4,7 @@
     python scripts/finetune.py --model MiniMonkey-2B --data my.jsonl --output runs/mine --lora
     python scripts/finetune.py scripts/training/recipes/nano-smoke.yaml
     python scripts/finetune.py RECIPE.yaml --set output_dir=runs/other --set learning_rate=1e-5
+    python scripts/finetune.py RECIPE.yaml --dry-run                     memory, tokens and hours for 8 cards of 24 GB
     python scripts/finetune.py RECIPE.yaml --resume                      continues from the last checkpoint, if there is one
 
 On several GPUs, with the same recipe (its batch_size is that of all of them together):
@@ -25,15 +26,18 @@ checkpoint-N/ for --resume. Needs the `training` extra.
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.scripts.benchmarking.models import published_config
 from minimonkey.scripts.importing.config import read_json
-from minimonkey.scripts.repository import ROOT, load_processor, preparing, readable
+from minimonkey.scripts.repository import ROOT, load_processor, number_within, preparing, readable, whole_number
 from minimonkey.scripts.synthetic.materials import materials
 from minimonkey.scripts.training.collator import Collator
 from minimonkey.scripts.training.data import SyntheticSource, read_sources
 from minimonkey.scripts.training.encode import Encoder
+from minimonkey.scripts.training.estimate import Cards, Estimate
 from minimonkey.scripts.training.models import load_model, model_folder, save
 from minimonkey.scripts.training.own_data import count_examples, own_data
 from minimonkey.scripts.training.own_options import LEARNING_RATES, own_options
@@ -145,7 +149,7 @@ def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
     }
 
 
-LORA = {"lora_r": 16, "lora_dropout": 0.05, "train": ["language_model"]}
+LORA = {"lora_dropout": 0.05, "train": ["language_model"], "dtype": "auto"}
 
 
 def choose_recipe(args: argparse.Namespace) -> Recipe:
@@ -162,7 +166,29 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
             options = own_options(args.model or str(ROOT), options["data"], count_examples(options["data"]), output)
     if args.lora is not None:
         options |= LORA | {"lora_r": args.lora, "learning_rate": LEARNING_RATES["lora"]}
-    return make_recipe(options | read_overrides(args.set), str(args.recipe or "The command line"))
+    options |= read_overrides(args.set)
+    if args.dry_run:  # on a machine that need not be the one that trains
+        options |= {"use_cpu": True, "bf16": False}
+        options["dtype"] = {"auto": "bfloat16"}.get(options.get("dtype"), options.get("dtype"))
+    return make_recipe(options, str(args.recipe or "The command line"))
+
+
+def dry_run(recipe: Recipe, args: argparse.Namespace) -> int:
+    """Print what the run takes; return 1 if no way to shard it fits the cards."""
+    cards = Cards(args.cards, args.card_gib, args.card_tflops)
+    if Path(recipe.model).is_dir():
+        with readable(recipe.model):
+            config = MiniMonkeyConfig.from_pretrained(recipe.model)
+    else:
+        config = published_config(recipe.model)
+        print(f"{recipe.model} is not here; estimated for a model of the published size.")
+    estimate = Estimate.of(config, recipe, cards)
+    print(estimate.describe())
+    if not estimate.fits:
+        print(
+            "It does not fit: take --lora, less at once (pack_tiles=16, pack_tokens=6144; max_seq_length), or larger cards."
+        )
+    return 0 if estimate.fits else 1
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -184,6 +210,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option in place of the recipe's"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print memory, tokens of a step and hours; load nothing")
+    parser.add_argument("--cards", type=whole_number(1), default=8, help="for --dry-run: GPUs (8)")
+    parser.add_argument(
+        "--card-gib", type=number_within(1, 10_000), default=24, help="for --dry-run: memory of each (24)"
+    )
+    parser.add_argument(
+        "--card-tflops", type=number_within(0.1, 100_000), default=71, help="for --dry-run: bfloat16 of each (71)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the recipe's output_dir")
     args = parser.parse_args(arguments)
     if args.recipe is None and args.data is None:
@@ -193,18 +227,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says, or `arguments` in its place."""
     args = parse_arguments(arguments)
     with preparing():
         recipe = choose_recipe(args)
+        if args.dry_run:
+            return dry_run(recipe, args)
         trainer, folder, checkpoint = prepare(recipe, args.resume)
     metrics = train(trainer, checkpoint)
     written = save(trainer, folder)
     if recipe.should_save:
         (Path(recipe.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2))
         print(f"Wrote {written}. Try it: minimonkey chat IMAGE QUESTION --model {written}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@
     python scripts/prepare.py drivelm downloads/drivelm data/drivelm --split eval           the questions that are scored
     python scripts/prepare.py remote-sensing downloads data/remote --general data/playground/meta.json --general-share 0.2
     python scripts/prepare.py playground playground data/playground                       what Mini-Monkey was trained on
+    python scripts/prepare.py chartqa ChartQA_TEST.tsv data/chartqa                        one of the thirteen benchmarks
     python scripts/prepare.py meta train_meta/internvl_1_2_finetune_medical.json data/medical
 
 Writes into OUT: NAME.jsonl, meta.json for `data` of a recipe (data sets prepared before stay in it), NAME.refused.jsonl with a
@@ -22,6 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from minimonkey.grounding import draw_boxes, parse_boxes
+from minimonkey.scripts.preparing.benchmarks import BENCHMARKS
 from minimonkey.scripts.preparing.conversations import from_jsonl
 from minimonkey.scripts.preparing.records import Record, Refusal, Writer
 from minimonkey.scripts.preparing.sets import GROUPS, KNOWN, SETS, group_members, playground, published_meta
@@ -36,7 +38,7 @@ SHEET_ITEMS, SHEET_COLUMNS, SHEET_WIDTH = 9, 3, 448
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=KNOWN, metavar="NAME", help=", ".join(KNOWN))
-    parser.add_argument("root", type=Path, help="folder of the download; of meta its file")
+    parser.add_argument("root", type=Path, help="folder of the download; of meta and of single files the file")
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--split", default="train", help="train, val, test; of drivelm also eval (default: train)")
     parser.add_argument("--limit", type=whole_number(1), default=None, help="this many records, chosen by --seed")
@@ -73,7 +75,7 @@ def chosen(found: Iterable[Record | Refusal], limit: int | None, seed: int) -> I
 def prepare(name: str, root: Path, args: argparse.Namespace) -> dict[str, dict]:
     """Write one data set; return its entry of the meta JSON, or nothing for a benchmark."""
     data_set, split = SETS[name], args.split
-    is_benchmark = split in data_set.tests
+    is_benchmark = data_set.is_benchmark or split in data_set.tests
     image_root = args.out if data_set.writes_images else root
     options = {"draw_objects": True} if args.draw_objects else {}
     label = name if split == "train" else f"{name}-{split}"
@@ -110,6 +112,8 @@ def finish(writer: Writer) -> None:
         ValueError: Not a single record was.
     """
     print(writer.report())
+    if writer.name in BENCHMARKS:
+        print(f"Ask it: minimonkey evaluate --benchmark {writer.path} --preset {BENCHMARKS[writer.name].preset}")
     if not writer.written:
         raise ValueError(f"{writer.name}: nothing could be taken; see {writer.refused_path}.")
     draw_sheet(writer)

@@ -13,6 +13,7 @@ twice. A file or page that cannot be read has a line that says why, and the exit
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ import transformers
 
 from minimonkey.scripts.evaluation.predictions import weights_digest
 from minimonkey.scripts.precision import add_dtype_argument
-from minimonkey.scripts.reading.batches import ahead, open_pages, plan
-from minimonkey.scripts.reading.engines import ENGINES, Question, Weights
+from minimonkey.scripts.reading.batches import Page, ahead, open_pages, plan
+from minimonkey.scripts.reading.engines import ENGINES, Question, Weights, count_page_tokens
 from minimonkey.scripts.reading.fields import Schema, fields_schema, read_schema
-from minimonkey.scripts.reading.journal import Lines, Texts, open_journal
+from minimonkey.scripts.reading.journal import open_journal
 from minimonkey.scripts.reading.pages import (
     DEFAULT_MAX_PIXELS,
-    Document,
     Settings,
     find_files,
     parse_ranges,
@@ -35,6 +35,7 @@ from minimonkey.scripts.reading.pages import (
 )
 from minimonkey.scripts.reading.progress import Progress
 from minimonkey.scripts.reading.reader import Reader
+from minimonkey.scripts.reading.workers import check_ray, spread
 from minimonkey.scripts.repository import (
     add_device_argument,
     add_model_arguments,
@@ -86,6 +87,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="tile ranges with which a page is asked once more whose answer repeated itself",
     )
     parser.add_argument("--engine", choices=ENGINES, default="transformers")
+    parser.add_argument(
+        "--ray",
+        type=whole_number(1),
+        default=None,
+        metavar="WORKERS",
+        help="so many workers of Ray, see docs/reading.md",
+    )
     parser.add_argument(
         "--max-batch-tokens", type=whole_number(1), default=16384, help="of the pages read together, with their answers"
     )
@@ -183,37 +191,42 @@ def load_reader(args: argparse.Namespace, question: Question) -> Reader:
     return Reader(ENGINES[args.engine](weights), question, field_questions(args), retry_options(args), args.words)
 
 
-def read_here(
-    args: argparse.Namespace, question: Question, documents: list[Document], journal: Lines | Texts
-) -> Iterator[list[dict]]:
-    """Yield the lines of batch after batch; the next one is opened while one is read."""
+def read_batches(args: argparse.Namespace, question: Question, batches: Iterator[list[Page]]) -> Iterator[list[dict]]:
+    """Yield the lines of batch after batch, here or by the workers of Ray."""
     settings = Settings(args.pages, args.dpi, args.max_pixels)
-    reader = load_reader(args, question)
-    batches = plan(documents, journal.done, settings, reader.cost, args.max_batch_tokens)
-    for pages in ahead(open_pages(batch, settings) for batch in batches):
+    load = partial(load_reader, args, question)
+    if args.ray is not None:
+        yield from spread(batches, settings, load, args.ray)
+        return
+    reader = load()
+    for pages in ahead(open_pages(batch, settings) for batch in batches):  # opened while the last are read
         yield reader.read(pages)
 
 
 def read(args: argparse.Namespace) -> int:
     """Read all pages that are not done; return how many files and pages could not be read."""
     question = question_of(args)
-    checker = load_processor(args.model).image_processor
+    if args.ray is not None:
+        check_ray()
+    processor = load_processor(args.model)
     for options in (question.images_kwargs, retry_options(args) or {}):
-        checker.get_number_of_image_patches(100, 100, options)
-    paths = find_files(args.inputs)
+        processor.image_processor.get_number_of_image_patches(100, 100, options)
+    paths, settings = find_files(args.inputs), Settings(args.pages, args.dpi, args.max_pixels)
     with (
         open_journal(
             args.out, settings_of(args, question), args.resume, args.overwrite, args.format == "text"
         ) as journal,
         pixel_limit(args.max_pixels),
     ):
-        documents = list(survey(paths, Settings(args.pages, args.dpi, args.max_pixels)))
+        documents = list(survey(paths, settings))
         keys = [(one.path, page) for one in documents for page in (one.pages if one.error is None else [None])]
         progress = Progress(sum(key not in journal.done for key in keys))
         if progress.total < len(keys):
             print(f"{len(keys) - progress.total} of {len(keys)} pages are done already.", file=sys.stderr)
         if progress.total:
-            for lines in read_here(args, question, documents, journal):
+            cost = partial(count_page_tokens, processor, question=question)
+            batches = plan(documents, journal.done, settings, cost, args.max_batch_tokens)
+            for lines in read_batches(args, question, batches):
                 journal.add(lines)
                 progress.add(len(lines), sum("error" in line for line in lines))
         progress.close()

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModel, AutoProcessor
 
+from minimonkey.scripts.command import COMMANDS
 from minimonkey.scripts.evaluation.suites import read_benchmark
 from minimonkey.scripts.training.data import read_sources
 from minimonkey.scripts.training.encode import Encoder
@@ -57,8 +58,9 @@ SNIPPET = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 INLINE_COMMAND = re.compile(r"`((?:python scripts/|make |minimonkey |pip install )[^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Packages that a page names and pyproject.toml does not.
-OTHER_PACKAGES = {"deepspeed", "pillow-heif"}
+OTHER_PACKAGES = {"deepspeed", "pillow-heif", "pycocoevalcap"}
 LAUNCHERS = ("torchrun", "accelerate")
+SLURM = "scripts/training/launch/slurm.sh"  # hands its arguments to finetune.py
 
 
 def snippets(page: Path, language: str) -> list[str]:
@@ -160,6 +162,16 @@ def test_data_snippets_are_read(page, folder, processor, nano):
             assert len(sources) == len(json.loads(text))
 
 
+def test_the_head_of_a_space_names_what_is_here():
+    (head,) = map(yaml.safe_load, snippets(ROOT / "docs" / "demo.md", "yaml"))
+    requirement = next(
+        text
+        for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["demo"]
+        if text.startswith("gradio")
+    )
+    assert (ROOT / head["app_file"]).is_file() and head["sdk_version"] in Requirement(requirement).specifier
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +199,7 @@ def check_script(words: list[str], monkeypatch) -> None:
     args = parse_script(words, monkeypatch)
     given = [word for word in words if word.startswith(("scripts/", "assets/"))]
     assert not [path for path in given if not (ROOT / path).exists()]
-    if words[0] == "scripts/finetune.py":
+    if words[0] == "scripts/finetune.py" and args.recipe is not None:
         read_recipe(ROOT / args.recipe, [*args.set, "use_cpu=true"])  # which asks for no GPU
 
 
@@ -220,6 +232,14 @@ def check_transformers(words: list[str]) -> None:
     assert [name for name in options if not re.search(rf"\b{name}: ", code)] == []
 
 
+def check_docker(words: list[str]) -> None:
+    """What is built or started is there."""
+    file = ROOT / words[words.index("-f") + 1]
+    assert words[0] in ("build", "compose") and file.is_file()
+    if words[0] == "compose":
+        assert words[-2] == "up" and words[-1] in yaml.safe_load(file.read_text())["services"]
+
+
 def check_command(command: str, monkeypatch) -> None:
     """Raise if a command names a program, script, target or option that there is not."""
     words = shlex.split(command, comments=True)
@@ -228,8 +248,11 @@ def check_command(command: str, monkeypatch) -> None:
         check_script(words[start:], monkeypatch)
         assert all((ROOT / word).exists() for word in words[:start] if word.startswith("scripts/"))
     elif words[0] == "minimonkey":
-        check_script([f"scripts/{words[1]}.py", *words[2:]], monkeypatch) if words[2:] else None
-        assert (ROOT / "scripts" / f"{words[1]}.py").exists()
+        script = f"scripts/{COMMANDS[words[1]][0].replace('.', '/')}.py"
+        assert (ROOT / script).exists()
+        check_script([script, *words[2:]], monkeypatch) if words[2:] else None
+    elif words[:2] == ["sbatch", SLURM]:
+        check_script(["scripts/finetune.py", *words[2:]], monkeypatch)
     elif words[0] == "make":
         check_make(words[1:])
     elif words[:2] == ["pip", "install"]:
@@ -238,6 +261,8 @@ def check_command(command: str, monkeypatch) -> None:
         assert words[2].endswith("/OWNER/MiniMonkey")
     elif words[0] == "transformers":
         check_transformers(words[1:])
+    elif words[0] == "docker":
+        check_docker(words[1:])
     else:
         raise AssertionError(f"{words[0]} is a program that tests/test_docs.py does not know: {command}")
 
@@ -261,6 +286,8 @@ def test_commands_parse(page, monkeypatch):
         'pip install ".[no-such-extra]"',
         'pip install "transformers>=4"',
         "transformers serve . --no-such-option",
+        "docker build -f containers/no-such.Dockerfile .",
+        "docker compose -f containers/compose.yaml up no-such-service",
         "no-such-program",
     ],
 )
@@ -274,7 +301,7 @@ def test_a_command_that_cannot_run_is_noticed(command, monkeypatch):
 
 def test_every_snippet_is_of_a_kind_that_is_tried():
     kinds = {kind for page in DOCUMENTS for _, kind, _ in SNIPPET.findall(page.read_text())}
-    assert kinds <= {"python", "bash", "json", "bibtex"}
+    assert kinds <= {"python", "bash", "json", "yaml", "bibtex"}
     assert all(page.read_text().count("```") % 2 == 0 for page in DOCUMENTS)
 
 

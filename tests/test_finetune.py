@@ -222,7 +222,7 @@ def test_sharded_processes_run_the_vision_tower_equally_often(most, is_sharded, 
     source = type("S", (), {"ranges": [(1, most, 1, 1)]})
     trainer = FineTuner.__new__(FineTuner)
     trainer.is_fsdp_enabled, trainer.train_dataset = is_sharded, type("D", (), {"sources": [source]})
-    trainer.args = type("R", (), {"per_device_train_batch_size": 1 if most == 7 else 2})
+    trainer.args = type("R", (), {"per_device_train_batch_size": 1 if most == 7 else 2, "pack_tokens": None})
     if fits:
         trainer._check_tiles()
     else:

@@ -107,7 +107,9 @@ def test_deepspeed_shards(plain, stage):
     assert report["losses"] == pytest.approx(plain["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fsdp2", "FSDP"), ("zero1", "DEEPSPEED"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")]
+)
 def test_launch_files_are_accelerates(name, kind):
     config = load_config_from_file(str(LAUNCH / f"{name}.yaml"))  # refuses keys that accelerate does not know
     assert config.distributed_type == kind

@@ -197,5 +197,6 @@ def _record(
         return Refusal(name, f"a tag cannot be placed: {error}")
     scoring = {"subject": subject, "metric": "exact_match"}
     if tag is not None:
-        scoring |= {"tag": tag, "frame": name.rpartition("_")[0]}
+        scoring |= {"tag": tag, "frame": name.rpartition("_")[0], "original": [asked["Q"], asked.get("A") or ""]}
+        scoring["camera_size"] = views.sizes[0]
     return Record(name, (image,), ((with_image(question), answer or UNKNOWN),), scoring)

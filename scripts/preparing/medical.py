@@ -68,7 +68,7 @@ def vqa_rad(root: Path, split: str, out: Path) -> Iterator[Record | Refusal]:
 def _question(name: str, image: Path, question: str, answer: str, answer_type: str) -> Record:
     kind = "closed" if answer_type.strip().upper() == "CLOSED" else "open"
     turn = (with_image(f"{question}\n{ONE_WORD}"), answer.strip())
-    return Record(name, (image,), (turn,), {"kind": kind, "metric": "exact_match"})
+    return Record(name, (image,), (turn,), {"kind": kind, "metric": "same_text"})
 
 
 def pmc_vqa(root: Path, split: str, out: Path) -> Iterator[Record | Refusal]:
@@ -85,4 +85,4 @@ def pmc_vqa(root: Path, split: str, out: Path) -> Iterator[Record | Refusal]:
         listed = "\n".join(f"{letter}. {text}" for letter, text in choices.items())
         turn = (with_image(f"{row['Question'].strip()}\n{listed}\n{LETTER}"), label)
         image = found["images"] / row["Figure_path"]
-        yield Record(str(number), (image,), (turn,), {"kind": "closed", "metric": "exact_match"})
+        yield Record(str(number), (image,), (turn,), {"kind": "closed", "metric": "choice"})

@@ -49,7 +49,7 @@ def _rsvqa(root: Path, what: str, prefix: str, images: str) -> Iterator[Record |
             continue
         image = found["images"] / f"{entry['img_id']}.tif"
         turn = (with_image(f"{entry['question']}\n{ONE_WORD}"), right[0])
-        yield Record(str(entry["id"]), (image,), (turn,), {"kind": entry["type"], "metric": "exact_match"})
+        yield Record(str(entry["id"]), (image,), (turn,), {"kind": entry["type"], "metric": "same_text"})
 
 
 def dior_rsvg(root: Path, split: str, out: Path) -> Iterator[Record | Refusal]:
@@ -122,4 +122,4 @@ def _classified(images: dict[str, list[Path]], split: str) -> Iterator[Record]:
             name = f"{label}/{path.name}"
             is_test = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
             if is_test == (split == "test"):
-                yield Record(name, (path,), ((with_image(question), label),), {"metric": "exact_match"})
+                yield Record(name, (path,), ((with_image(question), label),), {"metric": "same_text"})

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minimonkey.scripts.preparing import bdd, conversations, drivelm, medical, remote_sensing
+from minimonkey.scripts.preparing import bdd, benchmarks, conversations, drivelm, medical, remote_sensing
 from minimonkey.scripts.preparing.layouts import read_json, require
 from minimonkey.scripts.preparing.records import Record, Refusal
 
@@ -24,12 +24,14 @@ class DataSet:
         tests: Splits that become a benchmark; the others are for training.
         meta: What its entry of the meta JSON says besides where it is.
         writes_images: Whether it writes images of its own, which the paths then start from.
+        is_benchmark: Whether all of it is for evaluation; its download is one file.
     """
 
     read: Reader
     tests: tuple[str, ...] = ("test",)
     meta: dict = field(default_factory=dict, hash=False)
     writes_images: bool = False
+    is_benchmark: bool = False
 
 
 TILES = {"max_dynamic_patch": PUBLISHED_TILES}
@@ -49,6 +51,13 @@ SETS: dict[str, DataSet] = {
     "pmc-vqa": DataSet(medical.pmc_vqa, ("test",), TILES),
     "llava-mix665k": DataSet(conversations.llava, (), {"max_dynamic_patch": 6}),
 }
+
+
+def _benchmark(name: str) -> DataSet:
+    return DataSet(lambda path, split, out: benchmarks.read(name, path, out), writes_images=True, is_benchmark=True)
+
+
+SETS |= {name: _benchmark(name) for name in benchmarks.BENCHMARKS}
 # Several of them in one folder, each in a folder of one of these names, as published.
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "remote-sensing": {

@@ -21,6 +21,9 @@ from minimonkey.scripts.reading.fields import Schema
 from minimonkey.scripts.repository import load_model, load_processor
 
 
+SYSTEM_TOKENS = 96  # enough for the system message and the control tokens of the templates
+
+
 @dataclass(frozen=True)
 class Weights:
     """Which model, and how it is loaded.
@@ -62,7 +65,7 @@ class Engine(Protocol):
     tokenizer: Any
 
     def count_tokens(self, width: int, height: int, question: Question) -> int:
-        """Count the prompt's tokens for an image of this size."""
+        """Count the image tokens of the prompt for an image of this size, before compression."""
         ...
 
     def answer(self, images: list[Image.Image], question: Question) -> list[ChatAnswer]:
@@ -87,9 +90,7 @@ class TransformersEngine:
         self._schema: Schema | None = None
 
     def count_tokens(self, width: int, height: int, question: Question) -> int:
-        config = self.model.config
-        tiles = self.processor.image_processor.get_number_of_image_patches(height, width, question.images_kwargs)
-        return tiles * config.image_seq_length + _count_text(self.tokenizer, config.system_message, question.text)
+        return count_image_tokens(self.processor, width, height, question)
 
     def answer(self, images: list[Image.Image], question: Question) -> list[ChatAnswer]:
         options: dict[str, Any] = {}
@@ -149,8 +150,7 @@ class VllmEngine:
         self.llm = vllm.LLM(model=weights.model, **given)
 
     def count_tokens(self, width: int, height: int, question: Question) -> int:
-        tiles = self.processor.image_processor.get_number_of_image_patches(height, width, question.images_kwargs)
-        return tiles * self.processor.image_seq_length + _count_text(self.tokenizer, "", question.text)
+        return count_image_tokens(self.processor, width, height, question)
 
     def answer(self, images: list[Image.Image], question: Question) -> list[ChatAnswer]:
         if question.scm_keep_ratio is not None:
@@ -177,9 +177,16 @@ class VllmEngine:
         return ChatAnswer(text.strip(), history, ids, probabilities[: len(ids)] or None, reason)
 
 
-def _count_text(tokenizer, system_message: str, question: str) -> int:
-    """Count the tokens of a prompt's texts; its few control tokens are overestimated."""
-    return len(tokenizer(f"{system_message}\n{question}", add_special_tokens=False)["input_ids"]) + 16
+def count_image_tokens(processor, width: int, height: int, question: Question) -> int:
+    """Count the image tokens of an image of this size, before compression."""
+    tiles = processor.image_processor.get_number_of_image_patches(height, width, question.images_kwargs)
+    return tiles * processor.image_seq_length
+
+
+def count_page_tokens(processor, width: int, height: int, question: Question) -> int:
+    """Count what a page of this size takes in a batch at most: its image, the question, and the longest answer."""
+    text = len(processor.tokenizer(question.text, add_special_tokens=False)["input_ids"]) + SYSTEM_TOKENS
+    return count_image_tokens(processor, width, height, question) + text + question.max_new_tokens
 
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}

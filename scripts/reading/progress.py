@@ -10,14 +10,15 @@ class Progress:
 
     Args:
         total: Pages of the run, those done before left out.
-        stream: Where it is shown: in one line that is written anew in a terminal, else a line every `every` seconds.
+        stream: Where it is shown (the error stream): in a terminal in one line that is written anew, else in a line every
+            `every` seconds.
     """
 
-    def __init__(self, total: int, stream: TextIO = sys.stderr, every: float = 10.0):
-        self.total, self.stream, self.every = total, stream, every
+    def __init__(self, total: int, stream: TextIO | None = None, every: float = 10.0):
+        self.total, self.stream, self.every = total, stream or sys.stderr, every
         self.pages = self.failed = 0
         self.started = self.shown = time.monotonic()
-        self.is_terminal = stream.isatty()
+        self.is_terminal = self.stream.isatty()
 
     def add(self, pages: int, failed: int) -> None:
         """Count pages that are done, `failed` of them without an answer."""

@@ -39,15 +39,11 @@ class Reader:
         self.engine, self.question, self.with_words = engine, question, with_words
         self.field_questions, self.retry_images_kwargs = field_questions, retry_images_kwargs
 
-    def cost(self, width: int, height: int) -> int:
-        """Count what a page of this size takes in a batch: the tokens of its prompt and of the longest answer."""
-        return self.engine.count_tokens(width, height, self.question) + self.question.max_new_tokens
-
     def read(self, pages: list[Page]) -> list[dict[str, Any]]:
         """Return one line for each page, in order.
 
         A line has the `file`, the number of the `page` (from 1; None for a file as a whole), and either an `error`, or
-        `answer`, `confidence`, `finish_reason`, `tokens` (of the answer), `prompt_tokens` and `seconds` (its share of the
+        `answer`, `confidence`, `finish_reason`, `tokens` (of the answer), `image_tokens` and `seconds` (its share of the
         batch); `words` and their confidence, or `fields` and the `field_confidence` of each value by its path; `retried`, if it
         was asked twice.
         """
@@ -68,7 +64,7 @@ class Reader:
             what = next(coming)
             if "error" not in what:
                 tokens = self.engine.count_tokens(*page.image.size, self.question)
-                what = what | {"prompt_tokens": tokens, "seconds": seconds}
+                what = what | {"image_tokens": tokens, "seconds": seconds}
             lines.append(line | what)
         return lines
 

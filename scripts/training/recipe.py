@@ -17,6 +17,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_kernels_available
 
 from minimonkey.scripts.precision import choose_dtype
 from minimonkey.tiling import check_tile_ranges
@@ -68,6 +69,10 @@ class Recipe(TrainingArguments):
     # What is trained
     train: list[str] = field(default_factory=lambda: ["language_model"], metadata={"choices": PARTS})
     """The rest stays as it is."""
+    train_only: list[str] | None = None
+    """Of these parts only parameters with one of these texts in their name, as `visual_mlp` for visual experts."""
+    frozen: list[str] | None = None
+    """Parameters with one of these texts in their name stay as they are."""
     lora_r: int | None = None
     """Train instead adapters of this rank on every attention and MLP projection of the language model."""
     lora_alpha: int | None = None
@@ -119,7 +124,8 @@ class Recipe(TrainingArguments):
     machine is fast in it, suits those that are frozen under LoRA."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attn_implementation: str | None = None
-    """On a CPU, `eager` goes back through short sequences in less time than `sdpa`."""
+    """As transformers takes it; `owner/kernel` of the Hub needs the package kernels. On a CPU, `eager` goes back through short
+    sequences in less time than `sdpa`."""
     compile_layers: bool = False
     """Compile the layers of vision tower and language model: minutes at the start, then less time for each step."""
     pad_to_multiple_of: int = 1
@@ -294,6 +300,13 @@ def _structure(name: str, value):
 
 
 def _check(recipe: Recipe) -> None:
+    for name, what in (("model", "a folder or model"), ("output_dir", "a folder")):
+        if not getattr(recipe, name).strip():
+            raise ValueError(f"{name} must name {what}, got {getattr(recipe, name)!r}.")
+    if "/" in (recipe.attn_implementation or "") and not is_kernels_available():
+        raise ValueError(
+            f"attn_implementation {recipe.attn_implementation!r} is a kernel of the Hub, which needs: pip install kernels"
+        )
     _check_numbers(recipe)
     warmup_ratio = recipe.warmup_steps if recipe.warmup_steps < 1 else 0
     if warmup_ratio < 0 or not 0 < recipe.decay_ratio <= 1 - warmup_ratio:
@@ -374,6 +387,8 @@ def _check_lora(recipe: Recipe) -> None:
         if recipe.lora_alpha is not None or recipe.lora_dropout or not recipe.lora_merge:
             raise ValueError("lora_alpha, lora_dropout and lora_merge belong to lora_r, the rank of the adapters.")
         return
+    if recipe.train_only is not None or recipe.frozen is not None:
+        raise ValueError("train_only and frozen choose among trained weights; LoRA trains none of the model's own.")
     if recipe.train != ["language_model"]:
         raise ValueError(f"LoRA trains adapters of the language model alone; train is {recipe.train}, leave it out.")
     if recipe.muon_learning_rate is not None:

@@ -1,0 +1,174 @@
+"""What engines of reading do besides transformers: vLLM as a stand-in and in earnest, workers of Ray that are killed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from reading_helpers import write_pages
+
+from minimonkey.scripts.reading.engines import Question, VllmEngine, Weights, count_page_tokens
+from minimonkey.scripts.reading.reader import Reader
+
+
+EXAMPLE = ROOT / "assets" / "example.png"
+
+
+# --- vLLM ------------------------------------------------------------------------------------------------------------
+
+
+class FakeLlm:
+    """Says what it is told, as vLLM's LLM would, and remembers how it was asked."""
+
+    says = "Mini\nMonkey"
+
+    def __init__(self, **options):
+        FakeLlm.options, self.tokenizer = options, None
+
+    def chat(self, messages, sampling, use_tqdm, mm_processor_kwargs):
+        FakeLlm.asked = (messages, sampling, mm_processor_kwargs)
+        ids = FakeLlm.tokenizer(self.says, add_special_tokens=False)["input_ids"]
+        steps = [{token: SimpleNamespace(logprob=-0.1)} for token in ids]
+        output = SimpleNamespace(token_ids=ids, text=self.says, finish_reason="stop", logprobs=steps)
+        return [SimpleNamespace(outputs=[output]) for _ in messages]
+
+
+@pytest.fixture
+def vllm(monkeypatch, processor):
+    module, sampling = ModuleType("vllm"), ModuleType("vllm.sampling_params")
+    module.LLM, module.SamplingParams = FakeLlm, SimpleNamespace
+    sampling.StructuredOutputsParams = SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling)
+    monkeypatch.setattr(FakeLlm, "says", "Mini\nMonkey")
+    FakeLlm.tokenizer = processor.tokenizer
+    return VllmEngine(Weights(str(ROOT), dtype="float32"), enforce_eager=True)
+
+
+def test_vllm_is_asked_for_all_pages_at_once_and_its_answer_is_described_as_ours(vllm):
+    assert FakeLlm.options["dtype"] == "float32" and FakeLlm.options["enforce_eager"]
+    images = [Image.open(EXAMPLE)] * 2
+    first, second = vllm.answer(images, Question("Read.", 64, {"max_tiles": 6}))
+    messages, sampling, options = FakeLlm.asked
+    assert len(messages) == 2 and messages[0][0]["content"][0]["image_pil"] is images[0]
+    assert (sampling.temperature, sampling.max_tokens, options) == (0.0, 64, {"max_tiles": 6})
+    assert first == second and (first.text, first.finish_reason) == ("Mini\nMonkey", "stop")
+    assert first.confidence == pytest.approx(math.exp(-0.1))
+
+
+def test_vllm_cuts_an_answer_that_repeats_itself(vllm, monkeypatch):
+    monkeypatch.setattr(FakeLlm, "says", "the bow of the ship " * 20)
+    (looped,) = vllm.answer([Image.open(EXAMPLE)], Question("Read."))
+    assert looped.finish_reason == "repetition" and len(looped.token_ids) == len(looped.log_probabilities) < 160
+    (free,) = vllm.answer([Image.open(EXAMPLE)], Question("Read.", stop_repetition=False))
+    assert free.finish_reason == "stop" and len(free.token_ids) == 400
+
+
+def test_vllm_holds_answers_to_a_schema_by_itself(vllm, monkeypatch):
+    monkeypatch.setattr(FakeLlm, "says", '{"total": "2.38"}')
+    schema = {"type": "object", "properties": {"total": {"type": "string"}}}
+    reader = Reader(vllm, Question("Read.", schema=schema))
+    ((line, _),) = [(reader._described(*one), one) for one in reader._ask([_page()], reader.question)]
+    assert FakeLlm.asked[1].structured_outputs.json == schema
+    assert line["fields"] == {"total": "2.38"} and line["field_confidence"]["total"] < 1
+
+
+def _page():
+    return SimpleNamespace(image=Image.open(EXAMPLE))
+
+
+def test_what_vllm_cannot_do_is_refused(vllm):
+    with pytest.raises(ValueError, match="no scale compression"):
+        vllm.answer([Image.open(EXAMPLE)], Question("Read.", scm_keep_ratio=0.5))
+    with pytest.raises(ValueError, match="subfolder 'nano-documents'"):
+        VllmEngine(Weights(str(ROOT), subfolder="nano-documents"))
+
+
+def test_vllm_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ValueError, match="--engine vllm needs vLLM"):
+        VllmEngine(Weights(str(ROOT)))
+
+
+def test_tokens_are_counted_without_pixels_and_never_too_few(nano, processor):
+    question = Question("Read the text.", 32, {"preset": "default"})
+    for size in ((420, 240), (100, 900), (3000, 2000)):
+        asked = {}
+
+        def generate(asked=asked, **options):
+            asked["tokens"] = options["input_ids"].shape[1]
+            raise ValueError("enough")
+
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(ValueError, match="enough"):
+            patched.setattr(nano, "generate", generate)
+            nano.chat(processor, Image.new("RGB", size), question.text, images_kwargs=question.images_kwargs)
+        assert 0 <= count_page_tokens(processor, *size, question) - 32 - asked["tokens"] < 128
+
+
+@pytest.mark.vllm
+def test_vllm_reads_as_transformers_does(tmp_path):
+    """Run by `make test-vllm`, in an environment with vLLM."""
+    lines = {}
+    for engine in ("transformers", "vllm"):
+        out = tmp_path / f"{engine}.jsonl"
+        command = [sys.executable, "scripts/read.py", str(EXAMPLE), "--engine", engine, "--out", str(out)]
+        subprocess.run([*command, "--dtype", "float32", "--max-new-tokens", "32"], cwd=ROOT, check=True)
+        (lines[engine],) = map(json.loads, out.read_text().splitlines())
+    assert lines["vllm"]["answer"] == lines["transformers"]["answer"] == "Mini\nMonkey"
+    assert lines["vllm"]["confidence"] == pytest.approx(lines["transformers"]["confidence"], abs=1e-3)
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+def workers_of(mark: str) -> list[int]:
+    """The processes of Ray's workers that inherited a variable of the environment with this value."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            try:
+                command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+            except OSError:  # it has ended
+                continue
+            if b"MapWorker" in command and f"READING_TEST={mark}".encode() in environment:
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_killed_loses_no_page_and_doubles_none(tmp_path):
+    """Run by `make test-ray`, in an environment with Ray."""
+    pytest.importorskip("ray")
+    path, out = write_pages(tmp_path / "scan.tif", [f"word {number}" for number in range(60)]), tmp_path / "out.jsonl"
+    options = ["--max-batch-tokens", "400", "--max-new-tokens", "12", "--dtype", "float32"]
+    command = [sys.executable, "scripts/read.py", str(path), *options, "--out"]
+    environment = {**os.environ, "READING_TEST": str(tmp_path)}
+    program = subprocess.Popen([*command, str(out), "--ray", "2"], cwd=ROOT, env=environment)
+    while not out.exists() or out.read_bytes().count(b"\n") < 4:
+        assert program.poll() is None
+        time.sleep(0.01)
+    killed = workers_of(str(tmp_path))
+    os.kill(killed[0], signal.SIGKILL)
+    assert out.read_bytes().count(b"\n") < 60
+    assert program.wait() == 0
+    lines = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["page"])
+    assert [line["page"] for line in lines] == list(range(1, 61))
+    subprocess.run([*command, str(tmp_path / "one.jsonl")], cwd=ROOT, check=True)
+    one = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in lines] == [line["answer"] for line in one]
+
+
+def test_ray_that_is_not_installed_is_said_before_the_work(monkeypatch):
+    from minimonkey.scripts.reading.workers import check_ray
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match='pip install "ray'):
+        check_ray()
