@@ -97,7 +97,7 @@ test-core-newest: setup
 
 # What is at odds with the locked versions, or large, has an environment of its own, laid over the locked one.
 PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
-$(DEMO)/.ready: EXTRA = browser
+$(DEMO)/.ready: EXTRA = browser,cookbook
 $(RAY)/.ready: EXTRA = ray
 $(DEMO)/.ready $(RAY)/.ready: %/.ready: $(VENV)/.ready pyproject.toml
 	$(PYTHON) -m venv $*
@@ -105,9 +105,11 @@ $(DEMO)/.ready $(RAY)/.ready: %/.ready: $(VENV)/.ready pyproject.toml
 	$*/bin/pip install --quiet ".[$(EXTRA)]"
 	touch $@
 
-# The demo page in Chromium (Debian: apt-get install chromium). gradio wants an older Pillow than the locked one.
+# The demo page in Chromium (Debian: apt-get install chromium), and the cookbook with all that it asks for. gradio wants an older Pillow
+# than the locked one.
 test-demo: $(DEMO)/.ready
 	$(DEMO)/bin/python -m pytest -q -m browser
+	$(DEMO)/bin/python -m pytest -q tests/test_demo.py tests/test_cookbook.py
 
 # Documents read by Ray's workers, one of which is killed.
 test-ray: $(RAY)/.ready

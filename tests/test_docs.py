@@ -166,6 +166,16 @@ def test_data_snippets_are_read(page, folder, processor, nano):
             assert len(sources) == len(json.loads(text))
 
 
+def test_the_head_of_a_space_names_what_is_here():
+    (head,) = map(yaml.safe_load, snippets(ROOT / "docs" / "demo.md", "yaml"))
+    requirement = next(
+        text
+        for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["demo"]
+        if text.startswith("gradio")
+    )
+    assert (ROOT / head["app_file"]).is_file() and head["sdk_version"] in Requirement(requirement).specifier
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +236,14 @@ def check_transformers(words: list[str]) -> None:
     assert [name for name in options if not re.search(rf"\b{name}: ", code)] == []
 
 
+def check_docker(words: list[str]) -> None:
+    """What is built or started is there."""
+    file = ROOT / words[words.index("-f") + 1]
+    assert words[0] in ("build", "compose") and file.is_file()
+    if words[0] == "compose":
+        assert words[-2] == "up" and words[-1] in yaml.safe_load(file.read_text())["services"]
+
+
 def check_command(command: str, monkeypatch) -> None:
     """Raise if a command names a program, script, target or option that there is not."""
     words = shlex.split(command, comments=True)
@@ -249,6 +267,8 @@ def check_command(command: str, monkeypatch) -> None:
         assert words[2].endswith("/OWNER/MiniMonkey")
     elif words[0] == "transformers":
         check_transformers(words[1:])
+    elif words[0] == "docker":
+        check_docker(words[1:])
     else:
         raise AssertionError(f"{words[0]} is a program that tests/test_docs.py does not know: {command}")
 
@@ -272,6 +292,8 @@ def test_commands_parse(page, monkeypatch):
         'pip install ".[no-such-extra]"',
         'pip install "transformers>=4"',
         "transformers serve . --no-such-option",
+        "docker build -f containers/no-such.Dockerfile .",
+        "docker compose -f containers/compose.yaml up no-such-service",
         "no-such-program",
     ],
 )
@@ -285,7 +307,7 @@ def test_a_command_that_cannot_run_is_noticed(command, monkeypatch):
 
 def test_every_snippet_is_of_a_kind_that_is_tried():
     kinds = {kind for page in DOCUMENTS for _, kind, _ in SNIPPET.findall(page.read_text())}
-    assert kinds <= {"python", "bash", "json", "bibtex"}
+    assert kinds <= {"python", "bash", "json", "yaml", "bibtex"}
     assert all(page.read_text().count("```") % 2 == 0 for page in DOCUMENTS)
 
 
