@@ -5,6 +5,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 NEWEST = .venv-newest
 FLOOR = .venv-floor
+DEMO = .venv-demo
+RAY = .venv-ray
 LOCK = requirements/lock.txt
 LOWEST = requirements/floor.txt
 
@@ -16,7 +18,7 @@ VERSION = import importlib.metadata; print(importlib.metadata.version('transform
 TYPECHECK = build/typecheck
 NANO_SMOKE = runs/nano-smoke
 
-.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-ray test-all lint lock clean
+.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-demo test-ray test-all lint lock clean
 
 quickstart: setup
 	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
@@ -71,19 +73,30 @@ test-core-newest: setup
 	if [ $$newest = $$($(BIN)/python -c "$(VERSION)") ]; then echo "transformers $$newest is the newest, and the locked one."; \
 	else echo "transformers $$newest:" && PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python $(CORE); fi
 
-# Documents read by Ray's workers, one of which is killed. What Ray needs is laid over the locked set.
-RAY = .venv-ray
-$(RAY)/.ready: setup pyproject.toml
+# Documents read by Ray's workers, one of which is killed. What Ray needs is laid
+# over the locked set.
+$(RAY)/.ready: $(VENV)/.ready pyproject.toml
 	$(PYTHON) -m venv $(RAY)
-	cd $(VENV)/lib/python3*/site-packages && pwd > $(CURDIR)/$(RAY)/locked.pth && cp $(CURDIR)/$(RAY)/locked.pth $(CURDIR)/$(RAY)/lib/python3*/site-packages
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth
 	$(RAY)/bin/pip install --quiet "ray[data]"
 	touch $@
 
 test-ray: $(RAY)/.ready
 	$(RAY)/bin/python -m pytest -q -m ray tests/test_reading_engines.py
 
+# The demo page in Chromium (Debian: apt-get install chromium). gradio wants an older Pillow than the locked one, so that the page
+# has an environment of its own, laid over the locked one.
+$(DEMO)/.ready: $(VENV)/.ready pyproject.toml
+	$(PYTHON) -m venv $(DEMO)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(DEMO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth
+	$(DEMO)/bin/pip install --quiet ".[browser]"
+	touch $@
+
+test-demo: $(DEMO)/.ready
+	$(DEMO)/bin/python -m pytest -q -m browser
+
 test-all: setup
-	$(BIN)/python -m pytest -q -m "not gpu and not ray and not vllm"
+	$(BIN)/python -m pytest -q -m "not gpu and not browser and not ray and not vllm"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -101,4 +114,4 @@ lock: setup
 	$(COMPILE) --output-file $(LOWEST) --resolution lowest-direct --no-deps --upgrade
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(FLOOR) $(RAY) $(OVERLAYS) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(FLOOR) $(DEMO) $(RAY) $(OVERLAYS) build *.egg-info

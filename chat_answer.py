@@ -17,7 +17,8 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from .conversation import write_messages
-from .processing_minimonkey import flatten_pictures, list_videos
+from .image_processing_minimonkey import list_images
+from .processing_minimonkey import list_videos
 from .prompt_memory import PromptMemory
 
 
@@ -39,7 +40,7 @@ class ChatHistory(list):
         Raises:
             ValueError: The numbers of placeholders and of images or videos differ.
         """
-        return write_messages(self, flatten_pictures(images), list_videos(videos), system_message)
+        return write_messages(self, list_images(images), list_videos(videos), system_message)
 
     def forget(self) -> None:
         """Free the memory that the conversation holds (its key/value cache and the features of its images)."""

@@ -35,19 +35,19 @@ from .conversation import (
     unprotect,
 )
 from .generation_minimonkey import check_generation_options
+from .image_processing_minimonkey import list_images
 from .processing_minimonkey import (
     VIDEO_OPTIONS,
-    cut_pictures,
-    flatten_pictures,
+    cut_images,
     list_videos,
     place_frames,
     video_options,
     with_pages,
 )
-from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, picture_key, recall
+from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, image_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
 from .repetition import DEFAULTS, RepetitionGuard
-from .tiling import RANGE_NAMES, SINGLE_TILE, share_tile_budget
+from .tiling import BUDGET_TILING, MOST_TILES, RANGE_NAMES, SINGLE_TILE, share_tile_budget
 from .transformers_bridge import CACHE_NAME
 
 
@@ -66,19 +66,20 @@ class Conversation:
     history: list[tuple[str, str]]
     question: str
     turns: list[tuple[str, str | None]] = field(default_factory=list)
-    pictures: list[tuple[Any, dict[str, Any] | None]] = field(default_factory=list)
+    images: list[tuple[Any, dict[str, Any] | None]] = field(default_factory=list)
 
 
 @dataclass
 class _Cut:
-    """The tiles (T, 3, S, S) of all images of a call, and how many of each image's are detailed, adaptive and thumbnail
-    tiles (images, 3).
+    """The tiles (T, 3, S, S) of all images of a call, how many of each image's are detailed, adaptive and thumbnail tiles
+    (images, 3), and the columns and rows of its two grids (images, 4).
 
     With a memory there is a `turn`, and `pixel_values` hold only the images that are new to it.
     """
 
     pixel_values: torch.Tensor | None = None
     tile_counts: torch.Tensor | None = None
+    tile_grids: torch.Tensor | None = None
     tokens_per_tile: int = 0
     turn: Turn | None = None
 
@@ -149,6 +150,7 @@ class ChatMixin:
         images_kwargs: dict[str, Any] | None = None,
         videos_kwargs: dict[str, Any] | None = None,
         tile_budget: int | None = None,
+        token_budget: int | None = None,
         max_prompt_tokens: int | None = None,
         use_scm: bool = False,
         num_patches_list: list[int] | None = None,
@@ -191,6 +193,8 @@ class ChatMixin:
             videos_kwargs: How frames are chosen and cut: num_frames, fps, start, end (seconds), video_backend, see
                 `video_frames.load_frames`, and frame_tiles, most tiles of a frame (1).
             tile_budget: Most tiles of all images of the prompt together; each gets the same share.
+            token_budget: Most image tokens of the prompt, instead of tile_budget: images are cut in as many tiles as that
+                holds, by the rule that reads most of so many (`tiling.BUDGET_TILING`) unless images_kwargs say otherwise.
             max_prompt_tokens: Longest prompt that is not refused; by default the context length of the language model.
             use_scm: Compress the images' tokens, see `generate`, which takes `scm_keep_ratio` and its other settings. An
                 image is scored by the turn that brought it, even when a later turn computes it again.
@@ -221,9 +225,12 @@ class ChatMixin:
             raise ValueError(f"`question` must be text that is not empty, got {question!r}.")
         if stream and generation.get("streamer") is not None:
             raise ValueError("stream=True makes a streamer of its own; leave out streamer, or stream.")
+        if token_budget is not None:
+            tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
-        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
-        _check_prompt_options(system_message, max_prompt_tokens)
+        _check_settings(
+            tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
+        )
         tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict)
@@ -233,12 +240,12 @@ class ChatMixin:
             media = (images, videos, images_kwargs or {}, videos_kwargs or {}, tile_budget)
             request.conversations = [_read(processor, question, turns, *media, is_placed=is_listed)]
         else:
-            request.conversations = [_read_tiles(tiles, num_patches_list, question, turns)]
+            request.conversations = _read_tiles(tiles, num_patches_list, [question], [turns], is_batch=False)
         keys = None
         if not remember or self.remembered_conversations < 1:
             forget_the_oldest(self)
         elif is_listed or return_history or return_dict or stream or hasattr(history, "memory"):
-            keys = _picture_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
+            keys = _image_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
             beginning = _beginning(request.conversations[0], system_message, keys) if is_listed else None
             keeps_history = return_history or return_dict or stream
             request.memory = recall(self, getattr(history, "memory", None), beginning, keeps_history)
@@ -269,6 +276,7 @@ class ChatMixin:
         images_kwargs: dict[str, Any] | None = None,
         videos_kwargs: dict[str, Any] | None = None,
         tile_budget: int | None = None,
+        token_budget: int | None = None,
         max_prompt_tokens: int | None = None,
         use_scm: bool = False,
         num_patches_list: list[int] | None = None,
@@ -302,9 +310,12 @@ class ChatMixin:
         if given:
             raise ValueError(f"{' and '.join(given)} works with chat, one conversation at a time, not with batch_chat.")
         count = len(questions)
+        if token_budget is not None:
+            tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
-        _check_tiles(tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm)
-        _check_prompt_options(system_message, max_prompt_tokens)
+        _check_settings(
+            tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
+        )
         tokenizer = getattr(processor, "tokenizer", processor)
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict=False)
@@ -320,7 +331,7 @@ class ChatMixin:
                 for row, (question, turns, own) in enumerate(zip(questions, histories, media))
             ]
         else:
-            request.conversations = _read_rows_of_tiles(tiles, num_patches_list, questions, histories)
+            request.conversations = _read_tiles(tiles, num_patches_list, questions, histories, is_batch=True)
         cut = self._cut(processor, request, target_aspect_ratio if use_scm else None)
         self._prepare(
             request, cut, system_message, max_prompt_tokens, tile_order if use_scm else None, videos is not None
@@ -337,41 +348,60 @@ class ChatMixin:
 
     # --- images ------------------------------------------------------------------------------------------------------
 
+    def _tiles_for(
+        self, token_budget: int, tile_budget: int | None, images_kwargs: dict[str, Any] | None
+    ) -> tuple[int, dict[str, Any]]:
+        """Return how many tiles so many image tokens are, and the image processor's options to make the best of them."""
+        if isinstance(token_budget, bool) or not isinstance(token_budget, int) or token_budget < 1:
+            raise ValueError(f"token_budget must be a whole number of at least 1, got {token_budget!r}.")
+        options = dict(images_kwargs or {})
+        if tile_budget is not None or "size" in options:
+            raise ValueError(
+                "token_budget goes neither with tile_budget nor with a tile size of your own; pass one of them."
+            )
+        tiles, per_tile = token_budget // self.config.image_seq_length, self.config.image_seq_length
+        if not tiles:
+            raise ValueError(f"A token_budget of {token_budget} holds no tile; one has {per_tile} tokens.")
+        if not options.keys() & {*RANGE_NAMES, "preset"}:
+            options |= dict(zip(RANGE_NAMES, (1, min(max(tiles - 1, 1), MOST_TILES), 1, 1)))
+        return tiles, {"tiling": BUDGET_TILING, **options}
+
     def _cut(self, processor, request: _Request, grids, keys: list[bytes] | None = None) -> _Cut:
         """Cut the images of all conversations into tiles; with a memory, those that it does not know.
 
         Args:
             grids: Of tiles that the caller cut, the detailed grid of each image, if scale compression needs it.
         """
-        pictures = [picture for conversation in request.conversations for picture in conversation.pictures]
+        images = [image for conversation in request.conversations for image in conversation.images]
         memory = request.memory
         turn = None if memory is None else memory.begin_turn(keys)
-        if not pictures:
+        if not images:
             return _Cut(turn=turn)
-        new, known = range(len(pictures)), {}
+        new, known = range(len(images)), {}
         if turn is not None:
-            known = dict(turn.tile_counts)
+            known = {key: [*counts, *turn.tile_grids[key]] for key, counts in turn.tile_counts.items()}
             new = sorted({key: i for i, key in reversed([*enumerate(keys)]) if key not in turn.features}.values())
         pixel_values = None
         if new:
-            wanted = [pictures[i] for i in new]
+            wanted = [images[i] for i in new]
             if isinstance(wanted[0][0], torch.Tensor) and wanted[0][1] is None:
-                counts = _tile_counts(grids, [len(tiles) for tiles, _ in pictures])[list(new)]
+                layout = _tile_layout(grids, [len(tiles) for tiles, _ in images])[list(new)]
                 pixel_values = torch.cat([tiles for tiles, _ in wanted]).to(self.device, self.dtype)
             else:
-                cut = cut_pictures(processor.image_processor, wanted, return_tensors="pt")
-                pixel_values, counts = cut["pixel_values"], cut["tile_counts"]
+                cut = cut_images(processor.image_processor, wanted, return_tensors="pt")
+                pixel_values, layout = cut["pixel_values"], torch.cat([cut["tile_counts"], cut["tile_grids"]], dim=1)
                 # uint8 tiles are normalised by the model, see encode_images.
                 dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
                 pixel_values = pixel_values.to(self.device, dtype)
             is_usual = pixel_values.shape[-1] == self.config.tile_size
             tokens_per_tile = self.config.image_seq_length if is_usual else self.tokens_per_tile(pixel_values)
             if turn is None:
-                return _Cut(pixel_values, counts, tokens_per_tile)
-            known |= {keys[i]: count for i, count in zip(new, counts.tolist())}
+                return _Cut(pixel_values, layout[:, :3], layout[:, 3:], tokens_per_tile)
+            known |= {keys[i]: own for i, own in zip(new, layout.tolist())}
         else:
             tokens_per_tile = len(turn.features[keys[0]]) // sum(turn.tile_counts[keys[0]])
-        return _Cut(pixel_values, torch.tensor([known[key] for key in keys]), tokens_per_tile, turn)
+        layout = torch.tensor([known[key] for key in keys])
+        return _Cut(pixel_values, layout[:, :3], layout[:, 3:], tokens_per_tile, turn)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -394,7 +424,7 @@ class ChatMixin:
                 "model.generate(**inputs, return_dict_in_generate=True) with the processor's inputs. return_dict=True gives "
                 "the probabilities of the answer's tokens."
             )
-        for names, where in (((*RANGE_NAMES, "preset"), "images_kwargs"), (VIDEO_OPTIONS, "videos_kwargs")):
+        for names, where in (((*RANGE_NAMES, "preset", "tiling"), "images_kwargs"), (VIDEO_OPTIONS, "videos_kwargs")):
             misplaced = [name for name in names if name in options]
             if misplaced:
                 raise ValueError(f"{', '.join(misplaced)} goes into {where}: {where}={{{misplaced[0]!r}: ...}}.")
@@ -446,12 +476,12 @@ class ChatMixin:
         prompts = []
         longest = getattr(self.config.text_config, "max_position_embeddings", None) or 0
         for conversation in request.conversations:
-            own = [next(tiles) for _ in conversation.pictures]
+            own = [next(tiles) for _ in conversation.images]
             prompt = render(
                 tokenizer, template, conversation.turns, system, own, cut.tokens_per_tile, request.grounding_tokens
             )
             if len(prompt.token_ids) > (longest if max_prompt_tokens is None else max_prompt_tokens):
-                can_cut_less = not has_videos and all(options is not None for _, options in conversation.pictures)
+                can_cut_less = not has_videos and all(options is not None for _, options in conversation.images)
                 self._check_length(len(prompt.token_ids), own, cut.tokens_per_tile, max_prompt_tokens, can_cut_less)
             prompts.append(prompt)
         rows = {"input_ids": [prompt.token_ids for prompt in prompts]}
@@ -459,10 +489,11 @@ class ChatMixin:
         options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         options |= {"pixel_values": cut.pixel_values, "use_scm": scm_tile_order is not None}
         if cut.turn is not None:
-            options |= {CACHE_NAME: cut.turn, "tile_counts": cut.tile_counts}
+            options |= {CACHE_NAME: cut.turn, "tile_counts": cut.tile_counts, "tile_grids": cut.tile_grids}
         if scm_tile_order is not None and cut.tile_counts is not None:
             ends = _query_ends(request.conversations, prompts)
-            options |= {"tile_order": scm_tile_order, "scm_query_ends": ends, "tile_counts": cut.tile_counts}
+            options |= {"tile_order": scm_tile_order, "scm_query_ends": ends}
+            options |= {"tile_counts": cut.tile_counts, "tile_grids": cut.tile_grids}
         if request.guard is not None:
             request.guard.prompt_length = options["input_ids"].shape[1]
             criteria = [*(options.get("stopping_criteria") or []), request.guard]
@@ -581,12 +612,23 @@ def _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_b
         raise ValueError("videos go with pictures (images), not with tiles; pass their frames as tiles instead.")
     if tile_budget is not None and (images is None or is_cut):
         raise ValueError("tile_budget is shared by pictures; there are none here.")
-    _check_count("tile_budget", tile_budget)
+    if tile_budget is not None and (
+        isinstance(tile_budget, bool) or not isinstance(tile_budget, int) or tile_budget < 1
+    ):
+        raise ValueError(f"tile_budget must be a whole number of at least 1, got {tile_budget!r}.")
     return images if is_cut else None
 
 
-def _check_tiles(tiles: torch.Tensor | None, num_patches_list, target_aspect_ratio, tile_order, use_scm: bool) -> None:
-    """Raise `ValueError` for what is said of tiles and does not fit."""
+def _check_settings(
+    tiles: torch.Tensor | None,
+    num_patches_list,
+    target_aspect_ratio,
+    tile_order,
+    use_scm: bool,
+    system_message,
+    max_prompt_tokens,
+) -> None:
+    """Raise `ValueError` for what is said of tiles and does not fit, and for options of the prompt that cannot be."""
     if num_patches_list and tiles is None:
         raise ValueError("num_patches_list belongs to tiles; pictures are counted when they are cut.")
     if tile_order not in TILE_ORDERS:
@@ -598,11 +640,9 @@ def _check_tiles(tiles: torch.Tensor | None, num_patches_list, target_aspect_rat
             "use_scm=True needs to know which tiles are detailed: pass target_aspect_ratio=(columns, rows) of the detailed "
             "grid, a list of them for several pictures, or pass the pictures themselves and a processor."
         )
-
-
-def _check_prompt_options(system_message, max_prompt_tokens) -> None:
-    """Raise `ValueError` for options of the prompt that cannot be."""
-    _check_count("max_prompt_tokens", max_prompt_tokens)
+    longest = 1 if max_prompt_tokens is None else max_prompt_tokens
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
+        raise ValueError(f"max_prompt_tokens must be a whole number of at least 1, got {longest!r}.")
     if system_message is not None and not isinstance(system_message, str):
         raise ValueError(f"system_message must be text, got {type(system_message).__name__}.")
 
@@ -617,11 +657,6 @@ def _guard(stop_repetition: bool | dict[str, int], decode: Callable[[list[int]],
     if unknown := settings.keys() - DEFAULTS.keys():
         raise ValueError(f"stop_repetition takes {', '.join(DEFAULTS)}, got {', '.join(map(str, unknown))}.")
     return RepetitionGuard(0, **settings, decode=decode)
-
-
-def _check_count(name: str, count) -> None:
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
 
 
 def _rows(values, count: int, name: str, what: str) -> list:
@@ -654,27 +689,31 @@ def _read(
     Raises:
         ValueError: The numbers of placeholders and of images or videos differ, or a video that cannot be read.
     """
-    images, videos = flatten_pictures(images), [] if videos is None else list_videos(videos)
+    images, videos = list_images(images), [] if videos is None else list_videos(videos)
     asked = [text for text, _ in history]
     if images:
         images = with_pages(images, [*asked, question], processor.image_processor, images_kwargs)
     if not is_placed:
         question = _placed(question, asked, images, videos)
     for given, placeholder in ((images, IMAGE_PLACEHOLDER), (videos, VIDEO_PLACEHOLDER)):
-        if sum(text.count(placeholder) for text in (question, *asked)) != len(given):
-            _check(asked, question, len(given), subject, placeholder)
+        check_placeholders([*asked, question], len(given), subject, placeholder, earlier=len(asked))
     options = images_kwargs
     if tile_budget is not None and images:
-        options = _share_budget(processor.image_processor, images_kwargs, tile_budget, len(images))
-    texts, pictures = [*asked, question], [(image, options) for image in images]
+        use_thumbnail = options.get("use_thumbnail", processor.image_processor.use_thumbnail)
+        ranges = processor.image_processor.tile_ranges(**options)
+        ranges = share_tile_budget(tile_budget, len(images), ranges, use_thumbnail)
+        options = options | dict(zip(RANGE_NAMES, ranges))  # which a preset leaves as they are
+    texts = [*asked, question]
     if videos:
         sampling = {"untrusted_sources": processor.image_processor.untrusted_sources, **videos_kwargs}
-        texts, pictures = place_frames(texts, images, options, videos, sampling)
+        texts, images = place_frames(texts, images, options, videos, sampling)
+    else:
+        images = [(image, options) for image in images]
     answers = [*(answer for _, answer in history), None]
     turns = list(zip(texts, answers))
     if is_placed:  # what spells a placeholder in messages is marked for the prompt alone
         history, question = [(unprotect(text), answer) for text, answer in history], unprotect(question)
-    return Conversation(history, question, turns, pictures)
+    return Conversation(history, question, turns, images)
 
 
 def _placed(question: str, asked: list[str], images: list, videos: list) -> str:
@@ -692,29 +731,17 @@ def _placed(question: str, asked: list[str], images: list, videos: list) -> str:
     return question
 
 
-def _check(asked: list[str], question: str, given: int, subject: str, placeholder: str = IMAGE_PLACEHOLDER) -> None:
-    """Check placeholders, with a hint at what is most often forgotten."""
-    try:
-        check_placeholders([*asked, question], given, subject, placeholder)
-    except ValueError as error:
-        in_history = sum(text.count(placeholder) for text in asked)
-        if given >= in_history:
-            raise
-        raise ValueError(
-            f"{error} The history is about {in_history} of them: every turn is given those of the whole conversation, in order."
-        ) from error
+def _read_tiles(
+    tiles: torch.Tensor,
+    num_patches_list: list[int] | None,
+    questions: list[str],
+    histories: list[list[tuple[str, str]]],
+    is_batch: bool,
+) -> list[Conversation]:
+    """Read rows about tiles that the caller cut: the images belong to the rows by their placeholders.
 
-
-def _share_budget(image_processor, images_kwargs: dict[str, Any], tile_budget: int, images: int) -> dict[str, Any]:
-    """Return the image processor's options with what each image gets of a tile budget."""
-    use_thumbnail = images_kwargs.get("use_thumbnail", image_processor.use_thumbnail)
-    ranges = share_tile_budget(tile_budget, images, image_processor.tile_ranges(**images_kwargs), use_thumbnail)
-    options = {name: value for name, value in images_kwargs.items() if name != "preset"}
-    return {**options, **dict(zip(RANGE_NAMES, ranges))}
-
-
-def _split(tiles: torch.Tensor, num_patches_list: list[int] | None) -> list[tuple[torch.Tensor, None]]:
-    """Return the tiles of each image, as images that are cut already."""
+    A question that has none is about one image in a batch; else the first of a conversation is about all.
+    """
     counts = [len(tiles)] if num_patches_list is None else [int(count) for count in num_patches_list]
     if not counts or min(counts) < 1:
         raise ValueError(
@@ -725,39 +752,21 @@ def _split(tiles: torch.Tensor, num_patches_list: list[int] | None) -> list[tupl
         raise ValueError(
             f"num_patches_list {counts} adds up to {sum(counts)}, but pixel_values hold {len(tiles)} tiles."
         )
-    return [(part, None) for part in tiles.split(counts)]
-
-
-def _read_tiles(
-    tiles: torch.Tensor, num_patches_list: list[int] | None, question: str, history: list[tuple[str, str]]
-) -> Conversation:
-    pictures, asked = _split(tiles, num_patches_list), [text for text, _ in history]
-    question = question if history else _placed(question, asked, pictures, [])
-    _check(asked, question, len(pictures), "The text")
-    return Conversation(history, question, [*history, (question, None)], pictures)
-
-
-def _read_rows_of_tiles(
-    tiles: torch.Tensor,
-    num_patches_list: list[int] | None,
-    questions: list[str],
-    histories: list[list[tuple[str, str]]],
-) -> list[Conversation]:
-    """Read a batch of tiles: the images belong to the rows by their placeholders."""
-    pictures, rows = _split(tiles, num_patches_list), []
-    remaining = iter(pictures)
+    images, rows, texts = [(part, None) for part in tiles.split(counts)], [], []
+    remaining = iter(images)
     for question, history in zip(questions, histories):
         asked = [text for text, _ in history]
-        if IMAGE_PLACEHOLDER not in question:
-            question = _placed(question, asked, [None], [])
+        if is_batch or not history:
+            question = _placed(question, asked, [None] if is_batch else images, [])
         count = sum(text.count(IMAGE_PLACEHOLDER) for text in (*asked, question))
         rows.append(Conversation(history, question, [*history, (question, None)], [*islice(remaining, count)]))
-    check_placeholders([text for row in rows for text, _ in row.turns], len(pictures))
+        texts += [*asked, question]
+    check_placeholders(texts, len(images), earlier=0 if is_batch else len(texts) - 1)
     return rows
 
 
-def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
-    """Return the detailed, adaptive and thumbnail tiles (images, 3) of images that the caller cut.
+def _tile_layout(grids, tiles: list[int]) -> torch.Tensor:
+    """Return the tile counts of images that the caller cut and, as far as they are known, their grids: (images, 3 + 4).
 
     Args:
         grids: (columns, rows) of the detailed grid of each image; None: which tiles are detailed does not matter.
@@ -766,7 +775,7 @@ def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
         ValueError: Not one (columns, rows) for each image, or a grid of more tiles than the image has.
     """
     if grids is None:
-        return torch.tensor([[0, 0, count] for count in tiles])
+        return torch.tensor([[0, 0, count, 1, 1, 1, 1] for count in tiles])
     ratios = torch.as_tensor(grids)
     ratios = ratios[None] if ratios.ndim == 1 else ratios
     if tuple(ratios.shape) != (len(tiles), 2) or ratios.is_floating_point() or (ratios < 1).any():
@@ -782,26 +791,26 @@ def _tile_counts(grids, tiles: list[int]) -> torch.Tensor:
                 f"target_aspect_ratio {grid} means {detailed} detailed tiles, but the picture has {total}."
             )
         thumbnail = min(total - detailed, 1)
-        counts.append((detailed, total - detailed - thumbnail, thumbnail))
+        counts.append((detailed, total - detailed - thumbnail, thumbnail, *grid, 1, 1))
     return torch.tensor(counts)
 
 
-def _picture_keys(processor, conversation: Conversation, tile_order: str, use_scm: bool, grids) -> list[bytes]:
+def _image_keys(processor, conversation: Conversation, tile_order: str, use_scm: bool, grids) -> list[bytes]:
     """Return what tells the images of a conversation apart, with how they are cut."""
-    pictures = conversation.pictures
-    if pictures and pictures[0][1] is None:
-        counts = _tile_counts(grids if use_scm else None, [len(tiles) for tiles, _ in pictures]).tolist()
-        return [picture_key(tiles, (tile_order, count)) for (tiles, _), count in zip(pictures, counts)]
-    settings = processor.image_processor.to_json_string() if pictures else ""
-    return [picture_key(source, (settings, options)) for source, options in pictures]
+    images = conversation.images
+    if images and images[0][1] is None:
+        counts = _tile_layout(grids if use_scm else None, [len(tiles) for tiles, _ in images]).tolist()
+        return [image_key(tiles, (tile_order, count)) for (tiles, _), count in zip(images, counts)]
+    settings = processor.image_processor.to_json_string() if images else ""
+    return [image_key(source, (settings, options)) for source, options in images]
 
 
 def _beginning(conversation: Conversation, system_message: str | None, keys: list[bytes]) -> list[tuple]:
     """Return what was said so far, a tuple for each message, for `recall`."""
     remaining, beginning = iter(keys), [("system", system_message)]
     for question, answer in conversation.turns:
-        pictures = tuple(next(remaining) for _ in range(question.count(IMAGE_PLACEHOLDER)))
-        beginning += [("user", question, pictures), ("assistant", answer)]
+        images = tuple(next(remaining) for _ in range(question.count(IMAGE_PLACEHOLDER)))
+        beginning += [("user", question, images), ("assistant", answer)]
     return beginning[:-1]
 
 

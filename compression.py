@@ -2,14 +2,15 @@
 
 The adaptive tiles, the thumbnail and the text after an image say what matters in it: the detailed tokens that get the most
 of their attention in an early layer of the language model are kept, the others are left out of the prompt. There is
-nothing to train. Source: the paper (arXiv 2408.02034); the defects of its published code are not repeated.
+nothing to train. Source: the paper (arXiv 2408.02034); the defects of its published code are not repeated. Other ways to
+choose by these scores are in token_selection.py.
 
 Deals with tensors only; a function that runs the language model up to the queries and keys of one layer (`attention_probe.py`)
 is given to it:
 
     settings = CompressionSettings(keep_ratio=0.5, layer=1, num_layers=24)
     images = find_images(input_ids, attention_mask, tile_counts, image_token_id, tokens_per_tile, settings)
-    kept = kept_positions(embeddings, attention_mask, images, settings, probe)
+    kept, _ = kept_positions(embeddings, attention_mask, images, settings, probe)
     (embeddings,), attention_mask = pack((embeddings,), kept)
 
 Shapes: B rows, N tokens of a row (padding counted), n tokens that are not padding, I images, D width, H heads, d width of one.
@@ -17,15 +18,18 @@ Shapes: B rows, N tokens of a row (padding counted), n tokens that are not paddi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from numbers import Integral, Real
 
 import torch
+
+from .token_selection import Run, Selection, TileMap, coordinate_tokens
 
 
 # Attention weights held at a time while scoring, in float32: 16 MiB, which stays in the caches of a processor.
 BLOCK_ELEMENTS = 4 * 2**20
 
-QUERY_SETS = ("all", "visual")
+QUERY_SETS = ("all", "visual", "balanced", "question", "last")
 TILE_ORDERS = ("detailed_first", "adaptive_first")
 
 
@@ -46,24 +50,13 @@ class AttentionInputs:
     sinks: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
-    def hide(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return logits (H, Q, keys) of the queries at `positions` (Q,), those of unseen keys set to minus infinity."""
-        keys = logits.shape[-1]
-        if self.mask is None:
-            distance = positions[:, None] - torch.arange(keys, device=logits.device)
-            seen = distance >= 0
-            if self.sliding_window is not None:
-                seen &= distance < self.sliding_window
-            return logits.masked_fill_(~seen, -torch.inf)
-        mask = self.mask[:, positions, :keys]
-        return logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
-
 
 @dataclass(frozen=True)
 class ImageSpan:
     """Where the tokens of an image are in its row, counted without padding; every range ends before its `stop`.
 
-    Queries among the text end before `query_stop`.
+    Queries among the text end before `query_stop`, those of the question before `question_stop`. `tile_map` says how the
+    detailed tiles lie, or just how many there are.
     """
 
     start: int
@@ -71,6 +64,9 @@ class ImageSpan:
     detailed_start: int
     detailed_stop: int
     query_stop: int
+    question_stop: int
+    thumbnail_start: int
+    tile_map: TileMap
 
     @property
     def detailed_tokens(self) -> int:
@@ -90,11 +86,16 @@ class CompressionSettings:
         layer: The layer of the language model whose attention scores them.
         num_layers: Number of its layers.
         queries: "all" scores with an image's own other tokens and all text after it, in one pass over the row. "visual"
-            scores each image's tokens as a sequence of their own: the result depends on nothing but the image.
+            scores each image's tokens as a sequence of their own: the result depends on nothing but the image. "question"
+            scores with the text from the image to the end of its message, "last" with the last token before the answer,
+            "balanced" with the adaptive tiles, the thumbnail and the question, each counted as one; in "question" and
+            "balanced" every token has one vote, however much it attends elsewhere.
         query_ends: For each image the index into its padded row before which its queries end; None is the row's end.
         tile_order: Whether an image's detailed or its adaptive tiles come first.
-        select: Chooses the tokens that stay instead of attention, for comparisons: called with the row's number, how many
-            detailed tokens an image has and how many stay, gives their indices.
+        selection: How the tokens that stay are chosen by their scores; by default as published.
+        select: Chooses the tokens that stay without scores, for comparisons: called with the row's number, how many detailed
+            tokens an image has and how many stay, gives their indices.
+        end_ids: Tokens that end a message.
     """
 
     keep_ratio: float
@@ -103,7 +104,9 @@ class CompressionSettings:
     queries: str = "all"
     query_ends: list[int] | None = None
     tile_order: str = "detailed_first"
+    selection: Selection = Selection()
     select: Select | None = None
+    end_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         if isinstance(self.keep_ratio, bool) or not isinstance(self.keep_ratio, Real) or not 0 < self.keep_ratio <= 1:
@@ -114,9 +117,14 @@ class CompressionSettings:
                 "is the published one)."
             )
         if self.queries not in QUERY_SETS:
-            raise ValueError(f"scm_queries must be 'all' or 'visual', got {self.queries!r}.")
+            raise ValueError(f"scm_queries must be one of {', '.join(QUERY_SETS)}, got {self.queries!r}.")
         if self.tile_order not in TILE_ORDERS:
             raise ValueError(f"tile_order is 'detailed_first' or 'adaptive_first', got {self.tile_order!r}.")
+
+    @property
+    def compresses(self) -> bool:
+        """Whether any token is to be left out."""
+        return self.keep_ratio < 1 or self.selection.mass is not None
 
 
 def find_images(
@@ -126,18 +134,20 @@ def find_images(
     image_token_id: int,
     tokens_per_tile: int,
     settings: CompressionSettings,
+    tile_grids: torch.Tensor | None = None,
 ) -> list[list[ImageSpan]]:
     """Find the images of each row by the tokens that stand for them.
 
     Args:
         input_ids, attention_mask: (B, N), padded on either side.
         tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image, in the order of the prompt.
+        tile_grids: (I, 4) columns and rows of the detailed and of the adaptive grid of each image; only for selections
+            that must know how tiles lie.
 
     Raises:
         ValueError: Counts that do not fit the image tokens, or an image that is spread over rows or masked.
     """
-    counts = _checked_counts(tile_counts)
-    ends = _checked_ends(settings.query_ends, len(counts), input_ids.shape[1])
+    counts, ends = _check_images(tile_counts, settings.query_ends, input_ids.shape[1])
     rows, columns = (input_ids == image_token_id).nonzero().cpu().unbind(1)
     expected = tokens_per_tile * sum(map(sum, counts))
     if len(rows) != expected:
@@ -146,58 +156,71 @@ def find_images(
             f"{expected} ({tokens_per_tile} a tile)."
         )
     unpadded = attention_mask.bool().cpu().long().cumsum(dim=1)  # tokens up to and with each position
-    images: list[list[ImageSpan]] = [[] for _ in range(input_ids.shape[0])]
+    images: list[list[ImageSpan]] = [[] for _ in input_ids]
     next_token = 0
-    for number, tiles in enumerate(counts):
-        tokens = slice(next_token, next_token + tokens_per_tile * sum(tiles))
+    for number, (tiles, end) in enumerate(zip(counts, ends)):
+        detailed, adaptive, thumbnail = (tokens_per_tile * count for count in tiles)
+        tokens = slice(next_token, next_token + detailed + adaptive + thumbnail)
         next_token = tokens.stop
         if tokens.start == tokens.stop:
             continue
-        row, first, last = _run(rows[tokens], columns[tokens], attention_mask, number)
-        if ends[number] <= last:
-            raise ValueError(
-                f"scm_query_ends[{number}] is {ends[number]}; it must lie after the image, which ends at {last}."
-            )
-        start = int(unpadded[row, first]) - 1
-        detailed, adaptive, _ = (tokens_per_tile * count for count in tiles)
+        row, first, last = int(rows[tokens.start]), int(columns[tokens.start]), int(columns[tokens.stop - 1])
+        if int(rows[tokens.stop - 1]) != row or last - first != tokens.stop - tokens.start - 1:
+            raise ValueError(f"The tokens of image {number} do not stand together in one row; check tile_counts.")
+        if not attention_mask[row, first : last + 1].bool().all():
+            raise ValueError(f"attention_mask hides tokens of image {number}.")
+        if end <= last:
+            raise ValueError(f"scm_query_ends[{number}] is {end}; it must lie after the image, which ends at {last}.")
+        start, stop = int(unpadded[row, first]) - 1, int(unpadded[row, last])
         detailed_start = start + (adaptive if settings.tile_order == "adaptive_first" else 0)
-        stop, query_stop = start + last + 1 - first, int(unpadded[row, ends[number] - 1])
-        images[row].append(ImageSpan(start, stop, detailed_start, detailed_start + detailed, query_stop))
+        tile_map = _tile_map(number, tiles[0], tokens_per_tile, tile_grids, settings)
+        question_end = next(
+            (i for i in range(last + 1, end) if settings.end_ids and int(input_ids[row, i]) in settings.end_ids), end
+        )
+        query_stop, question_stop = int(unpadded[row, end - 1]), int(unpadded[row, question_end - 1])
+        bounds = (start, stop, detailed_start, detailed_start + detailed, query_stop, question_stop, stop - thumbnail)
+        images[row].append(ImageSpan(*bounds, tile_map))
     return images
 
 
-def _run(rows: torch.Tensor, columns: torch.Tensor, attention_mask: torch.Tensor, number: int) -> tuple[int, int, int]:
-    """Return the row and the first and last column of an image's tokens, which must stand together and be seen."""
-    row, first, last = int(rows[0]), int(columns[0]), int(columns[-1])
-    if int(rows[-1]) != row or last - first != len(columns) - 1:
-        raise ValueError(f"The tokens of image {number} do not stand together in one row; check tile_counts.")
-    if not attention_mask[row, first : last + 1].bool().all():
-        raise ValueError(f"attention_mask hides tokens of image {number}.")
-    return row, first, last
-
-
-def _checked_ends(query_ends: list[int] | None, images: int, length: int) -> list[int]:
-    """Return where the queries of each image end, at the latest at the end of the row."""
-    if query_ends is None:
-        return [length] * images
-    if len(query_ends) != images:
-        raise ValueError(f"scm_query_ends has {len(query_ends)} entries for {images} images.")
-    if not all(isinstance(end, Integral) and not isinstance(end, bool) and end <= length for end in query_ends):
+def _tile_map(
+    number: int, tiles: int, per_tile: int, tile_grids: torch.Tensor | None, settings: CompressionSettings
+) -> TileMap:
+    """Return how the detailed tiles of an image lie; one below the other where nothing needs to know."""
+    side = isqrt(per_tile)
+    if settings.selection.shape == "token" or not tiles:
+        return TileMap(1, tiles, side)
+    if tile_grids is None:
         raise ValueError(
-            f"scm_query_ends must be integers of at most {length}, the length of a row, got {query_ends!r}."
+            f"scm_select with shape={settings.selection.shape!r} needs to know how tiles lie: pass tile_grids (images, 4), "
+            "which the processor returns beside tile_counts."
         )
-    return [int(end) for end in query_ends]
+    columns, rows = torch.as_tensor(tile_grids)[number, :2].tolist()
+    if columns * rows != tiles:
+        raise ValueError(
+            f"Image {number} has {tiles} detailed tiles, but its grid has {columns} x {rows}; scm_select with "
+            f"shape={settings.selection.shape!r} needs all tiles of a grid (drop_blank=False)."
+        )
+    return TileMap(columns, rows, side)
 
 
-def _checked_counts(tile_counts: torch.Tensor) -> list[list[int]]:
-    counts = torch.as_tensor(tile_counts)
-    is_integer = not counts.is_floating_point() and counts.dtype != torch.bool
-    if counts.ndim != 2 or counts.shape[1] != 3 or not is_integer or (counts < 0).any():
+def _check_images(
+    tile_counts: torch.Tensor, query_ends: list[int] | None, length: int
+) -> tuple[list[list[int]], list[int]]:
+    """Return the tiles of each image, and where its queries end in a row of this length: at the row's end by default."""
+    tiles = torch.as_tensor(tile_counts)
+    is_integer = not tiles.is_floating_point() and tiles.dtype != torch.bool
+    if tiles.ndim != 2 or tiles.shape[1] != 3 or not is_integer or (tiles < 0).any():
         raise ValueError(
             "tile_counts must hold the detailed, adaptive and thumbnail tiles of each image, integers of shape "
-            f"(images, 3), got {counts.dtype} of shape {tuple(counts.shape)}: {counts.tolist()}."
+            f"(images, 3), got {tiles.dtype} of shape {tuple(tiles.shape)}: {tiles.tolist()}."
         )
-    return counts.tolist()
+    ends = [length] * len(tiles) if query_ends is None else query_ends
+    if len(ends) != len(tiles):
+        raise ValueError(f"scm_query_ends has {len(ends)} entries for {len(tiles)} images.")
+    if not all(isinstance(end, Integral) and not isinstance(end, bool) and end <= length for end in ends):
+        raise ValueError(f"scm_query_ends must be integers of at most {length}, the length of a row, got {ends!r}.")
+    return tiles.tolist(), [int(end) for end in ends]
 
 
 def kept_positions(
@@ -206,7 +229,8 @@ def kept_positions(
     images: list[list[ImageSpan]],
     settings: CompressionSettings,
     probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
-) -> list[torch.Tensor]:
+    rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> tuple[list[torch.Tensor], list[list[Run]]]:
     """Return the positions of each row that stay: all but the detailed tokens that get the least attention.
 
     Each row is scored without its padding and by itself, so that a batch keeps what its rows keep alone.
@@ -217,78 +241,111 @@ def kept_positions(
         images: The images of each row, see `find_images`.
         probe: Returns the attention inputs of the scoring layer for the embeddings (n, D) of a sequence and a mask (n,) of
             its image tokens.
+        rotary: Returns the mean cosine and sine (n,) of the rotary angles of that many positions; for selections that keep
+            coordinates.
 
     Returns:
-        For each row ascending int64 indices into the padded row, padding left out.
+        For each row ascending int64 indices into the padded row, padding left out; and the runs that one kept token stands
+        for, (its index, first, stop), also in the padded row.
 
     Raises:
         ValueError: Nothing comes after an image, so there is nothing to score with.
     """
-    kept = []
+    kept, runs = [], []
     for row, (row_embeddings, mask, row_images) in enumerate(zip(embeddings, attention_mask, images)):
         positions = mask.nonzero().squeeze(1)  # (n,)
         stays = torch.ones_like(positions, dtype=torch.bool)
-        if settings.select is not None:
-            for image in row_images:
-                count = int(image.detailed_tokens * settings.keep_ratio)
-                chosen = torch.as_tensor(settings.select(row, image.detailed_tokens, count), dtype=torch.long)
-                stays[image.detailed_start : image.detailed_stop] = False
-                stays[image.detailed_start + chosen.to(stays.device)] = True
-        elif settings.keep_ratio < 1 and any(image.detailed_tokens for image in row_images):
+        compressible = [image for image in row_images if image.detailed_tokens] if settings.compresses else []
+        marked: list[Run] = []
+        if compressible and settings.select is None:
             unpadded = row_embeddings  # whole rows are not copied
             if len(positions) < len(row_embeddings):
                 unpadded = row_embeddings[positions.to(embeddings.device)]
-            scores = _score(unpadded, row_images, settings.queries, probe)
-            for image, received in scores.items():
-                order = received.to(positions.device).argsort(descending=True, stable=True)
-                stays[image.detailed_start + order[int(image.detailed_tokens * settings.keep_ratio) :]] = False
+            scores = _score(unpadded, row_images, settings, probe)
+        for image in compressible:
+            count = int(image.detailed_tokens * settings.keep_ratio)
+            if settings.select is not None:
+                chosen = torch.as_tensor(settings.select(row, image.detailed_tokens, count), dtype=torch.long)
+            else:
+                coordinates = None
+                if settings.selection.coordinates:
+                    detailed = slice(image.detailed_start, image.detailed_stop)
+                    angles = (mean[detailed].to(scores[image].device) for mean in rotary(len(positions)))
+                    share, per_tile = settings.selection.coordinates, image.tile_map.side**2
+                    coordinates = coordinate_tokens(*angles, per_tile, share)
+                chosen, own = settings.selection.choose(scores[image], image.tile_map, count, coordinates)
+                chosen = torch.cat([chosen, chosen.new_tensor([last for last, _, _ in own])])
+                first = image.detailed_start
+                marked += [tuple(int(positions[first + i]) for i in (last, a, b - 1)) for last, a, b in own]
+            stays[image.detailed_start : image.detailed_stop] = False
+            stays[image.detailed_start + chosen.to(stays.device)] = True
         kept.append(positions[stays])
-    return kept
+        runs.append([(place, first, last + 1) for place, first, last in marked])
+    return kept, runs
 
 
 def _score(
     embeddings: torch.Tensor,
     images: list[ImageSpan],
-    query_set: str,
+    settings: CompressionSettings,
     probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
 ) -> dict[ImageSpan, torch.Tensor]:
-    """Return the attention that the detailed tokens of each image of a row (n, D) get, (detailed tokens,) in float32."""
+    """Return the score of the detailed tokens of each image of a row (n, D), (detailed tokens,) in float32."""
     compressible = [image for image in images if image.detailed_tokens]
-    queries = {image: _queries(image, images, query_set) for image in compressible}
-    is_image = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
+    if settings.selection.score == "features":
+        return {
+            image: embeddings[image.detailed_start : image.detailed_stop].float().norm(dim=-1) for image in compressible
+        }
+    is_image = torch.zeros(len(embeddings), dtype=torch.bool)
     for image in images:
         is_image[image.start : image.stop] = True
-    inputs = probe(embeddings, is_image) if query_set == "all" else None
+    queries = {image: _queries(image, is_image, settings.queries) for image in compressible}
+    is_image = is_image.to(embeddings.device)
+    inputs = probe(embeddings, is_image) if settings.queries != "visual" else None
     scores = {}
-    for image in compressible:
+    for image, groups in queries.items():
         first = 0
-        if query_set == "visual":
+        if settings.queries == "visual":
             first, tokens = image.start, slice(image.start, image.stop)
             inputs = probe(embeddings[tokens], is_image[tokens])
         block = slice(image.detailed_start - first, image.detailed_stop - first)
-        scores[image] = attention_received(inputs, block, queries[image] - first)
+        votes = settings.queries in ("balanced", "question")
+        received = [attention_received(inputs, block, positions - first, votes) for positions in groups]
+        scores[image] = received[0] if len(received) == 1 else torch.stack(received).mean(dim=0)
     return scores
 
 
-def _queries(image: ImageSpan, images: list[ImageSpan], query_set: str) -> torch.Tensor:
-    """Return the positions of the tokens that score an image, among those that see it."""
-    positions = torch.arange(image.detailed_stop, image.stop if query_set == "visual" else image.query_stop)
-    for other in images:
-        if other is not image:
-            positions = positions[(positions < other.start) | (positions >= other.stop)]
-    if not len(positions):
+def _queries(image: ImageSpan, is_image: torch.Tensor, query_set: str) -> list[torch.Tensor]:
+    """Return the positions that score an image, in groups that count alike, among those that see it: its own, and text."""
+    if query_set == "last":
+        groups = [torch.tensor([image.query_stop - 1])]
+    elif query_set in ("all", "visual"):
+        stop = image.stop if query_set == "visual" else image.query_stop
+        scores_it = ~is_image[:stop]
+        scores_it[image.start : image.stop] = True
+        groups = [scores_it[image.detailed_stop :].nonzero().squeeze(1) + image.detailed_stop]
+    else:
+        # The first token after an image only says that it ends.
+        question = (~is_image[: image.question_stop])[image.stop + 1 :].nonzero().squeeze(1) + image.stop + 1
+        adaptive = torch.arange(image.detailed_stop, image.thumbnail_start)
+        thumbnail = torch.arange(max(image.thumbnail_start, image.detailed_stop), image.stop)
+        groups = [question] if query_set == "question" else [adaptive, thumbnail, question]
+    groups = [group for group in groups if len(group)]
+    if not groups:
         raise ValueError(
             f"No token that scm_queries={query_set!r} counts comes after the detailed tiles of an image, so they cannot be "
             "compressed; the image needs a thumbnail, or the prompt text after it."
         )
-    return positions
+    return groups
 
 
-def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Tensor) -> torch.Tensor:
+def attention_received(
+    inputs: AttentionInputs, block: slice, queries: torch.Tensor, has_one_vote: bool = False
+) -> torch.Tensor:
     """Compute the mean softmax attention, over heads and queries, that each key of a block gets.
 
-    Attention is causal, and a share of all keys, not of the block. Computed in blocks of queries in float32, so that memory
-    does not grow with heads x n x n.
+    Attention is causal, and a share of all keys, not of the block, unless each query `has_one_vote` for the block. Computed
+    in blocks of queries in float32, so that memory does not grow with heads x n x n.
 
     Args:
         inputs: Of n tokens.
@@ -310,7 +367,18 @@ def attention_received(inputs: AttentionInputs, block: slice, queries: torch.Ten
         if inputs.softcap is not None:
             logits = torch.tanh(logits / inputs.softcap) * inputs.softcap
         logits = logits.unflatten(1, (groups, -1)).flatten(0, 1)  # (H, Q', visible)
-        logits = inputs.hide(logits, positions)
+        if inputs.mask is None:
+            distance = positions[:, None] - torch.arange(visible, device=key.device)
+            is_hidden = distance < 0
+            if inputs.sliding_window is not None:
+                is_hidden |= distance >= inputs.sliding_window
+            logits = logits.masked_fill_(is_hidden, -torch.inf)
+        else:
+            mask = inputs.mask[:, positions, :visible]
+            logits = logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
+        if has_one_vote:  # and none if it sees nothing of the block
+            total += logits[..., block].softmax(dim=-1).nan_to_num_(0).sum(dim=(0, 1))
+            continue
         normaliser = logits.logsumexp(dim=-1, keepdim=True)
         if inputs.sinks is not None:
             normaliser = torch.logaddexp(normaliser, inputs.sinks.float().view(-1, 1, 1))

@@ -154,6 +154,8 @@ def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+SCM_QUERIES = ("all", "visual", "balanced", "question", "last")
+
 # Fields of language models whose head does more than multiply by its weight.
 _SOFTCAP = "final_logit_softcapping"
 _HEAD_FACTORS = {"logit_scale": ("cohere",), "lm_head_multiplier": ("falcon_h1",), "logits_scaling": ("hyperclovax",)}
@@ -222,7 +224,8 @@ class MiniMonkeyConfig(InternVLConfig):
         system_message (str, *optional*): None is the template's, "" an empty one.
         scm_keep_ratio (float): Share of an image's detailed tokens that the scale compression mechanism keeps.
         scm_layer (int, *optional*): The language-model layer whose attention scores them; by default 1, the second.
-        scm_queries (str): "all" scores with adaptive, thumbnail and text tokens, "visual" without text.
+        scm_queries (str): "all" scores with adaptive, thumbnail and text tokens, "visual" without text; the others are in
+            `compression.CompressionSettings`.
 
     Raises:
         ValueError: Values that contradict each other or cannot work, with the values.
@@ -337,8 +340,8 @@ class MiniMonkeyConfig(InternVLConfig):
             raise ValueError(f"scm_keep_ratio must be above 0 and at most 1, got {self.scm_keep_ratio}.")
         if not 0 <= self.scm_layer < text.num_hidden_layers:
             raise ValueError(f"scm_layer {self.scm_layer} does not exist in {text.num_hidden_layers} layers.")
-        if self.scm_queries not in ("all", "visual"):
-            raise ValueError(f"scm_queries must be 'all' or 'visual', got {self.scm_queries!r}.")
+        if self.scm_queries not in SCM_QUERIES:
+            raise ValueError(f"scm_queries must be one of {', '.join(SCM_QUERIES)}, got {self.scm_queries!r}.")
         if getattr(text, "tie_word_embeddings", self.tie_word_embeddings) != self.tie_word_embeddings:
             raise ValueError(
                 f"tie_word_embeddings is {self.tie_word_embeddings} here but {text.tie_word_embeddings} in text_config."

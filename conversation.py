@@ -191,25 +191,18 @@ def control_tokens(tokenizer, grounding_tokens: bool = False) -> list[ControlTok
     return tokens
 
 
-def _any_of(spellings) -> re.Pattern:
-    """Return a pattern that finds any of `spellings`, the longest where several begin, and nothing where there are none."""
-    longest_first = sorted(spellings, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
 def protect(text: str, spellings: list[str]) -> str:
     """Mark the control-token `spellings` in text that is not to be trusted.
 
     Raises:
         ValueError: A lone surrogate in the text.
     """
-    marked = _any_of(spellings).sub(lambda match: match[0][0] + _MARK + match[0][1:], check_text(text))
-    # A single mark, wherever it stands, has the whole prompt encoded with spellings that no text can be normalized to.
-    return marked + _MARK if marked == text and _arises_in(text, spellings) else marked
-
-
-def _arises_in(text: str, spellings: list[str]) -> bool:
-    return any(getattr(spelling, "normalizer", None) and spelling.arises_in(text) for spelling in spellings)
+    longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
+    marked = re.sub(longest_first or r"(?!)", lambda match: match[0][0] + _MARK + match[0][1:], check_text(text))
+    if marked == text and any(getattr(token, "normalizer", None) and token.arises_in(text) for token in spellings):
+        # A single mark, wherever it stands, has the whole prompt encoded with spellings that no text can be normalized to.
+        return marked + _MARK
+    return marked
 
 
 def unprotect(text: str) -> str:
@@ -231,20 +224,15 @@ def begins_with_bos(tokenizer) -> bool:
     return tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def encode(tokenizer, text: str) -> list[int]:
-    """Return the token ids of a prompt, nothing added in front or behind; protected spellings are encoded as plain text.
-
-    Raises:
-        ValueError: The text holds protected spellings and the tokenizer is not a fast one, or a lone surrogate.
-    """
-    return _encode_parts(tokenizer, [check_text(text)])[0]
-
-
-def _encode_parts(tokenizer, parts: list[str]) -> tuple[list[int], list[tuple[int, int]] | None, list[int]]:
-    """Encode a text that is given in parts, in one piece.
+def encode_parts(tokenizer, parts: list[str]) -> tuple[list[int], list[tuple[int, int]] | None, list[int]]:
+    """Encode a prompt that is given in parts, in one piece, nothing added in front or behind; protected spellings are encoded
+    as plain text.
 
     Returns:
         The token ids; where each token begins and ends in characters, if the tokenizer is a fast one; where each part ends.
+
+    Raises:
+        ValueError: The text holds protected spellings and the tokenizer is not a fast one, or a lone surrogate.
     """
     if any(_MARK in part for part in parts):
         if not tokenizer.is_fast:
@@ -252,11 +240,11 @@ def _encode_parts(tokenizer, parts: list[str]) -> tuple[list[int], list[tuple[in
                 "The text spells a control token; to encode it as plain text a fast tokenizer (tokenizer.json) is needed."
             )
         renamed, twin = _with_secret_control_tokens(tokenizer)
-        control_token = _any_of(renamed)
-        parts = [unprotect(control_token.sub(lambda match: renamed[match[0]], part)) for part in parts]
-        encoding = twin.encode("".join(parts), add_special_tokens=False)
+        longest_first = re.compile("|".join(map(re.escape, sorted(renamed, key=len, reverse=True))) or r"(?!)")
+        parts = [unprotect(longest_first.sub(lambda match: renamed[match[0]], part)) for part in parts]
+        encoding = twin.encode(check_text("".join(parts)), add_special_tokens=False)
         return encoding.ids, encoding.offsets, list(accumulate(map(len, parts)))
-    inputs = tokenizer("".join(parts), add_special_tokens=False)
+    inputs = tokenizer(check_text("".join(parts)), add_special_tokens=False)
     offsets = inputs.encodings[0].offsets if tokenizer.is_fast else None
     return inputs["input_ids"], offsets, list(accumulate(map(len, parts)))
 
@@ -270,12 +258,8 @@ _twins: "weakref.WeakKeyDictionary[object, tuple[dict[str, int], dict[str, str],
 def _with_secret_control_tokens(tokenizer) -> tuple[dict[str, str], Tokenizer]:
     """Return a twin of `tokenizer` whose added tokens have the same ids and flags but spellings that nobody can type."""
     added = tokenizer.get_added_vocab()
-    if tokenizer not in _twins or _twins[tokenizer][0] != added:
-        _twins[tokenizer] = (added, *_make_twin(tokenizer))
-    return _twins[tokenizer][1:]
-
-
-def _make_twin(tokenizer) -> tuple[dict[str, str], Tokenizer]:
+    if tokenizer in _twins and _twins[tokenizer][0] == added:
+        return _twins[tokenizer][1:]
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     renamed = {token["content"]: f"{_SECRET_NAME}{token['id']}\ue003" for token in state["added_tokens"]}
     for token in state["added_tokens"]:
@@ -293,26 +277,28 @@ def _make_twin(tokenizer) -> tuple[dict[str, str], Tokenizer]:
         state["model"]["unk_token"] = renamed[state["model"]["unk_token"]]
     # Options of the tokenizer's last call are part of its state.
     state["post_processor"] = state["truncation"] = state["padding"] = None
-    return renamed, Tokenizer.from_str(json.dumps(state))
+    _twins[tokenizer] = (added, renamed, Tokenizer.from_str(json.dumps(state)))
+    return _twins[tokenizer][1:]
 
 
 # --- placeholders ----------------------------------------------------------------------------------------------------
 
 
-def count_placeholders(texts: list[str], placeholder: str = IMAGE_PLACEHOLDER) -> int:
-    """Return how many placeholders there are in all of `texts`."""
-    return sum(text.count(placeholder) for text in texts)
-
-
 def check_placeholders(
-    texts: list[str], given: int, subject: str = "The text", placeholder: str = IMAGE_PLACEHOLDER
+    texts: list[str], given: int, subject: str = "The text", placeholder: str = IMAGE_PLACEHOLDER, earlier: int = 0
 ) -> None:
-    """Raise `ValueError` about `subject` unless `texts` have one placeholder for each of `given` images or videos."""
-    placeholders, kind = count_placeholders(texts, placeholder), placeholder.strip("<>")
+    """Raise `ValueError` about `subject` unless `texts` have one placeholder for each of `given` images or videos.
+
+    Of the texts `earlier` are of earlier turns, whose images are most often forgotten.
+    """
+    placeholders, kind = sum(text.count(placeholder) for text in texts), placeholder.strip("<>")
     if placeholders != given:
+        in_history, hint = sum(text.count(placeholder) for text in texts[:earlier]), ""
+        if given < in_history:
+            hint = f" The history is about {in_history} of them: every turn is given those of the whole conversation, in order."
         raise ValueError(
             f"{subject} has {placeholders} {placeholder} placeholders, but {given} {kind}s were given; "
-            f"each {kind} needs exactly one."
+            f"each {kind} needs exactly one.{hint}"
         )
 
 
@@ -400,7 +386,7 @@ def render(
     parts = write_turns(template, list(zip(questions, answers)), system)
     if begins_with_bos(tokenizer):
         parts[0] = tokenizer.bos_token + parts[0]
-    token_ids, offsets, ends = _encode_parts(tokenizer, parts)
+    token_ids, offsets, ends = encode_parts(tokenizer, parts)
     if offsets is None:
         return RenderedPrompt(token_ids, None)
     token_ends = [end for _, end in offsets]
@@ -411,10 +397,10 @@ def render(
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
-def has_pictures(messages: list) -> bool:
+def has_images(messages: list) -> bool:
     """Tell whether chat messages (one conversation or a batch of them) hold an image."""
     if isinstance(messages, (list, tuple)):
-        return any(map(has_pictures, messages))
+        return any(map(has_images, messages))
     content = messages.get("content")
     return isinstance(content, (list, tuple)) and any(item["type"] in ("image", "image_url") for item in content)
 
@@ -448,71 +434,62 @@ def check_messages(messages: list) -> None:
             check_messages(conversation)
         return
     for message in messages:
-        _check_message(message)
-
-
-def _check_message(message: dict) -> None:
-    if not isinstance(message, dict):
-        raise ValueError(f"A message is a dict with role and content, got {type(message).__name__} {message!r:.80}.")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise ValueError(f"Unknown role {role!r:.80}; use system, user or assistant.")
-    if isinstance(content, str):
-        check_text(content, f"The {role} message")
-    elif isinstance(content, (list, tuple)):
-        for item in content:
-            _check_item(item, role)
-    else:
-        raise ValueError(
-            f"The content of a message is a string or a list of items, but that of a {role} message is "
-            f"{type(content).__name__} {content!r:.80}."
-        )
-
-
-def _check_item(item: dict, role: str) -> None:
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind != "text" and kind not in tuple(_WRITTEN):
-        raise ValueError(
-            f"An item of a {role} message is a dict with a type, one of text, {', '.join(_WRITTEN)}, got {item!r:.80}."
-        )
-    if kind == "text":
-        if not isinstance(item.get("text"), str):
-            raise ValueError(f"The text of an item of a {role} message must be a string, got {item.get('text')!r:.80}.")
-        check_text(item["text"], f"The {role} message")
+        if not isinstance(message, dict):
+            raise ValueError(
+                f"A message is a dict with role and content, got {type(message).__name__} {message!r:.80}."
+            )
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"Unknown role {role!r:.80}; use system, user or assistant.")
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(
+                f"The content of a message is a string or a list of items, but that of a {role} message is "
+                f"{type(content).__name__} {content!r:.80}."
+            )
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind != "text" and kind not in tuple(_WRITTEN):
+                raise ValueError(
+                    f"An item of a {role} message is a dict with a type, one of text, {', '.join(_WRITTEN)}, got {item!r:.80}."
+                )
+            if kind == "text" and not isinstance(item.get("text"), str):
+                text = item.get("text")
+                raise ValueError(f"The text of an item of a {role} message must be a string, got {text!r:.80}.")
+            if kind == "text":
+                check_text(item["text"], f"The {role} message")
 
 
 def protect_messages(messages: list, spellings: list[str]) -> list:
-    """Return a copy of chat messages (one conversation or a batch of them) in which every text is protected.
+    """Return a copy of chat messages (one conversation or a batch of them, see `check_messages`) in which every text is
+    protected.
 
     Raises:
-        ValueError: Messages that `check_messages` refuses.
+        ValueError: A lone surrogate in a text.
     """
-    check_messages(messages)
     if isinstance(messages[0], (list, tuple)):
         return [protect_messages(conversation, spellings) for conversation in messages]
-    return [{**message, "content": _protect_content(message["content"], spellings)} for message in messages]
-
-
-def _protect_content(content: str | list[dict], spellings: list[str]) -> str | list[dict]:
-    if isinstance(content, str):
-        return protect(content, spellings)
-    # A spelling may be spread over neighbours, which the template joins.
-    written = [item["text"] if item["type"] == "text" else _WRITTEN[item["type"]] for item in content]
-    border = _MARK if _crosses_a_border(written, spellings) or _arises_in("".join(written), spellings) else ""
-    return [
-        {**item, "text": border + protect(item["text"], spellings) + border} if item["type"] == "text" else item
-        for item in content
-    ]
-
-
-def _crosses_a_border(parts: list[str], spellings: list[str]) -> bool:
-    """Tell whether one of `spellings` begins in one of the parts and ends in another."""
-    joined, ends = "".join(parts), accumulate(map(len, parts))
-    return any(
-        spelling in joined[max(0, end - len(spelling) + 1) : end + len(spelling) - 1]
-        for end in ends
-        for spelling in spellings
-    )
+    protected = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            protected.append({**message, "content": protect(content, spellings)})
+            continue
+        # A spelling may be spread over neighbours, which the template joins: it begins in one and ends in another.
+        written = [item["text"] if item["type"] == "text" else _WRITTEN[item["type"]] for item in content]
+        joined, ends = "".join(written), list(accumulate(map(len, written)))
+        is_spread = any(
+            spelling in joined[max(0, end - len(spelling) + 1) : end + len(spelling) - 1]
+            for end in ends
+            for spelling in spellings
+        )
+        arises = any(getattr(token, "normalizer", None) and token.arises_in(joined) for token in spellings)
+        border = _MARK if is_spread or arises else ""
+        items = [
+            {**item, "text": border + protect(item["text"], spellings) + border} if item["type"] == "text" else item
+            for item in content
+        ]
+        protected.append({**message, "content": items})
+    return protected
 
 
 def read_messages(messages: list[dict]) -> tuple[str | None, list[tuple[str, str]], str, list[Any], list[Any]]:

@@ -9,8 +9,7 @@ language model.
 
 import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -30,7 +29,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from .attention_probe import attention_inputs
+from .attention_probe import attention_inputs, read_dropping, rotary_means
 from .compression import (
     AttentionInputs,
     CompressionSettings,
@@ -40,14 +39,14 @@ from .compression import (
     kept_positions,
     pack,
 )
-from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, new_cache
+from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, joined_caches, new_cache
+from .token_selection import Selection, read_selection
 from .transformers_bridge import (
     CACHE_NAME,
     CACHE_NAMES,
     IS_CACHE_RENAMED,
     OTHER_CACHE_NAME,
     PaddedRepetitionPenalty,
-    cache_of,
     extends,
     with_both_cache_names,
     with_one_cache_name,
@@ -117,16 +116,21 @@ def check_generation_options(model, generation_config: GenerationConfig | None, 
 
 @dataclass
 class _Embedded:
-    """A prompt (B, N) as embeddings (B, N, D), and which positions of each row the language model reads.
+    """A prompt (B, N) as embeddings (B, N, D), its mask (B, N), and which positions of each row the language model reads.
 
-    `kept` is None where a mask of another shape than (B, N) decides that. With a memory there is one row, of which the
-    `cache` holds the first of the `kept` positions already.
+    Mask and `kept` are None where all are read. A `cache` holds the first of the `kept` positions already: with a
+    memory those of one row, without `cached` of each.
     """
 
     embeddings: torch.Tensor
+    mask: torch.Tensor | None
     kept: list[torch.Tensor] | None
+    settings: CompressionSettings | None = None
     prompt: Prompt | None = None
     cache: Cache | None = None
+    images: list[list[ImageSpan]] = field(default_factory=list)
+    start: int = 0
+    cached: list[int] | None = None
 
 
 class GenerateMixin:
@@ -151,8 +155,7 @@ class GenerateMixin:
             ValueError: See `generate`.
         """
         settings = self._compression_settings(**scm_options)
-        mask = _whole_mask(attention_mask, input_ids)
-        return self._embed(input_ids, mask, pixel_values, tile_counts, settings).kept
+        return self._embed(input_ids, attention_mask, pixel_values, tile_counts, tile_grids, settings).kept
 
     @extends(GenerationMixin.generate)
     @torch.no_grad()
@@ -171,7 +174,7 @@ class GenerateMixin:
         scm_layer: int | None = None,
         scm_queries: str | None = None,
         scm_query_ends: list[int] | None = None,
-        scm_select: Select | None = None,
+        scm_select: str | dict[str, Any] | Select | None = None,
         tile_order: str = "detailed_first",
         **kwargs: Any,
     ):
@@ -185,17 +188,21 @@ class GenerateMixin:
             generation_config: Settings, as for any transformers model.
             pixel_values: (T, 3, S, S) tiles of all images.
             tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image; scale compression needs them.
-            tile_grids, mm_token_type_ids: Accepted so that a processor's whole output can be passed; not used.
+            tile_grids: (I, 4) columns and rows of the detailed and the adaptive grid of each image; for some of `scm_select`.
+            mm_token_type_ids: Accepted so that a processor's whole output can be passed; not used.
             use_scm: Scale compression: of an image's detailed tokens the language model reads only those that the image's
                 other tokens and the text attend to most. The ids returned begin with the whole prompt all the same.
             scm_keep_ratio: Share of the detailed tokens that stay, above 0 and at most 1.
             scm_layer: The layer whose attention decides.
-            scm_queries: "all" as in the paper, or "visual" for scores that depend on nothing but the image.
+            scm_queries: "all" as in the paper, "visual" for scores that depend on nothing but the image; "balanced",
+                "question" and "last" are explained in `compression.CompressionSettings`.
             scm_query_ends: For each image the index into its padded row before which the text that scores it ends; the
                 row's end by default. `chat` gives the end of the turn that brought the image.
             tile_order: Whether an image's detailed or its adaptive tiles come first, which only compression needs to know;
                 the processor's is "detailed_first".
-            scm_select: Chooses the detailed tokens that stay instead of attention, see `compression.CompressionSettings`.
+            scm_select: How the detailed tokens that stay are chosen: a name of `token_selection.SELECTIONS` ("smooth",
+                "block", "tile", ...), or a dict of what `token_selection.Selection` takes. A function chooses instead of
+                attention, see `compression.CompressionSettings`.
             **kwargs: Everything `GenerationMixin.generate` takes. A cache may also be a `Turn` of prompt_memory.py, as `chat`
                 hands it over; `pixel_values` are then only the tiles of the images whose features it does not hold, and
                 `tile_counts` those of all; one row without padding.
@@ -217,7 +224,10 @@ class GenerateMixin:
         given = [name for name, value in scm_options.items() if value is not None]
         if given and not use_scm:
             raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
-        settings = self._compression_settings(**scm_options, tile_order=tile_order) if use_scm else None
+        settings = None
+        if use_scm:
+            ends = self._setting("eos_token_id", generation_config, kwargs)
+            settings = self._compression_settings(**scm_options, tile_order=tile_order, end_ids=ends)
         if inputs is not None:
             if kwargs.get("input_ids") is not None:
                 raise ValueError("The prompt's ids were given twice, by position and as input_ids.")
@@ -237,16 +247,19 @@ class GenerateMixin:
                 self._check_no_image_tokens(input_ids)
             return with_both_cache_names(super().generate(generation_config=generation_config, **kwargs))
         embedded = self._embed(
-            input_ids, kwargs.get("attention_mask"), pixel_values, tile_counts, settings, turn, can_remember
+            input_ids, kwargs.get("attention_mask"), pixel_values, tile_counts, tile_grids, settings, turn, can_remember
         )
+        if settings is not None and settings.selection.stage == "layer":
+            self._read_to_layer(generation_config, kwargs, embedded)
         generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
         output = super().generate(generation_config=generation_config, **kwargs)
-        if embedded.cache is not None:
+        if embedded.prompt is not None:
             self._remember(turn.memory, embedded, output)
         elif repacked:
             output = _with_prompt(output, input_ids)
-            if cache_of(output) is not None:
-                setattr(cache_of(output), REPACKED, True)
+            cache = getattr(output, CACHE_NAME, None)
+            if cache is not None:
+                setattr(cache, REPACKED, True)
         return with_both_cache_names(output) if IS_CACHE_RENAMED else output
 
     def _compression_settings(
@@ -255,18 +268,30 @@ class GenerateMixin:
         scm_layer: int | None = None,
         scm_queries: str | None = None,
         scm_query_ends: list[int] | None = None,
-        scm_select: Select | None = None,
+        scm_select: str | dict[str, Any] | Select | None = None,
         tile_order: str = "detailed_first",
+        end_ids: int | list[int] | None = None,
     ) -> CompressionSettings:
-        config = self.config
+        config, chooses = self.config, callable(scm_select)
+        selection = Selection() if scm_select is None or chooses else read_selection(scm_select)
+        if scm_keep_ratio is not None and selection.mass is not None:
+            raise ValueError(
+                f"scm_select with mass={selection.mass} decides itself how many tokens stay; leave out scm_keep_ratio, and set "
+                "the bounds least and most instead."
+            )
+        queries = config.scm_queries if scm_queries is None else scm_queries
+        ends = self.generation_config.eos_token_id if end_ids is None else end_ids
+        ends = [] if ends is None else torch.atleast_1d(torch.as_tensor(ends)).tolist()
         return CompressionSettings(
             keep_ratio=config.scm_keep_ratio if scm_keep_ratio is None else scm_keep_ratio,
             layer=config.scm_layer if scm_layer is None else scm_layer,
             num_layers=config.text_config.num_hidden_layers,
-            queries=config.scm_queries if scm_queries is None else scm_queries,
+            queries=queries,
             query_ends=scm_query_ends,
             tile_order=tile_order,
-            select=scm_select,
+            selection=selection,
+            select=scm_select if chooses else None,
+            end_ids=tuple(ends) if queries in ("question", "balanced") else (),
         )
 
     def _embed(
@@ -275,6 +300,7 @@ class GenerateMixin:
         attention_mask: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         tile_counts: torch.Tensor | None,
+        tile_grids: torch.Tensor | None = None,
         settings: CompressionSettings | None = None,
         turn: Turn | None = None,
         can_remember: bool = False,
@@ -286,18 +312,23 @@ class GenerateMixin:
             turn: What is remembered of the prompt's images, and, if `can_remember`, of its beginning.
         """
         if settings is None and turn is None:
-            is_usual = attention_mask is not None and attention_mask.ndim == 2
-            kept = [row.nonzero().squeeze(1) for row in attention_mask] if is_usual else None
-            features = self._features_for(input_ids, pixel_values, None)
-            return _Embedded(self.place_features(input_ids, features), kept)
-        mask = _whole_mask(attention_mask, input_ids)
+            kept = None if attention_mask is None else [row.nonzero().squeeze(1) for row in attention_mask]
+            self.tokens_per_tile(pixel_values, input_ids)
+            embeddings = self.place_features(input_ids, self.encode_tiles(pixel_values))
+            return _Embedded(embeddings, attention_mask, kept)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} for scale compression, got "
+                f"{tuple(mask.shape)}."
+            )
         if turn is not None and (len(input_ids) != 1 or not bool(mask.all())):
             raise ValueError("A turn is of one conversation: pass one row without padding.")
         settings = settings or self._compression_settings(scm_keep_ratio=1.0)
         images: list[list[ImageSpan]] = [[] for _ in input_ids]
         features = input_ids.new_empty(0, self.config.text_config.hidden_size, dtype=self.dtype)
         if turn is not None and turn.keys:
-            features = self._recall_features(turn, torch.as_tensor(tile_counts), pixel_values)
+            features = self._recall_features(turn, torch.as_tensor(tile_counts), tile_grids, pixel_values)
             per_tile = len(features) // int(torch.as_tensor(tile_counts).sum())
         elif pixel_values is None:
             self._check_no_image_tokens(input_ids)
@@ -307,12 +338,14 @@ class GenerateMixin:
                 "processor returns beside pixel_values; chat needs target_aspect_ratio for tiles that you cut yourself."
             )
         else:
-            self._check_pixel_values(pixel_values)
             per_tile = self.tokens_per_tile(pixel_values)
         if tile_counts is not None and (pixel_values is not None or len(features)):
-            images = find_images(input_ids, mask, tile_counts, self.config.image_token_id, per_tile, settings)
+            images = find_images(
+                input_ids, mask, tile_counts, self.config.image_token_id, per_tile, settings, tile_grids
+            )
             if not len(features):
-                features = self._features_for(input_ids, pixel_values, None)
+                self.tokens_per_tile(pixel_values, input_ids)
+                features = self.encode_tiles(pixel_values)
         embeddings = self.place_features(input_ids, features)
         prompt, recalled, cache = None, Recalled(), None
         if can_remember:
@@ -326,12 +359,59 @@ class GenerateMixin:
                     for image in images[0]
                 ]
             ]
-        kept = kept_positions(embeddings, mask, images, settings, self._probe(settings))
+        rotary = partial(rotary_means, self.model.language_model, like=embeddings[0])
+        probe = partial(self._probe, settings.layer)
+        kept, runs = kept_positions(embeddings, mask, images, settings, probe, rotary)
+        for row, row_runs in enumerate(runs):
+            for place, first, stop in row_runs:
+                embeddings[row, place] = embeddings[row, first:stop].mean(dim=0)
         if recalled.start:
             kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
-        return _Embedded(embeddings, kept, prompt, cache)
+        return _Embedded(embeddings, mask, kept, settings, prompt, cache, images, recalled.start)
 
-    def _recall_features(self, turn: Turn, counts: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+    def _probe(self, layer: int, sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
+        routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
+        return attention_inputs(self.model.language_model, sequence, layer, **routing)
+
+    def _read_to_layer(
+        self, generation_config: GenerationConfig | None, options: dict[str, Any], embedded: _Embedded
+    ) -> None:
+        """Read prompts to where their images are scored: all tokens in the layers before, what stays in the others.
+
+        Puts into `embedded` a cache of what was read. The last token of a turn that brought an image, and all after it, is
+        left to the generation and sees what stays alone, so that a later turn that is computed anew is the same.
+        """
+        if self._setting("cache_implementation", generation_config, options) is not None or (
+            self._setting("use_cache", generation_config, options) is False
+        ):
+            raise ValueError(
+                "scm_select with stage='layer' makes a cache of its own; leave out cache_implementation and use_cache=False."
+            )
+        mask, layer = embedded.mask, embedded.settings.layer
+        if not embedded.settings.compresses:
+            return
+        caches, cached = [], []
+        for row, images in enumerate(embedded.images):
+            positions = mask[row].nonzero().squeeze(1).to(embedded.embeddings.device)
+            tokens, start = embedded.embeddings[row, positions], embedded.start
+            is_kept = torch.isin(positions, embedded.kept[row].to(positions.device))
+            is_image = (options["input_ids"][row].to(positions.device) == self.config.image_token_id)[positions]
+            cache = embedded.cache or new_cache(self)
+            for stop in sorted({image.query_stop for image in images if image.detailed_tokens}):
+                part, start = slice(start, stop - 1), stop - 1
+                kept = is_kept[part].nonzero().squeeze(1)
+                routing = {"visual_token_mask": is_image[None, part]} if self.config.visual_experts else {}
+                read_dropping(self.model.language_model, tokens[part], part.start, layer, kept, cache, **routing)
+            caches.append(cache)
+            cached.append(cache.get_seq_length())
+        if embedded.prompt is None and any(cached):
+            copies = ("num_beams", "num_return_sequences")
+            copies = max(self._setting(name, generation_config, options) or 1 for name in copies)
+            embedded.cache, embedded.cached = joined_caches(caches, new_cache(self), copies), cached
+
+    def _recall_features(
+        self, turn: Turn, counts: torch.Tensor, grids: torch.Tensor | None, pixel_values: torch.Tensor | None
+    ) -> torch.Tensor:
         """Return the features (tokens, D) of all images of a conversation; compute only those of unseen images."""
         tiles = {key: int(count.sum()) for key, count in zip(turn.keys, counts)}
         unseen = [key for key in tiles if key not in turn.features]
@@ -345,8 +425,9 @@ class GenerateMixin:
             encoded = self.encode_tiles(pixel_values).flatten(0, 1)
             per_tile = len(encoded) // given
             features |= zip(unseen, encoded.split([tiles[key] * per_tile for key in unseen]))
-        counts_and_features = {key: (count.tolist(), features[key]) for key, count in zip(turn.keys, counts)}
-        turn.memory.remember_pictures(counts_and_features)
+        grids = counts.new_ones(len(counts), 4) if grids is None else torch.as_tensor(grids)
+        tiles_and_features = zip(turn.keys, counts.tolist(), grids.tolist())
+        turn.memory.remember_images({key: (count, grid, features[key]) for key, count, grid in tiles_and_features})
         return torch.cat([features[key] for key in turn.keys])
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
@@ -374,43 +455,38 @@ class GenerateMixin:
         Returns:
             The generation configuration for it, and whether tokens were left out or moved.
         """
-        input_ids, embeddings = options["input_ids"], embedded.embeddings
+        input_ids, embeddings, mask, kept = options["input_ids"], embedded.embeddings, embedded.mask, embedded.kept
         is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
-        mask = options.get("attention_mask")
-        mask = _whole_mask(mask, input_ids) if embedded.kept is not None else mask
         # Tokens were left out, or rows end with padding, where generation would go on.
-        repacked = embedded.kept is not None and (
-            sum(map(len, embedded.kept)) < int(mask.sum()) or not bool(mask[:, -1].all())
-        )
+        repacked = kept is not None and (sum(map(len, kept)) < int(mask.sum()) or not bool(mask[:, -1].all()))
+        repacked = repacked or embedded.cached is not None
         if repacked:
             generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
-            self._move_padding_left(generation_config, options, mask)
-            (embeddings, is_image), options["attention_mask"] = pack((embeddings, is_image), embedded.kept)
+            # What reads the ids finds each row's own: all padding comes first, and none is penalised.
+            order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(input_ids.device)
+            options["input_ids"] = input_ids.gather(1, order)
+            penalty = self._setting("repetition_penalty", generation_config, options)
+            if penalty is not None and penalty != 1:
+                processors = [PaddedRepetitionPenalty(penalty, mask.eq(0).sum(dim=1))]
+                processors += options.get("logits_processor") or []
+                options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
+            tensors = (embeddings, is_image, mask.long().cumsum(dim=1) - 1)  # the last: of each token in its row alone
+            if embedded.cached is None:
+                (embeddings, is_image, places), options["attention_mask"] = pack(tensors, kept)
+            else:  # what is in the cache comes first in all rows
+                rows = list(zip(kept, embedded.cached))
+                first, first_mask = pack(tensors, [own[:count] for own, count in rows])
+                rest, rest_mask = pack(tensors, [own[count:] for own, count in rows])
+                embeddings, is_image, places = (torch.cat(pair, dim=1) for pair in zip(first, rest))
+                options["attention_mask"] = torch.cat([first_mask, rest_mask], dim=1)
+            if embedded.settings is not None and embedded.settings.selection.positions == "original":
+                options["position_ids"] = places.to(embeddings.device)
         options["inputs_embeds"] = embeddings
         if embedded.cache is not None:
             options[CACHE_NAME] = embedded.cache
         if self.config.visual_experts:
             options["visual_token_mask"] = is_image
         return generation_config, repacked
-
-    def _move_padding_left(
-        self, generation_config: GenerationConfig | None, options: dict[str, Any], mask: torch.Tensor
-    ) -> None:
-        """Let what reads the ids of `options` find each row's own: all padding comes first, and none is penalised."""
-        order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(options["input_ids"].device)
-        options["input_ids"] = options["input_ids"].gather(1, order)
-        penalty = self._setting("repetition_penalty", generation_config, options)
-        if penalty is not None and penalty != 1:
-            padding = mask.eq(0).sum(dim=1)
-            processors = [PaddedRepetitionPenalty(penalty, padding), *(options.get("logits_processor") or [])]
-            options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
-
-    def _probe(self, settings: CompressionSettings) -> Callable[[torch.Tensor, torch.Tensor], AttentionInputs]:
-        def probe(sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
-            routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
-            return attention_inputs(self.model.language_model, sequence, settings.layer, **routing)
-
-        return probe
 
     def _check_no_image_tokens(self, input_ids: torch.Tensor | None) -> None:
         tokens = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
@@ -476,18 +552,6 @@ class GenerateMixin:
             if generation_config is not None:
                 setattr(generation_config, total, None)
         return generation_config
-
-
-def _whole_mask(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the mask of a prompt (B, N), all ones where none is given."""
-    if attention_mask is None:
-        return torch.ones_like(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)} for scale compression, got "
-            f"{tuple(attention_mask.shape)}."
-        )
-    return attention_mask
 
 
 def _with_prompt(output, prompt_ids: torch.Tensor):

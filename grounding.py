@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .picture_decoding import to_rgb
+from .image_decoding import to_rgb
 
 
 SCALE = 1000

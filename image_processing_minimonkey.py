@@ -6,7 +6,7 @@
 `backend="pil"` gives the pixels of the published code, bit for bit; `backend="torchvision"` (the default) is faster and
 differs by at most one level of 255 before normalisation.
 
-Deals with images, not with prompts; picture_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as
+Deals with images, not with prompts; image_decoding.py makes upright 8-bit RGB of whatever is given. Each image is cut as
 soon as it is decoded, so that only a few are in memory at a time.
 """
 
@@ -32,17 +32,30 @@ from transformers.image_utils import (
     SizeDict,
 )
 
-from .picture_decoding import (
+from .blank_tiles import shown_tiles
+from .image_decoding import (
     array_to_rgb,
-    load_picture,
-    resize_picture,
+    load_image,
+    resize_image,
     resizing_steps,
     tensor_to_rgb,
     to_rgb,
 )
-from .tiling import PRESETS, RANGE_NAMES, TileRanges, check_tile_range, layer_grids, msac_grids, tile_counts
+from .tiling import (
+    PRESET_TILINGS,
+    PRESETS,
+    RANGE_NAMES,
+    SINGLE_TILE,
+    Grid,
+    TileRanges,
+    check_tile_ranges,
+    check_tiling,
+    choose_grids,
+    tile_counts,
+)
 
 
+GRID_OPTIONS = (*RANGE_NAMES, "tiling", "relaxed_alpha")
 CHECKED = ("size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
 SOURCES = (str, os.PathLike)
 KINDS = {
@@ -53,6 +66,8 @@ KINDS = {
 }
 LEAST_REDUCTION = 1.5  # by which torch's 8-bit kernel stays within one level of Pillow's
 RESIZED_BY_TORCH = (PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)  # others mean something else there
+# What was to be shown and got lost must not become an answer without it.
+EMPTY = "{0} hold {1}, which shows nothing; pass {0}=None to ask without any."
 MOST_PIXELS = 2**29  # of all tiles of an image: 6 GB of float32
 DECODED_AHEAD = 3  # images in memory at a time, besides the one that is cut
 
@@ -68,10 +83,19 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     adaptive_max_tiles (`int`, *optional*, defaults to `self.adaptive_max_tiles`):
         Greatest number of tiles of the adaptive grid.
     preset (`str`, *optional*):
-        A name of `tiling.PRESETS`, the tile ranges of a published benchmark; sets those of the four that are not given.
+        A name of `tiling.PRESETS`, the tile ranges of a published benchmark or system; sets those of the four that are not
+        given, and the tiling.
+    tiling (`str`, *optional*, defaults to `self.tiling`):
+        How the grids are chosen, see `tiling.choose_grids`: "msac" as in Mini-Monkey; "internvl", "logscore" (MiniCPM-V) and
+        "relaxed" (BlueLM-V-3B) have no adaptive grid, "msac-logscore" and "msac-relaxed" have one beside these.
+    relaxed_alpha (`float`, *optional*, defaults to `self.relaxed_alpha`):
+        Share of useful pixels that "relaxed" gives up for less waste; 0 is the rule of LLaVA-NeXT.
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
         Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
         only in parts, which is useful for comparisons.
+    drop_blank (`bool`, *optional*, defaults to `self.drop_blank`):
+        Whether detailed and adaptive tiles that show nothing but paper are left out, see blank_tiles.py; `tile_counts` then
+        count the others. Photographs keep all their tiles, and so does an image that would have none left.
     untrusted_sources (`bool`, *optional*, defaults to `self.untrusted_sources`):
         For servers: whether paths are refused, and URLs of addresses that are not public.
     """
@@ -81,7 +105,10 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     adaptive_min_tiles: int
     adaptive_max_tiles: int
     preset: str | None
+    tiling: str
+    relaxed_alpha: float | int
     use_thumbnail: bool
+    drop_blank: bool
     untrusted_sources: bool
 
 
@@ -102,7 +129,10 @@ class _MsacMixin:
     do_normalize = True
     do_convert_rgb = True
     min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = PRESETS["default"]
+    tiling = "msac"
+    relaxed_alpha = 0.1
     use_thumbnail = True
+    drop_blank = False
     untrusted_sources = False
     preset = None
 
@@ -136,7 +166,7 @@ class _MsacMixin:
         unknown = options.keys() - self.valid_kwargs.__annotations__.keys()
         if unknown:
             known = ", ".join(
-                (*RANGE_NAMES, "preset", "use_thumbnail", "size", "resample", "do_normalize", "untrusted_sources")
+                (*RANGE_NAMES, "preset", "tiling", "use_thumbnail", "size", "resample", "untrusted_sources")
             )
             raise ValueError(
                 f"Unknown options of images: {', '.join(sorted(map(str, unknown)))}; known are {known}, ..."
@@ -150,20 +180,18 @@ class _MsacMixin:
                 _ = None if options.get(name) is None else kind(options[name])
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{name}={options[name]!r} is none: {error}") from error
-        min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = (
-            options.get(name, getattr(self, name)) for name in RANGE_NAMES
-        )
+        ranges = [options.get(name, getattr(self, name)) for name in RANGE_NAMES]
         size, do_resize, use_thumbnail, resample, image_mean, image_std = (
             options.get(name, getattr(self, name)) for name in CHECKED
         )
-        check_tile_range(min_tiles, max_tiles, "detailed tile")
-        check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
         side = _tile_side(size)
-        most = (max_tiles + adaptive_max_tiles + 1) * side**2
-        if most > MOST_PIXELS:
+        check_tile_ranges(*ranges)
+        check_tiling(*(options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")))
+        most = ranges[1] + ranges[3] + 1
+        if most * side**2 > MOST_PIXELS:
             raise ValueError(
-                f"Up to {max_tiles + adaptive_max_tiles + 1} tiles of {side} x {side} pixels are {most:,} for a picture, the "
-                f"limit is {MOST_PIXELS:,}; use a smaller size or fewer tiles."
+                f"Up to {most} tiles of {side} x {side} pixels are {most * side**2:,} for a picture, the limit is "
+                f"{MOST_PIXELS:,}; use a smaller size or fewer tiles."
             )
         if not isinstance(use_thumbnail, bool):
             raise ValueError(f"use_thumbnail is True or False, got {use_thumbnail!r}.")
@@ -185,60 +213,84 @@ class _MsacMixin:
         """Read every path, URL and data URI in an image or a (nested) list of images; leave the rest as it is."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        _ = list(_flat(image_url_or_urls))  # which raises for what is not an image
+        list_images(image_url_or_urls)  # raises for what is not an image
         if isinstance(image_url_or_urls, SOURCES):
-            return load_picture(image_url_or_urls, self.untrusted_sources)
+            return load_image(image_url_or_urls, self.untrusted_sources)
         return image_url_or_urls
 
     def process_image(self, image, input_data_format=None, untrusted_sources=False, **kwargs) -> Image.Image:
         """Return one image of any accepted type as upright 8-bit RGB."""
         if isinstance(image, SOURCES):
-            return load_picture(image, untrusted_sources)
+            return load_image(image, untrusted_sources)
         if isinstance(image, Image.Image):
             return to_rgb(image)
         convert = tensor_to_rgb if isinstance(image, torch.Tensor) else array_to_rgb
         return convert(image, input_data_format)
 
-    def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list:
-        """Return the images in one list, as they were given; `_decoded` opens each when its turn comes."""
-        pictures = list(_flat(images))
-        if not pictures:
+    def _preprocess_image_like_inputs(
+        self, images, *_, size: SizeDict, resample, use_thumbnail: bool, return_tensors=None, device=None, **settings
+    ) -> BatchFeature:
+        """Cut the images into tiles, each image as soon as it is decoded."""
+        images, ranges = list_images(images), tuple(settings[name] for name in RANGE_NAMES)
+        tiling = settings["tiling"], settings["relaxed_alpha"]
+        if not images:
             raise ValueError("The list of pictures is empty.")
-        return pictures
+        tiles, counts, grids = [], [], []
+        for image in self._decoded(images, settings):
+            detailed, adaptive = choose_grids(*image.size, ranges, size.height, *tiling)
+            counts.append(tile_counts(detailed, adaptive, use_thumbnail))
+            grids.append((*detailed, *adaptive))
+            layers = [grid for grid, count in zip((detailed, adaptive, SINGLE_TILE), counts[-1]) if count]
+            cut = self._cut(image, layers, size.height, resample, device)
+            if settings["drop_blank"]:
+                shown = [shown_tiles(image, grid, size.height) for grid in layers]
+                if any(map(any, shown)):
+                    remaining = iter(map(sum, shown))
+                    counts[-1] = tuple(next(remaining) if count else 0 for count in counts[-1])
+                    cut = [layer[numbers] for layer, numbers in zip(cut, shown)]
+            tiles += cut
+        joined = torch.cat(tiles).contiguous() if isinstance(tiles[0], torch.Tensor) else np.concatenate(tiles)
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        pixel_values = self.rescale_and_normalize(joined, *(settings[name] for name in names))
+        data = {"pixel_values": pixel_values, "tile_counts": counts, "tile_grids": grids}
+        return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _decoded(self, pictures: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
+    def _decoded(self, images: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
         """Yield the images one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
         options = {name: settings.get(name) for name in ("input_data_format", "untrusted_sources")}
-        sources = iter([picture for picture in pictures if isinstance(picture, SOURCES)])
+        sources = iter([image for image in images if isinstance(image, SOURCES)])
         with ThreadPoolExecutor(DECODED_AHEAD) as threads:  # Pillow and the network let go of the interpreter meanwhile
             read = deque(
                 threads.submit(self.process_image, source, **options) for source in islice(sources, DECODED_AHEAD)
             )
-            for picture in pictures:
-                if not isinstance(picture, SOURCES):  # it may be there twice, and must not be decoded by two threads
-                    yield self.process_image(picture, **options)
+            for image in images:
+                if not isinstance(image, SOURCES):  # it may be there twice, and must not be decoded by two threads
+                    yield self.process_image(image, **options)
                     continue
                 yield read.popleft().result()
                 read.extend(threads.submit(self.process_image, source, **options) for source in islice(sources, 1))
 
     def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
-        """Return the four tile ranges that a call with these options uses."""
-        settings = {**{name: getattr(self, name) for name in RANGE_NAMES}, **expand_preset(images_kwargs)}
+        """Return the four tile ranges that a call with these options uses; a tiling without adaptive grid has 1 to 1 there."""
+        settings = {**{name: getattr(self, name) for name in GRID_OPTIONS}, **expand_preset(images_kwargs)}
         ranges = tuple(settings[name] for name in RANGE_NAMES)
-        check_tile_range(*ranges[:2], "detailed tile")
-        check_tile_range(*ranges[2:], "adaptive tile")
-        return ranges
+        check_tile_ranges(*ranges)
+        return ranges if settings["tiling"].startswith("msac") else (*ranges[:2], 1, 1)
 
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
-        """Count the detailed, adaptive and thumbnail tiles of an image of this size, without its pixels."""
-        own = {name: getattr(self, name) for name in (*RANGE_NAMES, "use_thumbnail")}
+        """Count the detailed, adaptive and thumbnail tiles of an image of this size, without its pixels.
+
+        With `drop_blank` these are the most it can have.
+        """
+        own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
-        ranges = (settings[name] for name in RANGE_NAMES)
-        return tile_counts(*msac_grids(width, height, *ranges, tile_size), settings["use_thumbnail"])
+        ranges = tuple(settings[name] for name in RANGE_NAMES)
+        grids = choose_grids(width, height, ranges, tile_size, settings["tiling"], settings["relaxed_alpha"])
+        return tile_counts(*grids, settings["use_thumbnail"])
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Count the tiles of an image of this size, all three kinds together, without its pixels."""
+        """Count the tiles of an image of this size, all three kinds together, without its pixels; see `count_tiles`."""
         return sum(self.count_tiles(height, width, images_kwargs))
 
     def to_dict(self) -> dict[str, Any]:
@@ -258,7 +310,7 @@ class _MsacMixin:
 
 
 def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return `kwargs` with the four tile ranges of its `preset`, where they are not given themselves.
+    """Return `kwargs` with the four tile ranges and the tiling of its `preset`, where they are not given themselves.
 
     Raises:
         ValueError: No preset has that name.
@@ -271,7 +323,7 @@ def expand_preset(kwargs: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
     given = {name: value for name, value in kwargs.items() if name != "preset" and value is not None}
-    return {**dict(zip(RANGE_NAMES, PRESETS[preset])), **given}
+    return {**dict(zip(RANGE_NAMES, PRESETS[preset])), "tiling": PRESET_TILINGS.get(preset, "msac"), **given}
 
 
 def _tile_side(size) -> int:
@@ -289,132 +341,80 @@ def _tile_side(size) -> int:
     return sides[0]
 
 
-def _flat(images) -> Iterator:
-    """Flatten lists of images within lists, in order; an array of four dimensions is a batch."""
+def list_images(images) -> list:
+    """List the images of a (nested) list without opening any; an array of four dimensions is a batch.
+
+    Raises:
+        ValueError: Something that is not an image, or that shows nothing: None or an empty list in a list, an empty array.
+    """
+    if images is None:
+        return []
     if isinstance(images, (list, tuple)):
-        for image in images:
-            yield from _flat(image)
-        return
+        for item in images:
+            if item is None or (isinstance(item, (list, tuple)) and not item):
+                raise ValueError(EMPTY.format("images", repr(item)))
+        return [image for item in images for image in list_images(item)]
     if not isinstance(images, (*SOURCES, Image.Image, np.ndarray, torch.Tensor)):
         raise ValueError(
             f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(images).__name__}."
         )
-    if getattr(images, "ndim", 3) == 4:
-        yield from images
-    else:
-        yield images
-
-
-def _batch(tiles, grids: list[tuple], use_thumbnail: bool, return_tensors) -> BatchFeature:
-    data = {
-        "pixel_values": tiles,
-        "tile_counts": [tile_counts(*pair, use_thumbnail) for pair in grids],
-        "tile_grids": [(*detailed, *adaptive) for detailed, adaptive in grids],
-    }
-    return BatchFeature(data=data, tensor_type=return_tensors)
+    if 0 in getattr(images, "shape", ()):
+        raise ValueError(EMPTY.format("images", f"an array of shape {tuple(images.shape)}"))
+    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
 class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):
     """MSAC with PIL and NumPy: the pixels of the published code, bit for bit."""
 
-    def _preprocess(
-        self,
-        images: list,
-        size: SizeDict,
-        resample,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean,
-        image_std,
-        use_thumbnail: bool,
-        return_tensors=None,
-        **settings,
-    ) -> BatchFeature:
-        tile_size, grids, layers = size.height, [], []
-        ranges = [settings[name] for name in RANGE_NAMES]
-        for image in self._decoded(images, settings):
-            grids.append(msac_grids(*image.size, *ranges, tile_size))
-            layers += [self._cut(image, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)]
-        tiles = np.concatenate(layers)  # (T, 3, S, S) uint8
+    def _cut(self, image: Image.Image, grids: list[Grid], tile_size: int, resample, device) -> list[np.ndarray]:
+        """Cut an image in each grid: (columns * rows, 3, S, S) uint8, row by row."""
+        layers = []
+        for columns, rows in grids:
+            resized = np.asarray(resize_image(image, tile_size * columns, tile_size * rows, resample))
+            tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
+            layers.append(tiles.reshape(columns * rows, 3, tile_size, tile_size))
+        return layers
+
+    def rescale_and_normalize(
+        self, images: np.ndarray, do_rescale: bool, rescale_factor: float, do_normalize: bool, image_mean, image_std
+    ) -> np.ndarray:
+        """Rescale and normalise tiles (T, 3, S, S) as the torchvision back end does, with the published rounding."""
         if do_rescale and rescale_factor == 1 / 255:
-            tiles = tiles.astype(np.float32) / np.float32(255)  # as ToTensor does; a factor would round differently
+            images = images.astype(np.float32) / np.float32(255)  # as ToTensor does; a factor would round differently
         elif do_rescale:
-            tiles = tiles.astype(np.float32) * np.float32(rescale_factor)
+            images = images.astype(np.float32) * np.float32(rescale_factor)
         if do_normalize:
             mean, std = (np.asarray(value, dtype=np.float32).reshape(-1, 1, 1) for value in (image_mean, image_std))
-            tiles = (tiles - mean) / std
-        return _batch(tiles, grids, use_thumbnail, return_tensors)
-
-    @staticmethod
-    def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int, resample) -> np.ndarray:
-        """Cut into (columns * rows, 3, S, S) uint8, row by row."""
-        columns, rows = grid
-        resized = np.asarray(resize_picture(image, tile_size * columns, tile_size * rows, resample))
-        tiles = resized.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
-        return tiles.reshape(columns * rows, 3, tile_size, tile_size)
+            images = (images - mean) / std
+        return images
 
 
 class MiniMonkeyImageProcessor(_MsacMixin, TorchvisionBackend):
     """MSAC with torchvision: faster than PIL, at most one level of 255 away from it."""
 
-    def _preprocess(
-        self,
-        images: list,
-        size: SizeDict,
-        resample,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean,
-        image_std,
-        use_thumbnail: bool,
-        return_tensors=None,
-        device=None,
-        **settings,
-    ) -> BatchFeature:
-        tile_size, grids, layers = size.height, [], []
-        ranges = [settings[name] for name in RANGE_NAMES]
-        for image in self._decoded(images, settings):
-            grids.append(msac_grids(*image.size, *ranges, tile_size))
-            pixels = _to_tensor(image, device)  # once for all its grids; this copy takes longer than a resize
-            layers += [
-                self._cut(image, pixels, grid, tile_size, resample) for grid in layer_grids(*grids[-1], use_thumbnail)
-            ]
-        tiles = self.rescale_and_normalize(
-            torch.cat(layers), do_rescale, rescale_factor, do_normalize, image_mean, image_std
-        )
-        return _batch(tiles.contiguous(), grids, use_thumbnail, return_tensors)
-
-    def _cut(
-        self, image: Image.Image, pixels: torch.Tensor, grid: tuple[int, int], tile_size: int, resample
-    ) -> torch.Tensor:
-        """Cut into (columns * rows, 3, S, S) uint8, row by row."""
-        columns, rows = grid
-        resized = self._resize_as_pil(image, pixels, tile_size * columns, tile_size * rows, resample)
-        tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
-        return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
-
-    def _resize_as_pil(
-        self, image: Image.Image, pixels: torch.Tensor, width: int, height: int, resample
-    ) -> torch.Tensor:
-        """Resize to (3, height, width) uint8, at most one level away from `resize_picture`; `pixels` are those of `image`.
+    def _cut(self, image: Image.Image, grids: list[Grid], tile_size: int, resample, device) -> list[torch.Tensor]:
+        """Cut an image in each grid: (columns * rows, 3, S, S) uint8, row by row, at most one level away from PIL's.
 
         Pillow resizes one direction after the other with 8-bit samples in between. The two kernels differ by a rounding
         in each pass. Reducing averages that out; enlarging does not, nor does reducing by a little, and there Pillow
         itself is used.
         """
-        reduces = all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, (width, height)))
-        if not reduces or resample not in RESIZED_BY_TORCH:
-            return _to_tensor(resize_picture(image, width, height, resample), pixels.device)
-        for columns, rows in resizing_steps(*image.size, width, height):
-            pixels = self.resize(pixels, SizeDict(height=rows, width=columns), resample)
-        return pixels
-
-
-def _to_tensor(image: Image.Image, device) -> torch.Tensor:
-    """Return (3, H, W) uint8 with the channels last in memory, which torch resizes fastest."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+        layers = []
+        # Channels last in memory, which torch resizes fastest; once for all grids, since this copy takes longer than a resize.
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+        for columns, rows in grids:
+            size = (tile_size * columns, tile_size * rows)
+            reduces = all(old == new or old >= LEAST_REDUCTION * new for old, new in zip(image.size, size))
+            if reduces and resample in RESIZED_BY_TORCH:
+                resized = pixels
+                for step in resizing_steps(*image.size, *size):
+                    resized = self.resize(resized, SizeDict(height=step[1], width=step[0]), resample)
+            else:
+                resized = np.array(resize_image(image, *size, resample))
+                resized = torch.from_numpy(resized).permute(2, 0, 1).to(device)
+            tiles = resized.unflatten(1, (rows, tile_size)).unflatten(3, (columns, tile_size))
+            layers.append(tiles.permute(1, 3, 0, 2, 4).flatten(0, 1))
+        return layers
 
 
 __all__ = ["MiniMonkeyImageProcessor", "MiniMonkeyImageProcessorPil"]

@@ -51,7 +51,7 @@ class DownloadLimits(NamedTuple):
     seconds: float
 
 
-PICTURE_DOWNLOAD = DownloadLimits(128 * 2**20, 60.0)
+IMAGE_DOWNLOAD = DownloadLimits(128 * 2**20, 60.0)
 VIDEO_DOWNLOAD = DownloadLimits(2**30, 180.0)
 
 SILENCE = 30.0  # seconds without a byte after which we give up on a server
@@ -130,7 +130,7 @@ def read_source(source: str | os.PathLike, untrusted: bool = False) -> bytes | s
         return decode_base64(text.partition(",")[2], name)
     if isinstance(source, str) and is_url(text):
         data = io.BytesIO()
-        download(text, data, PICTURE_DOWNLOAD, untrusted)
+        download(text, data, IMAGE_DOWNLOAD, untrusted)
         return data.getvalue()
     path = None if untrusted else path_of(source)
     if path is not None:

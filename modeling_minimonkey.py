@@ -179,33 +179,22 @@ class MiniMonkeyForConditionalGeneration(
         Raises:
             ValueError: Shapes, types or devices that do not fit, or the numbers of image tokens and features differ.
         """
-        return self.place_features(input_ids, self._features_for(input_ids, pixel_values, image_flags))
-
-    def _features_for(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_flags: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the image features (T, K, D) of a prompt; see `encode_images`."""
-        self._check_pixel_values(pixel_values)
-        if image_flags is not None:
-            pixel_values = pixel_values[image_flags.flatten() == 1]
-        tiles, per_tile = pixel_values.shape[0], self.tokens_per_tile(pixel_values)
-        tokens = (input_ids == self.config.image_token_id).sum()
-        torch_compilable_check(
-            tokens == tiles * per_tile,
-            lambda: (
-                f"The prompt has {int(tokens)} image tokens (id {self.config.image_token_id}), but {tiles} tiles give "
-                f"{tiles * per_tile} features ({per_tile} each)."
-            ),
-        )
-        return self.encode_tiles(pixel_values)
+        pixel_values = pixel_values if image_flags is None else pixel_values[image_flags.flatten() == 1]
+        self.tokens_per_tile(pixel_values, input_ids)
+        return self.place_features(input_ids, self.encode_tiles(pixel_values))
 
     def encode_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return what the language model sees of tiles (T, 3, S, S): (T, K, D); for `pixel_values` see `encode_images`."""
-        self._check_pixel_values(pixel_values)
+        per_tile = self.tokens_per_tile(pixel_values)
         if not len(pixel_values):
-            return pixel_values.new_empty(0, self.tokens_per_tile(pixel_values), self.config.text_config.hidden_size)
+            return pixel_values.new_empty(0, per_tile, self.config.text_config.hidden_size)
         chunks = pixel_values.split(VISION_CHUNK_TILES)
-        chunks = map(self._normalised, chunks) if pixel_values.dtype == torch.uint8 else chunks
+        if pixel_values.dtype == torch.uint8:
+            mean, std = (
+                torch.tensor(values, device=pixel_values.device).view(-1, 1, 1)
+                for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            )
+            chunks = (((chunk / 255 - mean) / std).to(self.dtype) for chunk in chunks)
         return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
 
     def place_features(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -214,19 +203,15 @@ class MiniMonkeyForConditionalGeneration(
         is_image = (input_ids == self.config.image_token_id).unsqueeze(-1).to(embeddings.device)
         return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
 
-    def tokens_per_tile(self, pixel_values: torch.Tensor) -> int:
-        """Return how many image tokens each of these tiles gives."""
-        patch_size, ratio = self.config.vision_config.patch_size[0], self.config.downsample_ratio
-        return int(pixel_values.shape[-1] // patch_size * ratio) ** 2
+    def tokens_per_tile(self, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None) -> int:
+        """Return how many image tokens each of these tiles (T, 3, S, S) gives.
 
-    def _normalised(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        mean, std = (
-            torch.tensor(values, device=pixel_values.device).view(-1, 1, 1)
-            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        )
-        return ((pixel_values / 255 - mean) / std).to(self.dtype)
+        Args:
+            input_ids: (B, N), a prompt that must have as many image tokens as all tiles together give.
 
-    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        Raises:
+            ValueError: Shapes, types or devices that do not fit, or the numbers of image tokens and features differ.
+        """
         channels, patch_size = self.config.vision_config.num_channels, self.config.vision_config.patch_size[0]
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3]:
@@ -242,6 +227,17 @@ class MiniMonkeyForConditionalGeneration(
                 f"pixel_values are on {pixel_values.device}, the model is on {self.device}; "
                 "move the inputs with inputs.to(model.device)."
             )
+        per_tile = int(shape[3] // patch_size * self.config.downsample_ratio) ** 2
+        if input_ids is not None:
+            tokens = (input_ids == self.config.image_token_id).sum()
+            torch_compilable_check(
+                tokens == shape[0] * per_tile,
+                lambda: (
+                    f"The prompt has {int(tokens)} image tokens (id {self.config.image_token_id}), but {shape[0]} tiles give "
+                    f"{shape[0] * per_tile} features ({per_tile} each)."
+                ),
+            )
+        return per_tile
 
     @can_return_tuple
     @extends(InternVLForConditionalGeneration.forward)
@@ -283,7 +279,9 @@ class MiniMonkeyForConditionalGeneration(
                     "pixel_values need input_ids, whose image tokens say where the features belong, and no inputs_embeds."
                 )
             visual_token_mask = input_ids == self.config.image_token_id
-            features = self._features_for(input_ids, pixel_values, image_flags)
+            pixel_values = pixel_values if image_flags is None else pixel_values[image_flags.flatten() == 1]
+            self.tokens_per_tile(pixel_values, input_ids)
+            features = self.encode_tiles(pixel_values)
             inputs_embeds, input_ids = self.place_features(input_ids, features), None
         elif input_ids is not None and input_ids.shape[-1] > 1 and not torch.compiler.is_compiling():
             self._check_no_image_tokens(input_ids)  # no later step of a generation waits for the device here

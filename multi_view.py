@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .picture_decoding import resize_picture, to_rgb
+from .image_decoding import resize_image, to_rgb
 
 
 SCALE = 1000
@@ -125,16 +125,16 @@ def stitch_views(
     """
     _check_views(views, columns, view_size)
     columns = min(columns, len(views))
-    pictures = [to_rgb(view) for view in views.values()]
+    images = [to_rgb(view) for view in views.values()]
     width, height = view_size
     canvas = Image.new("RGB", (columns * width, -(-len(views) // columns) * height))
     font = ImageFont.load_default(size=max(1, round(CAPTION_SIZE * height))) if captions else None
-    for i, (name, picture) in enumerate(zip(views, pictures)):
-        view = resize_picture(picture, width, height, Image.Resampling.BICUBIC)
+    for i, (name, image) in enumerate(zip(views, images)):
+        view = resize_image(image, width, height, Image.Resampling.BICUBIC)
         if captions:
             ImageDraw.Draw(view).text((0, 0), name, fill=CAPTION_COLOUR, font=font)
         canvas.paste(view, (i % columns * width, i // columns * height))
-    sizes = tuple(picture.size for picture in pictures)
+    sizes = tuple(image.size for image in images)
     return StitchedViews(canvas, tuple(views), sizes, columns, (width, height))
 
 

@@ -8,7 +8,6 @@ Knows no model. An image's place in the text is `<image>`; it becomes `<img>`, o
 its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the tile counts of the image processor.
 """
 
-import math
 import re
 from collections.abc import Iterable
 from itertools import groupby
@@ -30,17 +29,16 @@ from .conversation import (
     check_placeholders,
     check_text,
     control_tokens,
-    count_placeholders,
-    encode,
+    encode_parts,
     expand_placeholders,
-    has_pictures,
+    has_images,
     has_protected_text,
     protect_messages,
 )
 from .grounding import draw_boxes, parse_boxes
-from .image_processing_minimonkey import MiniMonkeyImageProcessorKwargs
+from .image_decoding import pages_of
+from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, list_images
 from .multi_view import stitch_views
-from .picture_decoding import pages_of
 from .tiling import RANGE_NAMES
 from .transformers_bridge import MultiModalData, custom_object_save
 from .video_frames import load_frames
@@ -139,11 +137,11 @@ def place_frames(
     return texts, [next(remaining[kind]) for kind in kinds]
 
 
-def cut_pictures(image_processor, pictures: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
+def cut_images(image_processor, images: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
     """Cut images that have options of their own, beside `options` for all, with the image processor, in order."""
     parts = [
-        image_processor([picture for picture, _ in group], **{**own, **options})
-        for own, group in groupby(pictures, key=lambda picture: picture[1])
+        image_processor([image for image, _ in group], **{**own, **options})
+        for own, group in groupby(images, key=lambda image: image[1])
     ]
     return dict(parts[0]) if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
@@ -162,7 +160,7 @@ def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) 
     ranges = dict(zip(RANGE_NAMES, (1, sampling.pop("frame_tiles", 1), 1, 1)))
     if "video_backend" in sampling:
         sampling["backend"] = sampling.pop("video_backend")
-    return sampling, {**{name: value for name, value in images_kwargs.items() if name != "preset"}, **ranges}
+    return sampling, {**images_kwargs, **ranges}  # which a preset leaves as they are
 
 
 def _joined(parts: list):
@@ -179,8 +177,8 @@ def _of_the_same_kind(mask, ids):
     return np.asarray(mask) if isinstance(ids, np.ndarray) else mask
 
 
-def with_pages(pictures: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
-    """Return `pictures`, with the pages of TIFF files as images of their own.
+def with_pages(images: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
+    """Return `images`, with the pages of TIFF files as images of their own.
 
     Where `texts` have one `<image>` for each file, its first page alone is shown, which the image processor warns about.
 
@@ -188,9 +186,9 @@ def with_pages(pictures: list, texts: list[str], image_processor, options: dict[
         ValueError: A path, where sources are untrusted.
     """
     untrusted = options.get("untrusted_sources", image_processor.untrusted_sources)
-    pages = [page for picture in pictures for page in pages_of(picture, untrusted)]
-    has_pages = len(pages) > len(pictures)
-    return pages if has_pages and count_placeholders(texts) != len(pictures) else pictures
+    pages = [page for image in images for page in pages_of(image, untrusted)]
+    has_pages = len(pages) > len(images)
+    return pages if has_pages and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(images) else images
 
 
 def list_videos(videos) -> list:
@@ -199,45 +197,19 @@ def list_videos(videos) -> list:
     Raises:
         ValueError: A list of nothing: None or an empty list in it, or an array that is not videos.
     """
-    return [] if _is_none(videos) else _listed_videos(videos)
-
-
-def _listed_videos(videos) -> list:
-    if getattr(videos, "ndim", 4) == 5:
-        return [*_not_empty(videos, "videos")]
-    if not isinstance(videos, (list, tuple)):
-        return [_not_empty(videos, "videos")]
-    is_one = bool(videos) and all(isinstance(item, Image.Image) or getattr(item, "ndim", 4) < 4 for item in videos)
-    if is_one:
-        return [videos]
-    return [video for item in _not_empty(videos, "videos") for video in _listed_videos(item)]
-
-
-def flatten_pictures(images) -> list:
-    """List the images of a (nested) list without opening any; an array of four dimensions is a batch.
-
-    Raises:
-        ValueError: A list of nothing: None or an empty list in it, or an array that is not images.
-    """
-    if images is None:
+    if videos is None or (isinstance(videos, (list, tuple)) and not videos):
         return []
-    if isinstance(images, (list, tuple)):
-        return [picture for row in images for picture in flatten_pictures(_not_empty(row, "images"))]
-    images = _not_empty(images, "images") if hasattr(images, "shape") else images
-    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
-
-
-def _is_none(media) -> bool:
-    """Tell whether no images or videos are meant: None, or the empty list that chat windows send."""
-    return media is None or (isinstance(media, (list, tuple)) and not media)
-
-
-def _not_empty(media, name: str):
-    """Return `media` unless it is empty: what was to be shown and got lost must not become an answer without it."""
-    if _is_none(media) or (hasattr(media, "shape") and not math.prod(media.shape)):
-        what = f"an array of shape {tuple(media.shape)}" if hasattr(media, "shape") else repr(media)
-        raise ValueError(f"{name} hold {what}, which shows nothing; pass {name}=None to ask without any.")
-    return media
+    if 0 in getattr(videos, "shape", ()):
+        raise ValueError(EMPTY.format("videos", f"an array of shape {tuple(videos.shape)}"))
+    if getattr(videos, "ndim", 4) == 5:
+        return [*videos]
+    is_list = isinstance(videos, (list, tuple))
+    if not is_list or all(isinstance(item, Image.Image) or getattr(item, "ndim", 4) < 4 for item in videos):
+        return [videos]
+    for item in videos:
+        if item is None or (isinstance(item, (list, tuple)) and not item):
+            raise ValueError(EMPTY.format("videos", repr(item)))
+    return [video for item in videos for video in list_videos(item)]
 
 
 class MiniMonkeyProcessor(ProcessorMixin):
@@ -313,7 +285,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         images = self._check_images(texts, images, merged["images_kwargs"])
         image_inputs, tiles = {}, []
         prompts = texts
-        if not _is_none(videos):
+        if videos is not None and not (isinstance(videos, (list, tuple)) and not videos):  # chat windows send []
             prompts, image_inputs = self._with_frames(texts, images, videos, merged)
         elif images:
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
@@ -335,7 +307,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         for name in ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs"):
             if not isinstance(options.get(name, {}), dict):
                 raise ValueError(f"{name} is a dict of options, got {options[name]!r}.")
-        self.image_processor.check_options(options.get("images_kwargs", {}))
+        self.image_processor.check_options(options.get("images_kwargs", {}))  # says more than merging does
         try:
             merged = self._merge_kwargs(
                 MiniMonkeyProcessorKwargs,
@@ -360,8 +332,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
         given = {name: merged["videos_kwargs"].get(name) for name in VIDEO_OPTIONS}
         given = {name: value for name, value in given.items() if value is not None}
         given.setdefault("untrusted_sources", self.image_processor.untrusted_sources)
-        texts, pictures = place_frames(texts, images, merged["images_kwargs"], videos, given)
-        return texts, cut_pictures(self.image_processor, pictures)
+        texts, images = place_frames(texts, images, merged["images_kwargs"], videos, given)
+        return texts, cut_images(self.image_processor, images)
 
     def _check_images(self, texts: list[str], images, options: dict[str, Any]) -> list:
         """Return the images in one list, with pages as images of their own; check that each has its placeholder."""
@@ -369,16 +341,16 @@ class MiniMonkeyProcessor(ProcessorMixin):
         if is_by_text:
             if len(images) != len(texts):
                 raise ValueError(f"{len(images)} lists of images were given for {len(texts)} texts.")
-            rows = images if len(texts) > 1 else [flatten_pictures(images)]  # of several texts some may have no images
-            pictures = []
+            rows = images if len(texts) > 1 else [list_images(images)]  # of several texts some may have no images
+            found = []
             for row, (text, given) in enumerate(zip(texts, rows)):
-                of_row = with_pages(flatten_pictures(given), [text], self.image_processor, options)
+                of_row = with_pages(list_images(given), [text], self.image_processor, options)
                 check_placeholders([text], len(of_row), f"Row {row}")
-                pictures += of_row
-            return pictures
-        pictures = with_pages(flatten_pictures(images), texts, self.image_processor, options)
-        check_placeholders(texts, len(pictures))
-        return pictures
+                found += of_row
+            return found
+        images = with_pages(list_images(images), texts, self.image_processor, options)
+        check_placeholders(texts, len(images))
+        return images
 
     def _encode(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         """Return token ids, padded as `options` say; nothing is added in front or behind."""
@@ -395,7 +367,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
             if truncation and any(self._truncate(row, max_length) != row for row in inputs["input_ids"]):
                 raise ValueError("Offsets cannot be given for prompts that are truncated.")
         else:
-            rows = [encode(self.tokenizer, text) for text in texts]
+            rows = [encode_parts(self.tokenizer, [text])[0] for text in texts]
             rows = [self._truncate(row, max_length) for row in rows] if truncation else rows
             inputs = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
             if padding:
@@ -434,7 +406,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         sanitize, grounding_tokens = kwargs.pop("sanitize_control_tokens", True), kwargs.pop("grounding_tokens", False)
         check_messages(conversation)
         allows_for_images = hasattr(ProcessorMixin, "_adjust_assistant_masks_indices")
-        if kwargs.get("return_assistant_tokens_mask") and not allows_for_images and has_pictures(conversation):
+        if kwargs.get("return_assistant_tokens_mask") and not allows_for_images and has_images(conversation):
             raise ValueError("With images, return_assistant_tokens_mask needs a newer transformers, 5.23 for example.")
         if tokenize and sanitize:
             spellings = [*control_tokens(self.tokenizer, grounding_tokens), IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER]
@@ -445,13 +417,17 @@ class MiniMonkeyProcessor(ProcessorMixin):
         return prompt
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Count the tokens and tiles of images of (height, width) `image_sizes`, for serving engines."""
+        """Count the tokens and tiles of images of (height, width) `image_sizes`, for serving engines.
+
+        Raises:
+            ValueError: `drop_blank`, with which the number depends on the pixels.
+        """
         if image_sizes is None:
             return MultiModalData()
-        tiles = [
-            self.image_processor.get_number_of_image_patches(*size, kwargs.get("images_kwargs", kwargs))
-            for size in image_sizes
-        ]
+        options = kwargs.get("images_kwargs", kwargs)
+        if options.get("drop_blank", self.image_processor.drop_blank):
+            raise ValueError("drop_blank=True leaves out tiles by their pixels, which are not here; set it to False.")
+        tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in image_sizes]
         tokens = [self.image_seq_length * count + 2 for count in tiles]  # with <img> and </img>
         return MultiModalData(num_image_tokens=tokens, num_image_patches=tiles)
 

@@ -23,8 +23,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, DynamicLayer
 
 from .compression import CompressionSettings, ImageSpan
+from .image_decoding import to_rgb
 from .media_sources import check_file, path_of, short_name
-from .picture_decoding import to_rgb
 
 
 def common_length(first: list[int], second: list[int]) -> int:
@@ -38,18 +38,18 @@ class Prompt:
     compressed (`settings.keep_ratio` 1: not at all)."""
 
     token_ids: list[int]
-    pictures: list[tuple[bytes, ImageSpan]]
+    images: list[tuple[bytes, ImageSpan]]
     settings: CompressionSettings
 
     def common_start(self, other: "Prompt") -> int:
         """Count its first tokens that mean the same in `other`: all that the language model computes for them is equal."""
         same = common_length(self.token_ids, other.token_ids)
         is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
-        is_compressed = min(self.settings.keep_ratio, other.settings.keep_ratio) < 1
-        for i, (key, span) in enumerate(self.pictures):
+        is_compressed = self.settings.compresses or other.settings.compresses
+        for i, (key, span) in enumerate(self.images):
             if span.start >= same:
                 break
-            other_key, other_span = other.pictures[i] if i < len(other.pictures) else (None, None)
+            other_key, other_span = other.images[i] if i < len(other.images) else (None, None)
             is_same = key == other_key and span.stop <= same
             if is_compressed and span.detailed_tokens:
                 is_same = is_same and is_compressed_alike and span == other_span and span.query_stop <= same
@@ -82,13 +82,14 @@ class PromptMemory:
     Training, replacing or moving weights or buffers, or changing the model's configuration, makes it void; a
     change through `parameter.data` in place is not noticed, so call `forget` after one.
 
-    `tile_counts` and `features` are those of its images, by their key (see `picture_key`).
+    `tile_counts`, `tile_grids` and `features` are those of its images, by their key (see `image_key`).
     """
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)  # a history must not keep a model alive
         self._weights = _weights_version(model)
         self.tile_counts: dict[bytes, list[int]] = {}
+        self.tile_grids: dict[bytes, list[int]] = {}
         self.features: dict[bytes, torch.Tensor] = {}
         self._state: _State | None = None
         self._lock = threading.Lock()
@@ -100,7 +101,7 @@ class PromptMemory:
 
     def forget(self) -> None:
         """Free everything; the next turn is computed from the start."""
-        self._state, self.tile_counts, self.features = None, {}, {}
+        self._state, self.tile_counts, self.tile_grids, self.features = None, {}, {}, {}
 
     def extend_beginning(self, answer: str) -> None:
         """Note what was answered to the messages by which this memory was found; nothing for any other."""
@@ -115,12 +116,13 @@ class PromptMemory:
 
     def begin_turn(self, keys: list[bytes]) -> "Turn":
         """Return what the next turn, about the images `keys`, starts from."""
-        return Turn(self, keys, self.tile_counts, self.features)
+        return Turn(self, keys, self.tile_counts, self.tile_grids, self.features)
 
-    def remember_pictures(self, pictures: dict[bytes, tuple[list[int], torch.Tensor]]) -> None:
-        """Keep the tile counts and features of exactly these images, those of the prompt that is about to be read."""
-        self.tile_counts = {key: counts for key, (counts, _) in pictures.items()}
-        self.features = {key: features for key, (_, features) in pictures.items()}
+    def remember_images(self, images: dict[bytes, tuple[list[int], list[int], torch.Tensor]]) -> None:
+        """Keep the tile counts, grids and features of exactly these images, those of the prompt that is about to be read."""
+        self.tile_counts = {key: counts for key, (counts, _, _) in images.items()}
+        self.tile_grids = {key: grids for key, (_, grids, _) in images.items()}
+        self.features = {key: features for key, (_, _, features) in images.items()}
         forget_the_oldest(self._model(), self)
 
     def take_cache(self, prompt: Prompt) -> Recalled:
@@ -155,11 +157,12 @@ class PromptMemory:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn starts from: its images in order, and the tile counts and features of those that the memory knows."""
+    """What a turn starts from: its images in order, and the tiles and features of those that the memory knows."""
 
     memory: PromptMemory
     keys: list[bytes]
     tile_counts: dict[bytes, list[int]]
+    tile_grids: dict[bytes, list[int]]
     features: dict[bytes, torch.Tensor]
 
 
@@ -168,11 +171,28 @@ def new_cache(model: nn.Module) -> Cache:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def picture_key(picture, options: object) -> bytes:
+def joined_caches(rows: list[Cache], joined: Cache, copies: int) -> Cache:
+    """Put the caches of single rows into an empty one, padded on the left to the longest, each row `copies` times over."""
+    filled = next(cache for cache in rows if cache.get_seq_length())
+    longest = max(cache.get_seq_length() for cache in rows)
+    for index, layer in enumerate(filled.layers):
+        states = []
+        for name in ("keys", "values"):
+            _, heads, _, width = getattr(layer, name).shape
+            padded = getattr(layer, name).new_zeros(len(rows), heads, longest, width)
+            for row, cache in enumerate(rows):
+                if length := cache.get_seq_length():
+                    padded[row, :, longest - length :] = getattr(cache.layers[index], name)[0]
+            states.append(padded.repeat_interleave(copies, dim=0))
+        joined.update(*states, index)
+    return joined
+
+
+def image_key(image, options: object) -> bytes:
     """Return what tells images apart: what they show and how they are to be cut.
 
     Args:
-        picture: A PIL image (what is shown of it counts), an array or tensor (their values), a path (the file's bytes), a URL
+        image: A PIL image (what is shown of it counts), an array or tensor (their values), a path (the file's bytes), a URL
             or data URI (its text).
         options: Whatever else decides how it is cut; its `repr` counts.
 
@@ -180,25 +200,25 @@ def picture_key(picture, options: object) -> bytes:
         ValueError: Anything else, or an image whose file is broken.
     """
     digest = hashlib.sha256(repr(options).encode())
-    if isinstance(picture, (str, os.PathLike)):
-        digest.update(repr(getattr(picture, "page", None)).encode())
-        _digest_source(digest, picture)
-    elif isinstance(picture, torch.Tensor):
-        digest.update(repr((picture.shape, picture.dtype)).encode())
+    if isinstance(image, (str, os.PathLike)):
+        digest.update(repr(getattr(image, "page", None)).encode())
+        _digest_source(digest, image)
+    elif isinstance(image, torch.Tensor):
+        digest.update(repr((image.shape, image.dtype)).encode())
         try:
-            digest.update(picture.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+            digest.update(image.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
         except (TypeError, RuntimeError) as error:  # sparse, on the meta device, ...
-            raise ValueError(f"A tensor of {picture.layout} on {picture.device} is no picture: {error}") from error
-    elif isinstance(picture, Image.Image):
-        shown = to_rgb(picture)
+            raise ValueError(f"A tensor of {image.layout} on {image.device} is no picture: {error}") from error
+    elif isinstance(image, Image.Image):
+        shown = to_rgb(image)
         digest.update(repr(shown.size).encode())
         digest.update(shown.tobytes())
-    elif isinstance(picture, np.ndarray):
-        digest.update(repr((picture.shape, picture.dtype)).encode())
-        digest.update(picture.tobytes())
+    elif isinstance(image, np.ndarray):
+        digest.update(repr((image.shape, image.dtype)).encode())
+        digest.update(image.tobytes())
     else:
         raise ValueError(
-            f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(picture).__name__}."
+            f"A picture is a PIL image, an array, a tensor, a path, a URL or a data URI, got {type(image).__name__}."
         )
     return digest.digest()
 

@@ -6,10 +6,12 @@ opening it. Standard library only.
     >>> msac_grids(1280, 720)
     ((4, 2), (3, 2))
 
-Source: Mini-Monkey (arXiv 2408.02034), section 3.1, and the published inference code.
+Sources: Mini-Monkey (arXiv 2408.02034), section 3.1, and the published inference code; for other rules of the detailed
+grid MiniCPM-V (2408.01800), section 3.2, and BlueLM-V-3B (2411.10640), algorithm 1.
 """
 
 from functools import lru_cache
+from math import ceil, log
 
 
 Grid = tuple[int, int]
@@ -20,7 +22,8 @@ TileRanges = tuple[int, int, int, int]
 
 # Tile ranges of the published evaluation, by benchmark; "default" is that of the demo, "others" that of every
 # benchmark without a row of its own. "multi_view" is ours, for images of `multi_view.py`: no adaptive tiles, which
-# would mix cameras (a range of one tile holds no grid that does not divide the detailed one).
+# would mix cameras (a range of one tile holds no grid that does not divide the detailed one). The last three are those
+# of other systems, which have no adaptive tiles.
 PRESETS: dict[str, TileRanges] = {
     "default": (4, 12, 3, 7),
     "chartqa": (4, 12, 1, 3),
@@ -38,7 +41,17 @@ PRESETS: dict[str, TileRanges] = {
     "vlmevalkit_textvqa": (14, 23, 5, 15),
     "vlmevalkit_infovqa": (15, 23, 3, 5),
     "multi_view": (1, 12, 1, 1),
+    "internvl": (1, 12, 1, 1),
+    "minicpm_v": (1, 9, 1, 1),
+    "bluelm_v": (1, 16, 1, 1),
 }
+
+# The tiling of presets that are not "msac", see `choose_grids`.
+PRESET_TILINGS = {"internvl": "internvl", "minicpm_v": "logscore", "bluelm_v": "relaxed"}
+
+TILINGS = ("msac", "internvl", "logscore", "relaxed", "msac-logscore", "msac-relaxed")
+
+BUDGET_TILING = "internvl"  # of an image that is given so many tokens: what reads most, see docs/compression.md
 
 SINGLE_TILE: Grid = (1, 1)
 
@@ -73,22 +86,104 @@ def closest_grid(width: int, height: int, grids: tuple[Grid, ...], tile_size: in
     return best
 
 
-def check_tile_range(min_tiles: int, max_tiles: int, name: str = "tile") -> None:
-    """Raise `ValueError` unless 1 <= `min_tiles` <= `max_tiles` <= `MOST_TILES`, both integers."""
-    for value in (min_tiles, max_tiles):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"The {name} range must be two integers, got {min_tiles!r} to {max_tiles!r}.")
-    if not 1 <= min_tiles <= max_tiles:
-        raise ValueError(
-            f"The {name} range {min_tiles} to {max_tiles} holds no grid; it needs 1 <= minimum <= maximum."
-        )
-    if max_tiles > MOST_TILES:
-        raise ValueError(
-            f"The {name} range {min_tiles} to {max_tiles} is too wide: a grid has at most {MOST_TILES} tiles."
-        )
+def check_tile_ranges(*ranges: int) -> None:
+    """Raise `ValueError` unless the four `TileRanges` are two ranges of integers, 1 <= minimum <= maximum <= `MOST_TILES`."""
+    for name, least, most in (("detailed tile", *ranges[:2]), ("adaptive tile", *ranges[2:])):
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in (least, most)):
+            raise ValueError(f"The {name} range must be two integers, got {least!r} to {most!r}.")
+        if not 1 <= least <= most:
+            raise ValueError(f"The {name} range {least} to {most} holds no grid; it needs 1 <= minimum <= maximum.")
+        if most > MOST_TILES:
+            raise ValueError(f"The {name} range {least} to {most} is too wide: a grid has at most {MOST_TILES} tiles.")
+
+
+def logscore_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> Grid:
+    """Return MiniCPM-V's grid: about as many tiles as the image has tiles' worth of pixels, and its shape on a log scale.
+
+    The number of tiles is that of the image's area, one more or one less; on a tie the grid of fewer tiles, then of fewer
+    columns wins, so that a square is not transposed onto itself.
+    """
+    ideal = min(max(ceil(width * height / tile_size**2), min_tiles), max_tiles)
+    if ideal == 1:
+        return SINGLE_TILE
+    candidates = grids_in_range(max(ideal - 1, min_tiles, 2), min(ideal + 1, max_tiles))
+    return min(candidates, key=lambda grid: abs(log(width / height) - log(grid[0] / grid[1])))
+
+
+def relaxed_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int, alpha: float = 0.1) -> Grid:
+    """Return BlueLM-V-3B's grid: as many useful pixels as any other, within a share `alpha`, and few wasted ones.
+
+    Useful are the pixels of the image, fitted into the grid with its aspect ratio and not counted beyond its own size.
+    A grid has at most as many columns and rows as the smallest square of `max_tiles` tiles, where the range has such.
+    `alpha` 0 is the rule of LLaVA-NeXT.
+    """
+    grids, longest = grids_in_range(min_tiles, max_tiles), ceil(max_tiles**0.5)
+    grids = [grid for grid in grids if max(grid) <= longest] or list(grids)
+    # From large to small, as published; of as many tiles the closest in shape first, which matters to tiny images alone.
+    grids.sort(key=lambda grid: (-grid[0] * grid[1], abs(log(width / height) - log(grid[0] / grid[1]))))
+    most_useful, least_waste, best = 0, float("inf"), SINGLE_TILE
+    for columns, rows in grids:
+        grid_width, grid_height = tile_size * columns, tile_size * rows
+        scale = min(grid_width / width, grid_height / height)
+        useful = min(int(width * scale) * int(height * scale), width * height)
+        waste, less = grid_width * grid_height - useful, most_useful - useful
+        is_as_useful = less < alpha * most_useful or less == 0
+        if -less > alpha * most_useful or (is_as_useful and waste < least_waste):
+            most_useful, least_waste, best = useful, waste, (columns, rows)
+    return best
 
 
 @lru_cache(maxsize=4096)
+def choose_grids(
+    width: int,
+    height: int,
+    ranges: TileRanges = PRESETS["default"],
+    tile_size: int = 448,
+    tiling: str = "msac",
+    relaxed_alpha: float = 0.1,
+) -> tuple[Grid, Grid]:
+    """Return the detailed and the adaptive grid of an image, as ((columns, rows), (columns, rows)).
+
+    A grid of (1, 1) means that this layer has no tiles: the thumbnail already shows the whole image.
+
+    Args:
+        width, height: Image size in pixels.
+        ranges: Least and most tiles of the detailed grid, then of the adaptive one.
+        tile_size: Side of a square tile in pixels.
+        tiling: Of TILINGS. "msac" takes the detailed grid that is closest in shape, and among those that do not divide it in
+            both directions the closest adaptive one, so that its seams fall elsewhere. "internvl" has the same detailed
+            grid and no adaptive one; "logscore" (MiniCPM-V) and "relaxed" (BlueLM-V-3B) choose the detailed grid by their
+            own rules, and "msac-logscore" and "msac-relaxed" add the adaptive grid to these.
+        relaxed_alpha: Share of useful pixels that "relaxed" gives up for less waste.
+
+    Raises:
+        ValueError: A size below 1, an empty range, an unknown tiling or an alpha that is no share.
+    """
+    if width < 1 or height < 1 or tile_size < 1:
+        raise ValueError(f"Sizes must be at least 1 pixel, got a {width} x {height} image, tile size {tile_size}.")
+    check_tile_ranges(*ranges)
+    check_tiling(tiling, relaxed_alpha)
+    rule = tiling.removeprefix("msac-")
+    if rule == "logscore":
+        detailed = logscore_grid(width, height, *ranges[:2], tile_size)
+    elif rule == "relaxed":
+        detailed = relaxed_grid(width, height, *ranges[:2], tile_size, relaxed_alpha)
+    else:
+        detailed = closest_grid(width, height, grids_in_range(*ranges[:2]), tile_size)
+    if not tiling.startswith("msac"):
+        return detailed, SINGLE_TILE
+    candidates = tuple(grid for grid in grids_in_range(*ranges[2:]) if detailed[0] % grid[0] or detailed[1] % grid[1])
+    return detailed, closest_grid(width, height, candidates, tile_size)
+
+
+def check_tiling(tiling: str, relaxed_alpha: float) -> None:
+    """Raise `ValueError` unless there is such a tiling, and `relaxed_alpha` is from 0 to below 1."""
+    if tiling not in TILINGS:
+        raise ValueError(f"tiling is one of {', '.join(TILINGS)}, got {tiling!r}.")
+    if isinstance(relaxed_alpha, bool) or not isinstance(relaxed_alpha, (int, float)) or not 0 <= relaxed_alpha < 1:
+        raise ValueError(f"relaxed_alpha is a share from 0 to below 1 (0.1 in BlueLM-V-3B), got {relaxed_alpha!r}.")
+
+
 def msac_grids(
     width: int,
     height: int,
@@ -98,48 +193,24 @@ def msac_grids(
     adaptive_max_tiles: int = 7,
     tile_size: int = 448,
 ) -> tuple[Grid, Grid]:
-    """Return the detailed and the adaptive grid of an image, as ((columns, rows), (columns, rows)).
-
-    The adaptive grid is chosen among those that do not divide the detailed grid in both directions, so that its seams
-    fall elsewhere. A grid of (1, 1) means that this layer has no tiles: the thumbnail already shows the whole image.
-
-    Args:
-        width, height: Image size in pixels.
-        min_tiles, max_tiles: Number of tiles of the detailed grid.
-        adaptive_min_tiles, adaptive_max_tiles: Number of tiles of the adaptive grid.
-        tile_size: Side of a square tile in pixels.
-
-    Raises:
-        ValueError: A size below 1 or an empty range.
-    """
-    if width < 1 or height < 1 or tile_size < 1:
-        raise ValueError(f"Sizes must be at least 1 pixel, got a {width} x {height} image, tile size {tile_size}.")
-    check_tile_range(min_tiles, max_tiles, "detailed tile")
-    check_tile_range(adaptive_min_tiles, adaptive_max_tiles, "adaptive tile")
-    detailed = closest_grid(width, height, grids_in_range(min_tiles, max_tiles), tile_size)
-    candidates = tuple(
-        grid
-        for grid in grids_in_range(adaptive_min_tiles, adaptive_max_tiles)
-        if detailed[0] % grid[0] or detailed[1] % grid[1]
-    )
-    return detailed, closest_grid(width, height, candidates, tile_size)
+    """Return the two grids of Mini-Monkey, see `choose_grids`."""
+    return choose_grids(width, height, (min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles), tile_size)
 
 
-def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> list[Grid]:
-    """Return the grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; a one-tile grid gives none.
+def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> tuple[int, int, int]:
+    """Count the detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none.
 
     Args:
         use_thumbnail: Whether the whole image comes last as one tile. An image without other tiles is one in any case.
     """
-    cut = [grid for grid in (detailed, adaptive) if grid != SINGLE_TILE]
-    return cut + [SINGLE_TILE] if use_thumbnail or not cut else cut
-
-
-def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> tuple[int, int, int]:
-    """Count the detailed, adaptive and thumbnail tiles that the two grids give; a one-tile grid gives none."""
-    grids = layer_grids(detailed, adaptive, use_thumbnail)
     cut = [0 if grid == SINGLE_TILE else grid[0] * grid[1] for grid in (detailed, adaptive)]
-    return cut[0], cut[1], int(SINGLE_TILE in grids)
+    return cut[0], cut[1], int(use_thumbnail or not any(cut))
+
+
+def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> list[Grid]:
+    """Return the grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; see `tile_counts`."""
+    counts = tile_counts(detailed, adaptive, use_thumbnail)
+    return [grid for grid, count in zip((detailed, adaptive, SINGLE_TILE), counts) if count]
 
 
 def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges, use_thumbnail: bool = True) -> TileRanges:

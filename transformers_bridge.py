@@ -62,15 +62,10 @@ def with_one_cache_name(options: dict[str, Any]) -> dict[str, Any]:
     return {**others, CACHE_NAME: options[given[0]]} if given else others
 
 
-def cache_of(output) -> Any:
-    """Return the key/value cache of a model's or a generation's output, None where there is none."""
-    return getattr(output, CACHE_NAME, None)
-
-
 def with_both_cache_names(output):
     """Let the cache of an output be read as `cache` on a transformers that calls it `past_key_values`."""
     if IS_CACHE_RENAMED and isinstance(output, ModelOutput) and not torch.compiler.is_compiling():
-        output.cache = cache_of(output)
+        output.cache = getattr(output, CACHE_NAME, None)
     return output
 
 

@@ -29,7 +29,7 @@ DEFAULT_NUM_FRAMES = 8  # of a file when nothing is asked for, as InternVL2's mo
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"[playlist]", b"v=0")  # how texts begin that name other files
 
 CHANNELS = (1, 3)  # of a video's array
-PICTURE_CHANNELS = (1, 3, 4)
+IMAGE_CHANNELS = (1, 3, 4)
 
 Frame = np.ndarray | Image.Image
 
@@ -233,10 +233,10 @@ def _given_frames(video) -> list[Frame]:
         raise ValueError(
             f"A video is a path, a URL, an array, a tensor or a list of frames, got {type(video).__name__}."
         )
-    if len(video) == 1 and getattr(video[0], "ndim", 0) == 3 and video[0].shape[-1] not in PICTURE_CHANNELS:
+    if len(video) == 1 and getattr(video[0], "ndim", 0) == 3 and video[0].shape[-1] not in IMAGE_CHANNELS:
         return _frames_of_array(video[0])  # a grey video in a list of videos, not one frame
     for frame in video:
-        is_array = isinstance(frame, (np.ndarray, torch.Tensor)) and _is_picture(frame)
+        is_array = isinstance(frame, (np.ndarray, torch.Tensor)) and _is_image(frame)
         if not (is_array or isinstance(frame, Image.Image)):
             shape = f" of {tuple(frame.shape)}" if isinstance(frame, (np.ndarray, torch.Tensor)) else ""
             raise ValueError(
@@ -246,9 +246,9 @@ def _given_frames(video) -> list[Frame]:
     return [frame if isinstance(frame, Image.Image) else _channels_last(frame) for frame in video]
 
 
-def _is_picture(frame: np.ndarray | torch.Tensor) -> bool:
+def _is_image(frame: np.ndarray | torch.Tensor) -> bool:
     return frame.ndim == 2 or (
-        frame.ndim == 3 and (frame.shape[0] in PICTURE_CHANNELS or frame.shape[-1] in PICTURE_CHANNELS)
+        frame.ndim == 3 and (frame.shape[0] in IMAGE_CHANNELS or frame.shape[-1] in IMAGE_CHANNELS)
     )
 
 
@@ -281,7 +281,7 @@ def _channels_last(frame: np.ndarray | torch.Tensor) -> np.ndarray:
     is_tensor = isinstance(frame, torch.Tensor)
     is_first = frame.ndim == 3 and (
         (frame.shape[0] == 3 and (is_tensor or frame.shape[2] != 3))
-        or (frame.shape[0] == 1 and frame.shape[2] not in PICTURE_CHANNELS)
+        or (frame.shape[0] == 1 and frame.shape[2] not in IMAGE_CHANNELS)
     )
     if is_tensor:
         frame = frame.detach().cpu()

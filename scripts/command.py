@@ -13,13 +13,16 @@ COMMANDS = {
     "chat": ("chat", "ask a model about images and videos"),
     "import": ("import_checkpoint", "turn a published checkpoint into a folder that loads with AutoModel"),
     "assemble": ("assemble", "join a vision tower and a language model into a new MiniMonkey"),
-    "train": ("finetune", "train a model by a recipe"),
+    "prepare": ("prepare", "turn a published data set into conversations to train on, or a benchmark"),
+    "train": ("finetune", "train a model on data of your own, or by a recipe"),
     "average": ("average", "average the last checkpoints of a training run"),
     "read": ("read", "read documents to text or fields, one line of JSON a page"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
-    "evidence": ("evidence", "measure what multi-scale cropping and scale compression are worth"),
+    "score": ("score", "score predictions as a benchmark's authors do, or write what its server takes"),
+    "ablate": ("ablate", "measure what ways to cut images and to compress their tokens are worth"),
     "visualize": ("visualize", "draw the grids of an image and the tokens that scale compression keeps"),
     "benchmark": ("benchmark", "measure speed and memory"),
+    "demo": ("demo", "show a model in the browser"),
     "documents": ("synthetic.documents", "draw a sheet of the rendered documents that training reads"),
 }
 

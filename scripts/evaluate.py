@@ -131,8 +131,8 @@ def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     processor.image_processor.get_number_of_image_patches(100, 100, tiles)
     model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
     keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
-    drop = args.drop or "scm"
-    return Answering(model, processor, max_new_tokens, tiles, keep_ratio, drop, args.scm_layer, args.stop_repetition)
+    compression = (keep_ratio, args.drop, args.scm_layer)
+    return Answering(model, processor, max_new_tokens, tiles, *compression, stop_repetition=args.stop_repetition)
 
 
 def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> dict:

@@ -1,7 +1,10 @@
-"""Train a MiniMonkey by a recipe: Nano from scratch, the language model of the 2B model, or LoRA adapters of it.
+"""Train a MiniMonkey on data of your own, or by a recipe: whole, its language model, or LoRA adapters.
 
+    python scripts/finetune.py --model . --data photos                   a folder of images with a CSV or JSONL file
+    python scripts/finetune.py --model MiniMonkey-2B --data my.jsonl --output runs/mine --lora
     python scripts/finetune.py scripts/training/recipes/nano-smoke.yaml
     python scripts/finetune.py RECIPE.yaml --set output_dir=runs/other --set learning_rate=1e-5
+    python scripts/finetune.py RECIPE.yaml --dry-run                     memory, tokens and hours for 8 cards of 24 GB
     python scripts/finetune.py RECIPE.yaml --resume                      continues from the last checkpoint, if there is one
 
 On several GPUs, with the same recipe (its batch_size is that of all of them together):
@@ -12,6 +15,9 @@ On several GPUs, with the same recipe (its batch_size is that of all of them tog
 
 zero3.yaml likewise; the last two need `pip install deepspeed`. Muon needs DDP or one GPU.
 
+Without a recipe the machine and the model decide, see training/own_options.py; what data may be, training/own_data.py. --model,
+--data, --output and --lora also change a recipe's.
+
 A recipe's options are those of transformers' TrainingArguments and ours, see training/recipe.py. Writes to its output_dir:
 model/ (the trained model, as any other MiniMonkey folder), adapter/ with LoRA, metrics.json, logs/ for TensorBoard,
 checkpoint-N/ for --resume. Needs the `training` extra.
@@ -20,17 +26,22 @@ checkpoint-N/ for --resume. Needs the `training` extra.
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.scripts.benchmarking.models import published_config
 from minimonkey.scripts.importing.config import read_json
-from minimonkey.scripts.repository import load_processor, preparing, readable
+from minimonkey.scripts.repository import ROOT, load_processor, number_within, preparing, readable, whole_number
 from minimonkey.scripts.synthetic.materials import materials
 from minimonkey.scripts.training.collator import Collator
 from minimonkey.scripts.training.data import SyntheticSource, read_sources
 from minimonkey.scripts.training.encode import Encoder
+from minimonkey.scripts.training.estimate import Cards, Estimate
 from minimonkey.scripts.training.models import load_model, model_folder, save
-from minimonkey.scripts.training.recipe import Recipe, changed_options, read_recipe
+from minimonkey.scripts.training.own_data import count_examples, own_data
+from minimonkey.scripts.training.own_options import LEARNING_RATES, own_options
+from minimonkey.scripts.training.recipe import Recipe, changed_options, make_recipe, read_options, read_overrides
 from minimonkey.scripts.training.samples import Samples
 from minimonkey.scripts.training.trainer import FineTuner, last_checkpoint
 
@@ -101,6 +112,8 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
         processor.image_seq_length,
         config.tile_size,
         always_with_tile=recipe.world_size > 1,
+        pad_to_multiple_of=recipe.pad_to_multiple_of,
+        loss_reduction=recipe.loss_reduction,
     )
     trainer = FineTuner(
         processor,
@@ -125,7 +138,7 @@ def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
         **result.metrics,
         **measured,
         "steps": result.global_step,
-        "epochs": len(samples) / samples.epoch_size,
+        "epochs": samples.shown / samples.epoch_size,
         "examples": samples.epoch_size,
         "skipped_too_long": samples.skipped,
         "redrawn_too_long": trainer.redrawn_everywhere(),
@@ -136,24 +149,99 @@ def train(trainer: FineTuner, checkpoint: Path | None) -> dict:
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Train as the command line says, or `arguments` in its place."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path, help="YAML file, see scripts/training/recipes")
+LORA = {"lora_dropout": 0.05, "train": ["language_model"], "dtype": "auto"}
+
+
+def choose_recipe(args: argparse.Namespace) -> Recipe:
+    """Return the recipe of the command line: that of a file with what was given in its place, or one made for the data."""
+    options = {} if args.recipe is None else read_options(args.recipe)
+    if args.output is not None:
+        options["output_dir"] = str(args.output)
+    if args.model is not None:
+        options["model"] = args.model
+    if args.data is not None:
+        output = Path(options.get("output_dir") or Path("runs", args.data.stem))
+        options["data"] = own_data(args.data, output, args.question)
+        if args.recipe is None:
+            options = own_options(args.model or str(ROOT), options["data"], count_examples(options["data"]), output)
+    if args.lora is not None:
+        options |= LORA | {"lora_r": args.lora, "learning_rate": LEARNING_RATES["lora"]}
+    options |= read_overrides(args.set)
+    if args.dry_run:  # on a machine that need not be the one that trains
+        options |= {"use_cpu": True, "bf16": False}
+        options["dtype"] = {"auto": "bfloat16"}.get(options.get("dtype"), options.get("dtype"))
+    return make_recipe(options, str(args.recipe or "The command line"))
+
+
+def dry_run(recipe: Recipe, args: argparse.Namespace) -> int:
+    """Print what the run takes; return 1 if no way to shard it fits the cards."""
+    cards = Cards(args.cards, args.card_gib, args.card_tflops)
+    if Path(recipe.model).is_dir():
+        with readable(recipe.model):
+            config = MiniMonkeyConfig.from_pretrained(recipe.model)
+    else:
+        config = published_config(recipe.model)
+        print(f"{recipe.model} is not here; estimated for a model of the published size.")
+    estimate = Estimate.of(config, recipe, cards)
+    print(estimate.describe())
+    if not estimate.fits:
+        print(
+            "It does not fit: take --lora, less at once (pack_tiles=16, pack_tokens=6144; max_seq_length), or larger cards."
+        )
+    return 0 if estimate.fits else 1
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", help="YAML file, see scripts/training/recipes; needed without --data"
+    )
+    parser.add_argument("--model", default=None, help="folder or Hub id (default: the recipe's, or this repository)")
+    parser.add_argument(
+        "--data", type=Path, default=None, help="folder of images with a CSV or JSONL file, or such a file"
+    )
+    parser.add_argument("--question", default=None, help="asked about every image of a table without questions")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="folder of the run (default: runs/ and the data's name)"
+    )
+    parser.add_argument(
+        "--lora", type=int, nargs="?", const=16, default=None, metavar="RANK", help="train adapters of this rank (16)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option in place of the recipe's"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print memory, tokens of a step and hours; load nothing")
+    parser.add_argument("--cards", type=whole_number(1), default=8, help="for --dry-run: GPUs (8)")
+    parser.add_argument(
+        "--card-gib", type=number_within(1, 10_000), default=24, help="for --dry-run: memory of each (24)"
+    )
+    parser.add_argument(
+        "--card-tflops", type=number_within(0.1, 100_000), default=71, help="for --dry-run: bfloat16 of each (71)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the recipe's output_dir")
     args = parser.parse_args(arguments)
+    if args.recipe is None and args.data is None:
+        parser.error("give a recipe, or --data (and --model) to do without")
+    if args.question is not None and args.data is None:
+        parser.error("--question belongs to --data")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line says, or `arguments` in its place."""
+    args = parse_arguments(arguments)
     with preparing():
-        recipe = read_recipe(args.recipe, args.set)
+        recipe = choose_recipe(args)
+        if args.dry_run:
+            return dry_run(recipe, args)
         trainer, folder, checkpoint = prepare(recipe, args.resume)
     metrics = train(trainer, checkpoint)
     written = save(trainer, folder)
     if recipe.should_save:
         (Path(recipe.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        print(f"Wrote {written}.")
+        print(f"Wrote {written}. Try it: minimonkey chat IMAGE QUESTION --model {written}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

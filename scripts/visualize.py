@@ -15,7 +15,7 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 
-from minimonkey.image_processing_minimonkey import load_picture
+from minimonkey.image_processing_minimonkey import load_image
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
 from minimonkey.scripts.repository import (
     add_device_argument,
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.out.parent.is_dir():
         raise ValueError(f"There is no folder {args.out.parent} to write {args.out.name} into.")
     processor = load_processor(args.model)
-    picture = load_picture(args.image)
+    picture = load_image(args.image)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": args.question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],

@@ -75,14 +75,21 @@ def image_positions(one: dict[str, torch.Tensor]) -> list[tuple[list[int], list[
 
 
 @torch.no_grad()
-def eager_scores(model, one: dict[str, torch.Tensor], layer: int = 1) -> list[tuple[list[int], torch.Tensor]]:
-    """For each image of one row its detailed positions and their scores, from the attention weights the model returns."""
+def eager_weights(model, one: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The attention weights (heads, n, n) of each layer for one row, as the model returns them, in float64 where it can."""
     judge = copy.deepcopy(model)
     if not hasattr(model.config.text_config, "num_local_experts"):  # experts know no float64
         judge.double()
     judge.set_attn_implementation("eager")
     embeddings = judge.encode_images(one["input_ids"], one["pixel_values"].to(judge.dtype))
-    weights = judge.model.language_model(inputs_embeds=embeddings, output_attentions=True, use_cache=False).attentions
+    output = judge.model.language_model(inputs_embeds=embeddings, output_attentions=True, use_cache=False)
+    return [weights[0] for weights in output.attentions]
+
+
+@torch.no_grad()
+def eager_scores(model, one: dict[str, torch.Tensor], layer: int = 1) -> list[tuple[list[int], torch.Tensor]]:
+    """For each image of one row its detailed positions and their scores, from the attention weights the model returns."""
+    weights = eager_weights(model, one)
     images = image_positions(one)
     scores = []
     for number, (detailed, _) in enumerate(images):
@@ -91,7 +98,7 @@ def eager_scores(model, one: dict[str, torch.Tensor], layer: int = 1) -> list[tu
         }
         start = detailed[-1] + 1 if detailed else 0
         queries = [position for position in range(start, one["input_ids"].shape[1]) if position not in others]
-        scores.append((detailed, weights[layer][0][:, queries][:, :, detailed].mean(dim=1).mean(dim=0)))
+        scores.append((detailed, weights[layer][:, queries][:, :, detailed].mean(dim=1).mean(dim=0)))
     return scores
 
 

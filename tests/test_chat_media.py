@@ -90,11 +90,11 @@ def test_a_budget_of_a_batch_and_of_later_turns(nano, processor, sent):
 
 def test_a_budget_with_scm_and_other_options(nano, processor, sent):
     picture = synthetic_picture(300, 200, 1)
-    images_kwargs = {"size": {"height": 28, "width": 28}, "do_normalize": False}
+    images_kwargs = {"size": {"height": 32, "width": 32}, "do_normalize": False}
     nano.chat(processor, picture, QUESTION, tile_budget=7, images_kwargs={**TILES, **images_kwargs}, use_scm=True)
-    assert sent["pixel_values"].shape[1:] == (3, 28, 28)
+    assert sent["pixel_values"].shape[1:] == (3, 32, 32)
     assert sent["tile_counts"].sum() <= 7
-    assert images_kwargs == {"size": {"height": 28, "width": 28}, "do_normalize": False}
+    assert images_kwargs == {"size": {"height": 32, "width": 32}, "do_normalize": False}
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def model(tmp_path):
         ("chat", [PICTURE, "Q", "--num-frames", "9" * 30], "below 2**63"),
         ("chat", [PICTURE, "Q", "--attn-implementation", "someone/kernel"], "code from the Hub is not run"),
         ("evaluate", ["--items", "1", "--device", "abacus"], "'abacus' is no device"),
-        ("evidence", ["out", "--device", "abacus"], "'abacus' is no device"),
+        ("ablate", ["out", "--device", "abacus"], "'abacus' is no device"),
         ("visualize", [PICTURE, "Q", "--device", "abacus"], "'abacus' is no device"),
         ("benchmark", ["decode", "--size", "Nano", "--prompt", "0"], "must be at least 1"),
         ("benchmark", ["vision", "--size", "Nano", "--device", "abacus"], "'abacus' is no device"),

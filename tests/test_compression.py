@@ -87,7 +87,7 @@ def test_published_scores_and_positions(name, implementation, tmp_path):
     def probe(sequence, is_image):
         return attention_inputs(model.model.language_model, sequence, 1)
 
-    kept = kept_positions(embeddings, mask, images, settings, probe)
+    kept, _ = kept_positions(embeddings, mask, images, settings, probe)
     assert kept[0].tolist() == expected
     if "pixel_values" in inputs:
         assert model.kept_positions(**inputs)[0].tolist() == expected
@@ -292,7 +292,7 @@ def test_memory_does_not_grow_with_heads_times_length_squared(monkeypatch):
         *(({"scm_keep_ratio": ratio}, "scm_keep_ratio must be above 0") for ratio in (0, 1.5, -0.1, True, "x")),
         ({"scm_keep_ratio": float("nan")}, "scm_keep_ratio must be above 0"),
         *(({"scm_layer": layer}, "scm_layer .* does not exist") for layer in (2, -1, 1.0, True, "1")),
-        ({"scm_queries": "text"}, "'all' or 'visual'"),
+        ({"scm_queries": "text"}, "scm_queries must be one of all, visual"),
         ({"tile_order": "sideways"}, "'detailed_first' or 'adaptive_first'"),
         ({"tile_counts": None}, "pass tile_counts"),
         ({"tile_counts": torch.tensor([[4, 2]])}, r"shape \(images, 3\)"),

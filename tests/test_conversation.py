@@ -15,7 +15,7 @@ from minimonkey.conversation import (
     check_history,
     check_text,
     control_tokens,
-    encode,
+    encode_parts,
     expand_placeholders,
     get_template,
     has_protected_text,
@@ -54,6 +54,10 @@ CASES = {
     "batch_chat": [case("<image>\nQ one", [2]), case("<image>\nQ two", [1])],
 }
 EVERY_PROMPT = [(template, name) for template in RECORDED for name in RECORDED[template]]
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return encode_parts(tokenizer, [text])[0]
 
 
 def build_prompt(template, question, history, system=None) -> str:

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModel, AutoProcessor
 
+from minimonkey.scripts.command import COMMANDS
 from minimonkey.scripts.evaluation.suites import read_benchmark
 from minimonkey.scripts.training.data import read_sources
 from minimonkey.scripts.training.encode import Encoder
@@ -57,8 +58,9 @@ SNIPPET = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 INLINE_COMMAND = re.compile(r"`((?:python scripts/|make |minimonkey |pip install )[^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Packages that a page names and pyproject.toml does not.
-OTHER_PACKAGES = {"deepspeed", "pillow-heif"}
+OTHER_PACKAGES = {"deepspeed", "pillow-heif", "pycocoevalcap"}
 LAUNCHERS = ("torchrun", "accelerate")
+SLURM = "scripts/training/launch/slurm.sh"  # hands its arguments to finetune.py
 
 
 def snippets(page: Path, language: str) -> list[str]:
@@ -187,7 +189,7 @@ def check_script(words: list[str], monkeypatch) -> None:
     args = parse_script(words, monkeypatch)
     given = [word for word in words if word.startswith(("scripts/", "assets/"))]
     assert not [path for path in given if not (ROOT / path).exists()]
-    if words[0] == "scripts/finetune.py":
+    if words[0] == "scripts/finetune.py" and args.recipe is not None:
         read_recipe(ROOT / args.recipe, [*args.set, "use_cpu=true"])  # which asks for no GPU
 
 
@@ -228,8 +230,11 @@ def check_command(command: str, monkeypatch) -> None:
         check_script(words[start:], monkeypatch)
         assert all((ROOT / word).exists() for word in words[:start] if word.startswith("scripts/"))
     elif words[0] == "minimonkey":
-        check_script([f"scripts/{words[1]}.py", *words[2:]], monkeypatch) if words[2:] else None
-        assert (ROOT / "scripts" / f"{words[1]}.py").exists()
+        script = f"scripts/{COMMANDS[words[1]][0].replace('.', '/')}.py"
+        assert (ROOT / script).exists()
+        check_script([script, *words[2:]], monkeypatch) if words[2:] else None
+    elif words[:2] == ["sbatch", SLURM]:
+        check_script(["scripts/finetune.py", *words[2:]], monkeypatch)
     elif words[0] == "make":
         check_make(words[1:])
     elif words[:2] == ["pip", "install"]:

@@ -359,7 +359,7 @@ def test_questions_for_the_whole_text_or_for_values():
 
 def test_predictions_do_not_depend_on_where_a_run_was_interrupted(nano, processor, tmp_path):
     suite, settings = suite_of("scene", 5), {"suite": "scene"}
-    answering = Answering(nano, processor, 6, TILES, scm_keep_ratio=0.5, drop="random")
+    answering = Answering(nano, processor, 6, TILES, scm_keep_ratio=0.5, compressor="random")
     whole = answer_suite(suite, answering, Predictions(None, settings), batch_size=2)
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in whole[:3]))

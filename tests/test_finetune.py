@@ -222,7 +222,7 @@ def test_sharded_processes_run_the_vision_tower_equally_often(most, is_sharded, 
     source = type("S", (), {"ranges": [(1, most, 1, 1)]})
     trainer = FineTuner.__new__(FineTuner)
     trainer.is_fsdp_enabled, trainer.train_dataset = is_sharded, type("D", (), {"sources": [source]})
-    trainer.args = type("R", (), {"per_device_train_batch_size": 1 if most == 7 else 2})
+    trainer.args = type("R", (), {"per_device_train_batch_size": 1 if most == 7 else 2, "pack_tokens": None})
     if fits:
         trainer._check_tiles()
     else:
@@ -268,9 +268,17 @@ def test_a_checkpoint_that_was_being_written_is_not_taken(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
 
 
-def test_a_killed_run_goes_on_exactly(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"order": "grouped"},
+        {"pack_tokens": 400, "per_device_train_batch_size": 1, "batch_size": 2, "loss_reduction": "square"},
+    ],
+    ids=["grouped", "packed"],
+)
+def test_a_killed_run_goes_on_exactly(tmp_path, capsys, layout):
     data = write_words(tmp_path, 10)
-    settings = {"data": data, "max_steps": 8, "save_steps": 2, "muon_learning_rate": 1e-4, "order": "grouped"}
+    settings = {"data": data, "max_steps": 8, "save_steps": 2, "muon_learning_rate": 1e-4, **layout}
     parts = ["language_model", "projector", "vision"]
     recipe = write_recipe(tmp_path, train=parts, learning_rate=1e-4, save_dtype="float32", **settings)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

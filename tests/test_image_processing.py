@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 from minimonkey.image_processing_minimonkey import (
     MiniMonkeyImageProcessor,
     MiniMonkeyImageProcessorPil,
-    resize_picture,
+    resize_image,
 )
 
 
@@ -87,7 +87,7 @@ RESIZED = [
 
 @pytest.mark.parametrize(("old", "new", "digest"), RESIZED)
 def test_resized_pixels_do_not_depend_on_the_pillow_version(old, new, digest):
-    resized = resize_picture(synthetic_picture(*old, 1), *new, Image.Resampling.BICUBIC)
+    resized = resize_image(synthetic_picture(*old, 1), *new, Image.Resampling.BICUBIC)
     assert resized.size == new
     assert sha256(np.asarray(resized))[:16] == digest
 

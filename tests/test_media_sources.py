@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from minimonkey.picture_decoding import load_picture
+from minimonkey.image_decoding import load_image
 from minimonkey.video_frames import load_frames
 
 
 # What these two really use: remote code may be there twice.
-picture_sources = load_picture.__globals__["read_source"].__globals__
+picture_sources = load_image.__globals__["read_source"].__globals__
 download, is_public = picture_sources["download"], picture_sources["is_public"]
 Limits = picture_sources["DownloadLimits"]
 SHORT = Limits(100_000, 0.3)
@@ -92,8 +92,8 @@ def no_proxy(monkeypatch):
 
 def test_url_gives_the_picture():
     with serving(says(answer(png(), "Content-Type: image/png"))) as url:
-        assert load_picture(url).getpixel((0, 0)) == (255, 0, 0)
-        assert load_picture(url.replace("http", "HTTP").replace("picture", "ä b")).size == (8, 8)
+        assert load_image(url).getpixel((0, 0)) == (255, 0, 0)
+        assert load_image(url.replace("http", "HTTP").replace("picture", "ä b")).size == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_url_gives_the_picture():
     ids=["headers", "body", "silence"],
 )
 def test_deadline_is_that_of_the_whole_download(monkeypatch, respond):
-    monkeypatch.setitem(picture_sources, "PICTURE_DOWNLOAD", SHORT)
+    monkeypatch.setitem(picture_sources, "IMAGE_DOWNLOAD", SHORT)
     with serving(respond) as url, pytest.raises(ValueError, match=r"cannot be downloaded: it took longer than 0.3 s"):
-        load_picture(url)
+        load_image(url)
 
 
 def test_deadline_holds_while_a_connection_is_encrypted():
@@ -114,9 +114,9 @@ def test_deadline_holds_while_a_connection_is_encrypted():
 
 @pytest.mark.parametrize("headers", [[], ["Content-Length: 99999999999"]])
 def test_endless_body_is_given_up(monkeypatch, headers):
-    monkeypatch.setitem(picture_sources, "PICTURE_DOWNLOAD", SHORT)
+    monkeypatch.setitem(picture_sources, "IMAGE_DOWNLOAD", SHORT)
     with serving(pours(answer(b"", *headers))) as url, pytest.raises(ValueError, match="bytes, the limit"):
-        load_picture(url)
+        load_image(url)
 
 
 @pytest.mark.parametrize("respond", [drips(answer(b"")), pours(answer(b""))])
@@ -130,12 +130,12 @@ def test_broken_download_of_a_video_leaves_no_file(monkeypatch, tmp_path, respon
 
 def test_body_that_ends_early_is_refused():
     with serving(says(answer(png()[:30], "Content-Length: 999"))) as url, pytest.raises(ValueError, match="30 of 999"):
-        load_picture(url)
+        load_image(url)
 
 
 def test_what_is_no_http_is_refused():
     with serving(says(b"SSH-2.0\r\n")) as url, pytest.raises(ValueError, match="cannot be downloaded"):
-        load_picture(url)
+        load_image(url)
 
 
 # --- redirects -------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def moved(target: str) -> bytes:
 
 def test_redirect_is_followed():
     with serving(says(answer(png()))) as target, serving(says(moved(target))) as url:
-        assert load_picture(url).size == (8, 8)
+        assert load_image(url).size == (8, 8)
 
 
 @pytest.mark.parametrize("scheme", ["file", "ftp", "data", "gopher"])
@@ -155,27 +155,27 @@ def test_redirect_to_another_scheme_is_refused(tmp_path, scheme):
     (tmp_path / "secret.png").write_bytes(png())
     target = f"{scheme}://{tmp_path}/secret.png"
     with serving(says(moved(target))) as url, pytest.raises(ValueError, match="neither http nor https"):
-        load_picture(url)
+        load_image(url)
 
 
 def test_redirects_in_a_circle_end():
     with serving(says(moved("/again"))) as url, pytest.raises(ValueError, match="redirected more than 10 times"):
-        load_picture(url)
+        load_image(url)
 
 
 def test_endless_body_of_a_redirect_is_not_read():
     start = answer(b"", "Location: http://127.0.0.1:1/", status="302 Found")
     with serving(pours(start)) as url, pytest.raises(ValueError, match="refused"):
-        load_picture(url)
+        load_image(url)
 
 
 # --- untrusted sources -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "[::ffff:127.0.0.1]"])
-@pytest.mark.parametrize("load", [load_picture, load_frames])
+@pytest.mark.parametrize("load", [load_image, load_frames])
 def test_untrusted_sources_reach_no_private_address(host, load):
-    option = {"untrusted": True} if load is load_picture else {"untrusted_sources": True}
+    option = {"untrusted": True} if load is load_image else {"untrusted_sources": True}
     requests = []
     count = lambda connection, stopped: requests.append(1)  # noqa: E731
     with serving(count) as url, pytest.raises(ValueError, match="no public address"):
@@ -196,7 +196,7 @@ def test_a_name_that_changes_its_address_meanwhile_is_still_refused(monkeypatch)
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
         monkeypatch.setattr(socket.socket, "connect", lambda self, address: requests.append(address))
         with pytest.raises((ValueError, OSError)):
-            load_picture(f"http://rebinding.example:{port}/", untrusted=True)
+            load_image(f"http://rebinding.example:{port}/", untrusted=True)
     assert [request[0] for request in requests] == ["93.184.216.34"]
 
 
@@ -221,21 +221,21 @@ def test_private_addresses(address):
 def test_untrusted_paths_are_refused_whether_they_are_there_or_not(tmp_path, write, name):
     (tmp_path / "picture.png").write_bytes(png())
     with pytest.raises(ValueError, match="is refused: with untrusted_sources=True"):
-        load_picture(write(tmp_path / name), untrusted=True)
+        load_image(write(tmp_path / name), untrusted=True)
     with pytest.raises(ValueError, match="is refused: with untrusted_sources=True"):
         load_frames(write(tmp_path / name), untrusted_sources=True)
 
 
 def test_untrusted_redirect_to_a_path_or_a_private_address_is_refused():
     with serving(says(moved("http://127.0.0.1/"))) as url, pytest.raises(ValueError, match="no public address"):
-        load_picture(url, untrusted=True)
+        load_image(url, untrusted=True)
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
-@pytest.mark.parametrize("load", [load_picture, load_frames])
+@pytest.mark.parametrize("load", [load_image, load_frames])
 def test_pipes_and_devices_are_not_waited_for(tmp_path, load):
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
@@ -250,10 +250,10 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path, load):
 
 def test_file_url_of_another_machine_is_refused():
     with pytest.raises(ValueError, match="another machine, 'server'"):
-        load_picture("file://server/picture.png")
+        load_image("file://server/picture.png")
 
 
-@pytest.mark.parametrize("load", [load_picture, load_frames])
+@pytest.mark.parametrize("load", [load_image, load_frames])
 @pytest.mark.parametrize("source", ["\ud800.png", "\0", "", "file://", "http://", "data:", "http://[x/y.png"])
 def test_messages_about_strange_names_can_be_printed(load, source):
     with pytest.raises(ValueError) as raised:
@@ -263,7 +263,7 @@ def test_messages_about_strange_names_can_be_printed(load, source):
 
 def test_other_schemes_are_named():
     with pytest.raises(ValueError, match="URLs are those of http, https and data"):
-        load_picture("ftp://example.org/picture.png")
+        load_image("ftp://example.org/picture.png")
 
 
 @pytest.mark.parametrize(

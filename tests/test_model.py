@@ -186,7 +186,7 @@ def test_whole_numbers_are_normalised_by_the_model(nano, processor):
     assert tiles.dtype == torch.uint8
     normalised = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     ids = torch.full((1, 49), nano.config.image_token_id)
-    assert torch.allclose(nano.encode_images(ids, tiles), nano.encode_images(ids, normalised), atol=1e-4)
+    assert torch.allclose(nano.encode_images(ids, tiles), nano.encode_images(ids, normalised), atol=1e-3)
     options = {"max_new_tokens": 16, "do_sample": False}
     assert nano.chat(processor, image, "Read the text.", **raw, **options) == nano.chat(
         processor, image, "Read the text.", **options

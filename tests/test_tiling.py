@@ -7,7 +7,16 @@ import sys
 import pytest
 from conftest import FIXTURES, ROOT
 
-from minimonkey.tiling import PRESETS, closest_grid, grids_in_range, layer_grids, msac_grids, tile_counts
+from minimonkey.tiling import (
+    PRESETS,
+    TILINGS,
+    choose_grids,
+    closest_grid,
+    grids_in_range,
+    layer_grids,
+    msac_grids,
+    tile_counts,
+)
 
 
 RECORDED = json.loads((FIXTURES / "preprocess" / "grids.json").read_text())
@@ -52,8 +61,9 @@ def test_grids_without_arguments_are_those_of_the_published_demo():
         assert [*detailed, *adaptive] == grids, size
 
 
-def test_presets_are_the_published_tile_ranges_and_one_of_ours():
-    assert PRESETS == {**PUBLISHED_RANGES, "multi_view": (1, 12, 1, 1)}  # that one is ours
+def test_presets_are_the_published_tile_ranges_those_of_other_systems_and_one_of_ours():
+    others = {"internvl": (1, 12, 1, 1), "minicpm_v": (1, 9, 1, 1), "bluelm_v": (1, 16, 1, 1)}
+    assert {**PUBLISHED_RANGES, "multi_view": (1, 12, 1, 1), **others} == PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -159,6 +169,106 @@ def test_empty_tile_raises(tile_size):
 def test_bad_range_raises(ranges, message):
     with pytest.raises(ValueError, match=message):
         msac_grids(300, 200, *ranges)
+
+
+# --- other rules -----------------------------------------------------------------------------------------------------
+
+# Sizes, and what MiniCPM-V's published slicing gives with at most 9 slices of 448 px; None: the image is not cut.
+LOGSCORE = [
+    ((448, 448), None),
+    ((449, 449), (1, 2)),
+    ((640, 480), (2, 1)),
+    ((1000, 1000), (2, 2)),
+    ((1344, 1344), (3, 3)),
+    ((1920, 1080), (4, 2)),
+    ((1080, 1920), (2, 4)),
+    ((2000, 200), (3, 1)),
+    ((300, 100), None),
+    ((4000, 3000), (3, 3)),
+]
+# Sizes, BlueLM-V-3B's grid (384 px, at most 3 x 3), LLaVA-NeXT's, and BlueLM-V-3B's of at most 4 x 4 where it is known.
+RELAXED = [
+    ((394, 390), (1, 1), (2, 2), None),
+    ((380, 393), (1, 1), (1, 2), None),
+    ((380, 76), (1, 1), (1, 1), None),
+    ((500, 102), (2, 1), (2, 1), None),
+    ((385, 385), (1, 1), (2, 2), None),
+    ((640, 480), (2, 2), (2, 2), None),
+    ((1920, 1080), (3, 2), (3, 2), (4, 3)),
+    ((1080, 2400), (2, 3), (2, 3), (2, 4)),
+    ((768, 1536), (2, 3), (2, 3), (2, 4)),
+    ((400, 1200), (1, 3), (1, 3), None),
+    ((2000, 2000), (3, 3), (3, 3), (4, 4)),
+]
+ODD_SIZES = [(w, h) for w in range(90, 3000, 217) for h in range(70, 3000, 193)]
+
+
+@pytest.mark.parametrize(("size", "grid"), LOGSCORE)
+def test_logscore_is_the_rule_of_minicpm_v(size, grid):
+    assert choose_grids(*size, PRESETS["minicpm_v"], tiling="logscore") == (grid or (1, 1), (1, 1))
+
+
+@pytest.mark.parametrize(("size", "grid", "llava_next", "larger"), RELAXED)
+def test_relaxed_is_the_rule_of_bluelm_v(size, grid, llava_next, larger):
+    assert choose_grids(*size, (1, 9, 1, 1), 384, "relaxed")[0] == grid
+    assert choose_grids(*size, (1, 9, 1, 1), 384, "relaxed", relaxed_alpha=0)[0] == llava_next
+    if larger:
+        assert choose_grids(*size, PRESETS["bluelm_v"], 384, "relaxed")[0] == larger
+
+
+@pytest.mark.parametrize("tiling", [name for name in TILINGS if name != "msac"])
+@pytest.mark.parametrize("ranges", [(1, 9, 1, 1), (4, 12, 3, 7), (3, 3, 2, 5), (1, 1, 1, 1)], ids=str)
+def test_every_tiling_keeps_its_ranges(tiling, ranges):
+    for size in ODD_SIZES:
+        detailed, adaptive = choose_grids(*size, ranges, tiling=tiling)
+        assert ranges[0] <= detailed[0] * detailed[1] <= ranges[1], size
+        assert adaptive == (1, 1) or tiling.startswith("msac"), size
+        if adaptive != (1, 1):
+            assert ranges[2] <= adaptive[0] * adaptive[1] <= ranges[3]
+            assert detailed[0] % adaptive[0] or detailed[1] % adaptive[1], size
+
+
+def test_logscore_takes_about_as_many_tiles_as_the_image_has_pixels_for():
+    for width, height in ODD_SIZES:
+        (columns, rows), _ = choose_grids(width, height, (1, 9, 1, 1), tiling="logscore")
+        ideal = min(-(-width * height // 448**2), 9)
+        assert abs(columns * rows - ideal) <= 1 and columns * rows <= 9
+
+
+@pytest.mark.parametrize("tiling", ["logscore", "relaxed"])  # the published rule of "internvl" is not symmetric
+@pytest.mark.parametrize("ranges", [(1, 9, 1, 1), (1, 12, 1, 1), (4, 12, 1, 1)], ids=str)
+def test_a_transposed_image_has_the_transposed_grid(tiling, ranges):
+    for width, height in ODD_SIZES:
+        (columns, rows), _ = choose_grids(width, height, ranges, tiling=tiling)
+        (other_columns, other_rows), _ = choose_grids(height, width, ranges, tiling=tiling)
+        if tiling == "internvl":  # ratios are not symmetric about 1, as in the published rule
+            assert abs(columns * rows - other_columns * other_rows) <= 4
+        else:
+            assert (other_columns, other_rows) == (rows, columns), (width, height)
+
+
+def test_msac_takes_any_rule_for_its_detailed_grid():
+    for size in ODD_SIZES:
+        for rule in ("logscore", "relaxed"):
+            alone, both = (choose_grids(*size, PRESETS["default"], tiling=t) for t in (rule, f"msac-{rule}"))
+            assert alone[0] == both[0]
+        assert choose_grids(*size, PRESETS["default"], tiling="internvl")[0] == msac_grids(*size)[0]
+        assert choose_grids(*size) == msac_grids(*size)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tiling": "square"}, "tiling is one of msac, internvl.*got 'square'"),
+        ({"tiling": None}, "tiling is one of"),
+        ({"tiling": "relaxed", "relaxed_alpha": 1}, "from 0 to below 1.*got 1"),
+        ({"tiling": "relaxed", "relaxed_alpha": -0.1}, "got -0.1"),
+        ({"tiling": "relaxed", "relaxed_alpha": True}, "got True"),
+    ],
+)
+def test_bad_tiling_raises(options, message):
+    with pytest.raises(ValueError, match=message):
+        choose_grids(300, 200, **options)
 
 
 def test_imports_are_of_the_standard_library_alone():

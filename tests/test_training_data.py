@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 from PIL import ExifTags, Image
 from training_helpers import ONE_TILE, draw, line, stand_in_documents, write_lines, write_words
+from transformers.utils import is_kernels_available
 
 from minimonkey.scripts.synthetic.text_images import CharacterBox
 from minimonkey.scripts.training.collator import Collator
@@ -484,6 +485,10 @@ def test_shipped_recipes_are_valid(path):
         ("output_dir=[a, b]", "output_dir must be text"),
         ("output_dir={a: b}", "output_dir must be text"),
         ("model=5", "model must be text"),
+        ("model=''", "model must name a folder or model, got ''"),
+        ("output_dir=''", "output_dir must name a folder, got ''"),
+        ("output_dir='  '", "output_dir must name a folder, got '  '"),
+        ("attn_implementation=kernels-community/flash-attn2", "kernel of the Hub, which needs: pip install kernels"),
         ("learning_rate=[1e-3]", "learning_rate must be one value"),
         ("train={vision: 1}", "train must be a list"),
         ("lr_scheduler_kwargs=5", "lr_scheduler_kwargs must hold names and values"),
@@ -496,6 +501,8 @@ def test_recipes_say_what_is_wrong_in_a_line(override, message):
     path = RECIPES / "minimonkey-2b-lora.yaml"
     if override == "use_cpu=false" and torch.accelerator.is_available():
         pytest.skip("there is a GPU")
+    if "kernels" in override and is_kernels_available():
+        pytest.skip("kernels is installed")
     with pytest.raises(ValueError, match=message) as raised:
         read_recipe(path, [ON_CPU, override])
     assert "\n" not in str(raised.value)

@@ -43,12 +43,16 @@ def plain():
     return steps("plain")
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize(
+    "layout", [{}, {"pack_tokens": 300, "pack_buffer": 1, "loss_reduction": "square"}], ids=["", "packed"]
+)
+def test_two_processes_train_as_one(tmp_path, layout):
     """DDP, with batches of text alone in one process while the other has pictures."""
     lines = [line("<image>\nRead.", f"word{i}", draw(tmp_path / f"{i}.png", f"word{i}")) for i in range(4)]
     lines = [entry for picture in lines for entry in (picture, line("Who are you?", "A monkey."))]
     data = {"mixed": {"root": str(tmp_path), "annotation": str(tmp_path / write_lines(tmp_path, lines))}}
     options = {"data": data, "order": "curriculum", "per_device_train_batch_size": 1, "batch_size": 2, "max_steps": 4}
+    options |= layout
     parts = {"train": ["language_model", "projector", "vision"], "gradient_checkpointing": True}
     recipe = write_recipe(tmp_path, **options, **parts, muon_learning_rate=1e-4, learning_rate=1e-4)
     result = in_two_processes(ROOT / "scripts" / "finetune.py", recipe, "--set", f"output_dir={tmp_path}/two")
@@ -103,7 +107,9 @@ def test_deepspeed_shards(plain, stage):
     assert report["losses"] == pytest.approx(plain["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fsdp2", "FSDP"), ("zero1", "DEEPSPEED"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")]
+)
 def test_launch_files_are_accelerates(name, kind):
     config = load_config_from_file(str(LAUNCH / f"{name}.yaml"))  # refuses keys that accelerate does not know
     assert config.distributed_type == kind

@@ -73,6 +73,23 @@ def random_config(size: str, layers: int | None = None):
     return config
 
 
+def published_config(name: str):
+    """Return the configuration of the published size that a model's name tells: Nano, 1B, 2B, 4B, or Mono (2B).
+
+    Raises:
+        ValueError: It tells none of them.
+    """
+    if "mono" in name.lower():
+        text = {**SIZES["2B"], "tie_word_embeddings": False}
+        return MiniMonkeyConfig(
+            vision_config={**_VISION, "num_hidden_layers": 0}, text_config=text, visual_experts=True
+        )
+    size = next((size for size in ("Nano", *SIZES) if size.lower() in name.lower()), None)
+    if size is None:
+        raise ValueError(f"There is no folder {name}, and its name tells no published size ({', '.join(SIZES)}, Mono).")
+    return random_config(size)
+
+
 def random_model(config, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Build a model of this configuration with random weights, directly on the device and in the requested type."""
     with init_empty_weights(include_buffers=False):

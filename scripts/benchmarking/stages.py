@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor, load_picture
+from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor, load_image
 from minimonkey.scripts.benchmarking.compression import Prompt
 from minimonkey.scripts.benchmarking.measure import median_seconds, report
 from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
@@ -53,7 +53,7 @@ def rows(args: argparse.Namespace, device: torch.device) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.jpg"
         photograph(args.width, args.height).save(path, quality=90)
-        decoded = load_picture(path)
+        decoded = load_image(path)
         inputs = processor(decoded, preset=args.preset, return_tensors="pt")
         prompt = Prompt(model, "+".join(map(str, inputs["tile_counts"][0].tolist())), 0.5)
         pixel_values = inputs["pixel_values"].to(device, model.dtype)
@@ -70,7 +70,7 @@ def rows(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
         seconds = median_seconds(
             {
-                "decode": lambda: load_picture(path),
+                "decode": lambda: load_image(path),
                 "tiles": lambda: processor(decoded, preset=args.preset, return_tensors="pt"),
                 "vision": lambda: model.encode_images(prompt.input_ids, pixel_values),
                 "compression": prompt.kept_positions,

@@ -1,20 +1,26 @@
-"""Which detailed tokens an image loses: those that scale compression scores lowest, or as many at random or evenly spread.
+"""Which detailed tokens an image loses: by the choices of scale compression, or as many at random or evenly spread.
 
-The other two are the baselines that SCM has to beat: `model.generate(use_scm=True, scm_select=selection("random", names))`.
+The last two are the baselines that every choice has to beat: `model.generate(use_scm=True, scm_select=selection("random",
+names))`.
 """
 
 import random
 from collections.abc import Callable
 
+from minimonkey.token_selection import SELECTIONS
 
-DROPS = ("scm", "random", "uniform")
+
+BASELINES = ("random", "uniform")
+CHOICES = tuple(name for name in SELECTIONS if name != "mass")  # which keeps as many tokens as it likes
+DROPS = ("scm", *BASELINES, *CHOICES)
 
 
-def selection(drop: str, row_names: list[str]) -> Callable[[int, int, int], list[int]] | None:
+def selection(drop: str, row_names: list[str]) -> Callable[[int, int, int], list[int]] | str | None:
     """Return what `scm_select` of `generate` takes.
 
     Args:
-        drop: "scm" leaves the choice to attention (None); "random" keeps a random set, "uniform" tokens at even distances.
+        drop: "scm" is the published choice (None); "random" keeps a random set, "uniform" tokens at even distances; any
+            other is a name of CHOICES, see `token_selection.SELECTIONS`.
         row_names: A name for each row of the next batch; it alone decides the random set of the row.
 
     Raises:
@@ -22,8 +28,8 @@ def selection(drop: str, row_names: list[str]) -> Callable[[int, int, int], list
     """
     if drop not in DROPS:
         raise ValueError(f"drop is one of {', '.join(DROPS)}, got {drop!r}.")
-    if drop == "scm":
-        return None
+    if drop not in BASELINES:
+        return None if drop == "scm" else drop
     generators = [random.Random(name) for name in row_names]
 
     def select(row: int, tokens: int, count: int) -> list[int]:

@@ -5,11 +5,9 @@ Its bars are intervals of each score by itself; whether two ways differ is shown
 
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-
-COLOURS = {"scm": "tab:green", "random": "tab:red", "uniform": "tab:orange"}
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -17,8 +15,8 @@ def draw(rows: list[dict], path: Path) -> None:
     tilings = [row for row in rows if row["subject"] == "tilings"]
     compressed = [row for row in rows if row["subject"] == "compression"]
     suites = list(dict.fromkeys(row["suite"] for row in compressed))
-    widths = [2.2, *[1] * len(suites)]
-    figure = Figure(figsize=(4 * sum(widths) / 1.4, 3.6), layout="constrained")
+    widths = [2.2, *[1.4] * len(suites)]
+    figure = Figure(figsize=(4 * sum(widths) / 1.4, 4.2), layout="constrained")
     panels = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
     _draw_tilings(panels[0], tilings)
     for panel, suite in zip(panels[1:], suites):
@@ -38,19 +36,21 @@ def _draw_tilings(panel: Axes, rows: list[dict]) -> None:
         panel.bar(places, scores, width * 0.92, yerr=_errors(chosen), label=way, capsize=2, error_kw={"lw": 0.8})
     panel.set_xticks(range(len(suites)), suites)
     panel.set_title("tilings")
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=7)
 
 
 def _draw_compression(panel: Axes, rows: list[dict], suite: str) -> None:
-    (full,) = [row for row in rows if row["keep_ratio"] == 1]
-    for drop, colour in COLOURS.items():
-        chosen = [full, *(row for row in rows if row["drop"] == drop and row is not full)]
-        ratios, scores = [row["keep_ratio"] for row in chosen], [100 * row["score"] for row in chosen]
-        panel.errorbar(ratios, scores, _errors(chosen), label=drop, color=colour, marker="o", ms=4, capsize=2, lw=1.2)
+    (full,) = [row for row in rows if row["compressor"] is None]
+    names = list(dict.fromkeys(row["compressor"] for row in rows if row is not full))
+    for number, name in enumerate(names):
+        chosen = [full, *(row for row in rows if row["compressor"] == name)]
+        tokens, scores = [row["image_tokens_read"] for row in chosen], [100 * row["score"] for row in chosen]
+        colour = colormaps["tab20"](number % 20)
+        panel.errorbar(tokens, scores, _errors(chosen), label=name, color=colour, marker="o", ms=3, capsize=2, lw=1)
     panel.invert_xaxis()
-    panel.set_xlabel("share of the detailed tokens kept")
+    panel.set_xlabel("image tokens that the language model reads")
     panel.set_title(f"compression: {suite}")
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=6, ncols=2)
 
 
 def _errors(rows: list[dict]) -> list[list[float]]:

@@ -142,7 +142,65 @@ def normalise_vqa(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+def same_text(answer: str, references: Sequence[str]) -> float:
+    """Return 1 for an answer that is a right one but for case and surrounding spaces, as GQA, RSVQA and VQA-RAD count."""
+    return float(answer.strip().lower() in (reference.strip().lower() for reference in references))
+
+
+LETTER = re.compile(r"(?<![A-Za-z'])\(?([A-H])(?:[).:,]|(?![A-Za-z']))")
+
+
+def chosen_letter(answer: str) -> str | None:
+    """Return the option that an answer names by its letter: "B", "(B)", "B. two", "The answer is B."; None if it names none.
+
+    A letter at the beginning counts; elsewhere "A" and "I" may be words, so the last letter that stands alone does.
+    """
+    answer = answer.strip().rstrip(".")
+    if match := LETTER.match(answer):
+        return match[1] if len(answer) < 3 or not re.match(r"A [a-z]", answer) else None
+    found = LETTER.findall(answer)
+    return found[-1] if found else None
+
+
+def choice(answer: str, references: Sequence[str]) -> float:
+    """Return 1 for the letter of a right option, or for the text of it where a reference gives it as "B. two"."""
+    letters = [reference[:1] for reference in references]
+    texts = [reference[2:].strip().lower() for reference in references if reference[1:2] == "."]
+    return float(chosen_letter(answer) in letters or answer.strip().rstrip(".").lower() in texts)
+
+
+def chosen_yes_or_no(answer: str) -> str | None:
+    """Return "yes" or "no", whichever an answer says alone; None for both or neither."""
+    words = set(re.findall(r"[a-z]+", answer.lower())) & {"yes", "no"}
+    return words.pop() if len(words) == 1 else None
+
+
+def yes_no(answer: str, references: Sequence[str]) -> float:
+    """Return 1 for an answer that says yes or no as a right one does."""
+    return float(chosen_yes_or_no(answer) in [chosen_yes_or_no(reference) for reference in references if reference])
+
+
+def last_number(answer: str, references: Sequence[str]) -> float:
+    """Return 1 if the last number of the answer is the right one, to the decimals that the right one has, or for the same text.
+
+    MathVista's own evaluation lets a language model find the value in the answer; this looks for it.
+    """
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
+    for reference in references:
+        if same_text(answer, [reference]):
+            return 1.0
+        right = _number(reference.replace(",", ""))
+        decimals = len(reference.partition(".")[2])
+        if numbers and right is not None and round(float(numbers[-1]), decimals) == round(right, decimals):
+            return 1.0
+    return 0.0
+
+
 METRICS: dict[str, Metric] = {
+    "same_text": same_text,
+    "choice": choice,
+    "yes_no": yes_no,
+    "last_number": last_number,
     "exact_match": exact_match,
     "word_accuracy": word_accuracy,
     "anls": anls,

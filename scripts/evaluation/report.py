@@ -5,6 +5,10 @@ from minimonkey.scripts.evaluation.intervals import mean_interval, paired_differ
 
 TITLES = {
     "exact_match": "read exactly",
+    "same_text": "answered right",
+    "choice": "of the options chosen right",
+    "yes_no": "of yes and no right",
+    "last_number": "of the values right",
     "word_accuracy": "of the words read",
     "anls": "ANLS",
     "relaxed_accuracy": "relaxed accuracy",

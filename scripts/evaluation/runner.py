@@ -12,6 +12,8 @@ from minimonkey.scripts.evaluation.dropping import selection
 from minimonkey.scripts.evaluation.metrics import METRICS, nearest_reference
 from minimonkey.scripts.evaluation.predictions import Predictions
 from minimonkey.scripts.evaluation.suites import Item, Suite
+from minimonkey.scripts.evaluation.ways import SMALLER
+from minimonkey.tiling import RANGE_NAMES, share_tile_budget
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Answering:
     Args:
         images_kwargs: Options of the image processor: preset, tile ranges.
         scm_keep_ratio: Share of the detailed tokens that stay; None: no compression.
-        drop: Which tokens are dropped, see dropping.py.
+        compressor: Which tokens are dropped, see ways.py; None: as published. "smaller-TILING" drops none, but cuts
+            the image in so few tiles by TILING that there are no more tokens.
         scm_layer: The layer whose attention decides; None: the configuration's.
         stop_repetition: Whether answers that repeat themselves are ended.
     """
@@ -31,20 +34,49 @@ class Answering:
     max_new_tokens: int
     images_kwargs: dict[str, Any] = field(default_factory=dict)
     scm_keep_ratio: float | None = None
-    drop: str = "scm"
+    compressor: str | None = None
     scm_layer: int | None = None
     stop_repetition: bool = False
+
+    @property
+    def _smaller_tiling(self) -> str | None:
+        is_smaller = self.scm_keep_ratio is not None and (self.compressor or "").startswith(SMALLER)
+        return self.compressor.removeprefix(SMALLER) if is_smaller else None
 
     def __call__(self, items: list[Item], images: list[list[Image.Image]]) -> list[ChatAnswer]:
         """Answer a batch."""
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "images_kwargs": self.images_kwargs}
-        if self.scm_keep_ratio is not None:
-            select = selection(self.drop, [item.id for item in items])
-            options |= {"use_scm": True, "scm_keep_ratio": self.scm_keep_ratio, "scm_select": select}
         if self.scm_layer is not None:
             options["scm_layer"] = self.scm_layer
         options |= {"stop_repetition": self.stop_repetition, "return_dict": True}
+        if self._smaller_tiling is not None:
+            return self._answer_by_budget(items, images, options)
+        if self.scm_keep_ratio is not None:
+            choice, _, queries = (self.compressor or "scm").partition("@")
+            select = selection(choice, [item.id for item in items])
+            options |= {"use_scm": True, "scm_keep_ratio": self.scm_keep_ratio, "scm_select": select}
+            options |= {"scm_queries": queries} if queries else {}
         return self.model.batch_chat(self.processor, images, [item.question for item in items], **options)
+
+    def _answer_by_budget(self, items: list[Item], images: list[list[Image.Image]], options: dict) -> list[ChatAnswer]:
+        """Answer those items together whose images have as many tiles to share."""
+        options = {name: value for name, value in options.items() if name != "scm_layer"}
+        options["images_kwargs"] = {**self.images_kwargs, "tiling": self._smaller_tiling}
+        budgets, answers = [self._tile_budget(pictures) for pictures in images], [None] * len(items)
+        for budget in sorted(set(budgets)):
+            rows = [row for row, own in enumerate(budgets) if own == budget]
+            questions = [items[row].question for row in rows]
+            own = self.model.batch_chat(
+                self.processor, [images[row] for row in rows], questions, tile_budget=budget, **options
+            )
+            for row, answer in zip(rows, own):
+                answers[row] = answer
+        return answers
+
+    def _tile_budget(self, images: list[Image.Image]) -> int:
+        """Return how many tiles have no more tokens than these images have when compressed."""
+        _, read = self._count(images)
+        return max(len(images), read // self.model.config.image_seq_length)
 
     def open(self, item: Item) -> list[Image.Image]:
         """Open the images of an item, upright."""
@@ -53,26 +85,42 @@ class Answering:
 
     def count_tokens(self, images: list[Image.Image]) -> tuple[int, int]:
         """Count the image tokens of the prompt, and how many of them the language model reads."""
+        if self._smaller_tiling is None:
+            return self._count(images)
+        reader, budget = self.processor.image_processor, self._tile_budget(images)
+        options = {**self.images_kwargs, "tiling": self._smaller_tiling}
+        ranges = share_tile_budget(budget, len(images), reader.tile_ranges(**options), reader.use_thumbnail)
+        options |= dict(zip(RANGE_NAMES, ranges))
+        tiles = sum(sum(reader.count_tiles(image.height, image.width, options)) for image in images)
+        return (tiles * self.model.config.image_seq_length,) * 2
+
+    def _count(self, images: list[Image.Image]) -> tuple[int, int]:
         reader, per_tile = self.processor.image_processor, self.model.config.image_seq_length
-        counts = [reader.count_tiles(image.height, image.width, self.images_kwargs) for image in images]
-        tokens = per_tile * sum(map(sum, counts))
+        if self.images_kwargs.get("drop_blank"):  # which depends on the pixels
+            counts = reader(images, **self.images_kwargs)["tile_counts"]
+        else:
+            counts = [reader.count_tiles(image.height, image.width, self.images_kwargs) for image in images]
+        tokens = per_tile * int(sum(map(sum, counts)))
         if self.scm_keep_ratio is None:
             return tokens, tokens
-        detailed = [per_tile * count[0] for count in counts]
+        detailed = [per_tile * int(count[0]) for count in counts]
         return tokens, tokens - sum(count - int(count * self.scm_keep_ratio) for count in detailed)
 
 
-def answer_suite(suite: Suite, answering: Answering, predictions: Predictions, batch_size: int) -> list[dict]:
+def answer_suite(
+    suite: Suite, answering: Answering, predictions: Predictions, batch_size: int, noted: dict[str, Any] | None = None
+) -> list[dict]:
     """Return one prediction for each item, in order; items that already have one are not asked again.
 
-    A batch of which some are missing is asked as a whole, since the other items change the last bits of an item's numbers.
+    `noted` is added to each that is new. A batch of which some are missing is asked as a whole, since the other items change
+    the last bits of an item's numbers.
     """
     for start in range(0, len(suite), batch_size):
         indices = range(start, min(start + batch_size, len(suite)))
         missing = {suite.ids[index] for index in indices} - predictions.lines.keys()
         if missing:
             lines = _answer_batch([suite.item(index) for index in indices], answering)
-            predictions.add([line for line in lines if line["id"] in missing])
+            predictions.add([line | (noted or {}) for line in lines if line["id"] in missing])
         print(f"{indices.stop}/{len(suite)}", end="\r", file=sys.stderr)
     return [predictions.lines[item_id] for item_id in suite.ids]
 

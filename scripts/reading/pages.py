@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from minimonkey.image_decoding import DECODER_ERRORS, TURNS, count_pages, open_image, to_rgb
 from minimonkey.media_sources import check_file, short_name
-from minimonkey.picture_decoding import DECODER_ERRORS, TURNS, count_pages, open_picture, to_rgb
 
 
 PDF_START, PDF_HEADER_WITHIN = b"%PDF-", 1024  # bytes; readers accept what precedes the header
@@ -181,7 +181,7 @@ class ImageFile:
 
     def __init__(self, path: str, settings: Settings):
         self.path, self.name, self.settings = path, short_name(path), settings
-        self.file: Image.Image | None = open_picture(path)
+        self.file: Image.Image | None = open_image(path)
         with self._reading() as file:
             self.count = count_pages(file)
 
@@ -206,7 +206,7 @@ class ImageFile:
     @contextmanager
     def _reading(self) -> Iterator[Image.Image]:
         if self.file is None:
-            self.file = open_picture(self.path)
+            self.file = open_image(self.path)
         try:
             yield self.file
         except DECODER_ERRORS as error:

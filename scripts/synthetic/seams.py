@@ -10,7 +10,7 @@ from minimonkey.scripts.synthetic.canvas import TILE_SIZE, Box, Canvas, Document
 from minimonkey.scripts.synthetic.damage import finish
 from minimonkey.scripts.synthetic.text_images import any_font
 from minimonkey.scripts.synthetic.vocabulary import READ_ALL, ask, ask_line, distinct_words, document_style, some
-from minimonkey.tiling import PRESETS, msac_grids
+from minimonkey.tiling import PRESETS, choose_grids
 
 
 DEFAULT_RANGES = PRESETS["default"]
@@ -51,7 +51,7 @@ def seam(
     """Draw up to eight words below each other, each cut by a seam of the detailed grid.
 
     Args:
-        ranges: Tile ranges of the grids, as `tiling.msac_grids` takes them.
+        ranges: Tile ranges of the grids, as `tiling.choose_grids` takes them.
 
     Raises:
         ValueError: Ranges whose detailed grid never has a seam.
@@ -76,7 +76,7 @@ def _sizes(
     """Choose the size of an image whose detailed grid has seams; return it with the seams of both grids."""
     for _ in range(100):
         size = tuple(round(TILE_SIZE * rng.uniform(1.8, 2.4 + 1.8 * difficulty)) for _ in range(2))
-        detailed, adaptive = msac_grids(*size, *ranges, tile_size=TILE_SIZE)
+        detailed, adaptive = choose_grids(*size, tuple(ranges), TILE_SIZE)
         if detailed != (1, 1):
             return size, Seams.of(size, detailed), Seams.of(size, adaptive)
     raise ValueError(f"The tile ranges {ranges} give detailed grids of one tile, which have no seams; raise max_tiles.")

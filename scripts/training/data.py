@@ -3,17 +3,20 @@
 A meta JSON names datasets, each of them lines of a file or a kind of rendered document:
 
     {"invoices": {"root": "images", "annotation": "invoices.jsonl", "repeat_time": 2, "max_dynamic_patch": 8},
-     "receipts": {"synthetic": "receipt", "length": 20000, "seed": 1, "difficulty": [0.3, 1.0], "turns": 4}}
+     "receipts": {"synthetic": "receipt", "length": 20000, "seed": 1, "difficulty": [0.3, 1.0], "turns": 4},
+     "manuals": {"pdf": "manuals/*.pdf", "length": 5000, "lines": [1, 6], "difficulty": 0.3}}
 
 `repeat_time` below 1 takes the first part of a dataset, a whole number repeats it. `tile_ranges`, a list of [min_tiles,
 max_tiles, adaptive_min_tiles, adaptive_max_tiles], or one of these names by itself, replaces the recipe's; `use_thumbnail:
 false` leaves the whole image out. A rendered document is asked one of its questions, or up to `turns` of them in one
-conversation, the whole text last. Relative paths start from the folder of the meta JSON.
+conversation, the whole text last. Crops of `pdf` documents are cut on demand, their text layer being the answer, see
+synthetic/typeset.py. Relative paths start from the folder of the meta JSON.
 
 A line is {"image": path or [paths], "conversations": [{"from": "human", "value": "<image>\\nRead."}, {"from": "gpt", ...}]}.
 All lines are checked, and measured from their image headers, before training begins.
 """
 
+import glob
 import json
 import random
 from collections.abc import Sequence
@@ -26,6 +29,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from minimonkey.conversation import IMAGE_PLACEHOLDER, begins_with_bos, check_placeholders, control_tokens
 from minimonkey.scripts.synthetic import documents, first_words
+from minimonkey.scripts.synthetic.canvas import Document
+from minimonkey.scripts.synthetic.typeset import typeset
 from minimonkey.scripts.synthetic.vocabulary import READ_ALL
 from minimonkey.scripts.training.encode import Conversation, Encoder
 from minimonkey.scripts.training.recipe import check_ranges
@@ -37,6 +42,7 @@ PUBLISHED_NAMES = {"min_dynamic_patch": "min_tiles", "max_dynamic_patch": "max_t
 SHARED_KEYS = {"repeat_time", "length", "tile_ranges", "use_thumbnail", *RANGE_NAMES, *PUBLISHED_NAMES}
 FILE_KEYS = {"root", "annotation", "data_augment"}
 SYNTHETIC_KEYS = {"synthetic", "seed", "split", "difficulty", "turns"}
+PDF_KEYS = {"pdf", "seed", "lines", "difficulty", "turns"}
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -84,12 +90,10 @@ class FileSource(Source):
 
 
 @dataclass(frozen=True)
-class SyntheticSource(Source):
-    """Documents drawn on demand; every round brings new ones."""
+class DrawnSource(Source):
+    """Documents made on demand; every round brings new ones."""
 
-    kind: str
     seed: int
-    split: str
     difficulty: tuple[float, float]
     """Difficulty of the first and of the last document of a round."""
     turns: int
@@ -101,11 +105,7 @@ class SyntheticSource(Source):
         """Make a conversation about one document; every attempt takes another document."""
         number = index + self.size * (round_ * self.MOST_ATTEMPTS + attempt)
         low, high = self.difficulty
-        difficulty = low + (high - low) * index / max(1, self.size - 1)
-        if self.kind in first_words.KINDS:
-            drawn = first_words.KINDS[self.kind](number, self.seed, difficulty)
-        else:
-            drawn = documents.document(self.kind, number, self.seed, self.split, difficulty)
+        drawn = self.document(number, low + (high - low) * index / max(1, self.size - 1))
         rng = random.Random(f"{self.seed}/question/{number}")
         count = min(rng.randint(1, self.turns), len(drawn.questions))
         # The whole text comes last: later answers would be copied from it instead of being read from the image.
@@ -113,6 +113,34 @@ class SyntheticSource(Source):
         turns = [(question.text, question.answer) for question in questions]
         turns[0] = (f"{IMAGE_PLACEHOLDER}\n{turns[0][0]}", turns[0][1])
         return Example(Conversation(tuple(turns)), [drawn.image], drawn.characters)
+
+    def document(self, number: int, difficulty: float) -> Document:
+        """Make document `number`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SyntheticSource(DrawnSource):
+    """Documents rendered from words and fonts."""
+
+    kind: str
+    split: str
+
+    def document(self, number: int, difficulty: float) -> Document:
+        if self.kind in first_words.KINDS:
+            return first_words.KINDS[self.kind](number, self.seed, difficulty)
+        return documents.document(self.kind, number, self.seed, self.split, difficulty)
+
+
+@dataclass(frozen=True)
+class PdfSource(DrawnSource):
+    """Lines and blocks of lines cut out of PDF documents."""
+
+    paths: tuple[Path, ...]
+    lines: tuple[int, int]
+
+    def document(self, number: int, difficulty: float) -> Document:
+        return typeset(self.paths, random.Random(f"{self.seed}/{self.name}/{number}"), self.lines, difficulty)
 
 
 # --- meta JSON -------------------------------------------------------------------------------------------------------
@@ -139,7 +167,7 @@ def read_sources(data: str | dict, folder: Path, ranges: list[list[int]], encode
 
 
 def _read_source(name: str, entry: dict, folder: Path, ranges: list[list[int]], encoder: Encoder) -> Source:
-    own_keys = SYNTHETIC_KEYS if "synthetic" in entry else FILE_KEYS
+    own_keys = SYNTHETIC_KEYS if "synthetic" in entry else PDF_KEYS if "pdf" in entry else FILE_KEYS
     unknown = entry.keys() - own_keys - SHARED_KEYS
     if unknown:
         known = ", ".join(sorted(own_keys | SHARED_KEYS))
@@ -153,6 +181,8 @@ def _read_source(name: str, entry: dict, folder: Path, ranges: list[list[int]], 
     part, repeats = _repeats(name, entry.get("repeat_time", 1))
     if "synthetic" in entry:
         return _synthetic_source(name, entry, chosen, use_thumbnail, part, repeats)
+    if "pdf" in entry:
+        return _pdf_source(name, entry, folder, chosen, use_thumbnail, part, repeats)
     rows = _read_lines(name, entry, folder, encoder)
     if entry.get("length", len(rows)) != len(rows):
         print(f"Dataset {name}: the meta JSON says {entry['length']} lines, the file has {len(rows)}.")
@@ -188,12 +218,46 @@ def _part(name: str, length: int, part: float) -> int:
 def _synthetic_source(
     name: str, entry: dict, ranges: tuple[TileRanges, ...], use_thumbnail: bool, part: float, repeats: int
 ) -> SyntheticSource:
-    kind, length, seed, turns = entry["synthetic"], entry.get("length"), entry.get("seed", 1), entry.get("turns", 1)
+    kind = entry["synthetic"]
     known = (*documents.KINDS, *first_words.KINDS)
     if kind not in known:
         raise ValueError(f"Dataset {name}: there are no synthetic documents {kind!r}; known are {', '.join(known)}.")
     if kind in first_words.KINDS and entry.get("split", "training") != "training":
         raise ValueError(f"Dataset {name}: {kind} is for training alone, got split {entry['split']!r}.")
+    length, drawn = _drawn(name, entry)
+    source = SyntheticSource(
+        *(name, ranges, use_thumbnail, _part(name, length, part), repeats),
+        kind=kind,
+        split=entry.get("split", "training"),
+        **drawn,
+    )
+    return _tried(source)
+
+
+def _pdf_source(
+    name: str, entry: dict, folder: Path, ranges: tuple[TileRanges, ...], use_thumbnail: bool, part: float, repeats: int
+) -> PdfSource:
+    patterns = [entry["pdf"]] if isinstance(entry["pdf"], str) else entry["pdf"]
+    if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"Dataset {name}: pdf is a path, a pattern or a list of them, got {entry['pdf']!r}.")
+    found = {pattern: sorted(map(Path, glob.glob(str(folder / pattern), recursive=True))) for pattern in patterns}
+    for pattern, paths in found.items():
+        if not paths:
+            raise ValueError(f"Dataset {name}: no file fits {folder / pattern}.")
+    lines = entry.get("lines", [1, 6])
+    if not isinstance(lines, list) or [type(n) for n in lines] != [int, int] or not 1 <= lines[0] <= lines[1]:
+        raise ValueError(f"Dataset {name}: lines is [fewest, most] lines of a crop, got {lines!r}.")
+    length, drawn = _drawn(name, entry)
+    paths = tuple(dict.fromkeys(path for paths in found.values() for path in paths))
+    source = PdfSource(
+        *(name, ranges, use_thumbnail, _part(name, length, part), repeats), paths=paths, lines=tuple(lines), **drawn
+    )
+    return _tried(source)
+
+
+def _drawn(name: str, entry: dict) -> tuple[int, dict]:
+    """Return length, and the options that all documents made on demand have."""
+    length, seed, turns = entry.get("length"), entry.get("seed", 1), entry.get("turns", 1)
     if not isinstance(length, int) or length < 1 or not isinstance(seed, int):
         raise ValueError(f"Dataset {name}: length must be a number of documents, seed a number; got {entry}.")
     difficulty = entry.get("difficulty", 1.0)
@@ -204,23 +268,20 @@ def _synthetic_source(
         )
     if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
         raise ValueError(f"Dataset {name}: turns must be a whole number of at least 1, got {turns!r}.")
-    source = SyntheticSource(
-        name,
-        ranges,
-        use_thumbnail,
-        _part(name, length, part),
-        repeats,
-        kind=kind,
-        seed=seed,
-        split=entry.get("split", "training"),
-        difficulty=tuple(difficulty),
-        turns=turns,
-    )
+    return length, {"seed": seed, "difficulty": tuple(difficulty), "turns": turns}
+
+
+def _tried(source: DrawnSource) -> DrawnSource:
+    """Return the source after its first and last document were made.
+
+    Raises:
+        ValueError: They cannot be: no such split or difficulty, no fonts, no lines, a broken PDF.
+    """
     try:
         for index in (0, source.size - 1):
             source.example(index, 0)
-    except (ValueError, FileNotFoundError) as error:  # no such split or difficulty, or no fonts
-        raise ValueError(f"Dataset {name}: {error}") from error
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        raise ValueError(f"Dataset {source.name}: {error}") from error
     return source
 
 
@@ -230,7 +291,9 @@ def _synthetic_source(
 def _read_lines(name: str, entry: dict, folder: Path, encoder: Encoder) -> Dataset:
     """Read an annotation file as rows: images, system, questions, answers, text_tokens, sizes (height, width)."""
     if "annotation" not in entry:
-        raise ValueError(f"Dataset {name} needs an annotation (a JSONL file) or synthetic (a kind of document).")
+        raise ValueError(
+            f"Dataset {name} needs an annotation (a JSONL file), synthetic (a kind of document) or pdf (files to cut)."
+        )
     if entry.get("data_augment"):
         raise ValueError(f"Dataset {name}: data_augment is not supported; leave it out or false.")
     annotation, root = folder / entry["annotation"], folder / entry.get("root", "")

@@ -57,6 +57,10 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         deepen(model, recipe.language_layers)
     model.config.text_config.use_cache = False  # useless in training
     freeze(model, recipe.train if recipe.lora_r is None else [])
+    freeze_by_name(model, recipe)
+    if recipe.compile_layers:
+        for layer in (*model.model.vision_tower.encoder.layer, *model.model.language_model.layers):
+            layer.compile(dynamic=True)  # in place: weights keep their names
     return model if recipe.lora_r is None else _with_adapters(model, recipe)
 
 
@@ -132,6 +136,26 @@ def freeze(model: nn.Module, train: list[str]) -> None:
     for part, members in modules.items():
         for module in members:
             module.requires_grad_(part in train)
+
+
+def freeze_by_name(model: nn.Module, recipe: Recipe) -> None:
+    """Freeze parameters by a part of their name: all but `train_only` of the parts that are trained, and those in `frozen`.
+
+    Raises:
+        ValueError: A name that no trained parameter has in it, or nothing is left to train.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for part in (*(recipe.train_only or ()), *(recipe.frozen or ())):
+        if not any(part in name for name in trained):
+            raise ValueError(
+                f"No trained parameter has {part!r} in its name; they are like {', '.join([*trained][:3])}."
+            )
+    for name, parameter in trained.items():
+        is_left_out = recipe.train_only is not None and not any(part in name for part in recipe.train_only)
+        if is_left_out or any(part in name for part in recipe.frozen or ()):
+            parameter.requires_grad_(False)
+    if trained and not any(parameter.requires_grad for parameter in trained.values()):
+        raise ValueError(f"train_only {recipe.train_only} and frozen {recipe.frozen} leave nothing to train.")
 
 
 def _with_adapters(model: nn.Module, recipe: Recipe) -> PeftModel:

@@ -17,9 +17,10 @@ from typing import Any, Literal, get_type_hints
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_kernels_available
 
 from minimonkey.scripts.precision import choose_dtype
-from minimonkey.tiling import check_tile_range
+from minimonkey.tiling import check_tile_ranges
 
 
 PARTS = ("language_model", "projector", "vision")
@@ -68,6 +69,10 @@ class Recipe(TrainingArguments):
     # What is trained
     train: list[str] = field(default_factory=lambda: ["language_model"], metadata={"choices": PARTS})
     """The rest stays as it is."""
+    train_only: list[str] | None = None
+    """Of these parts only parameters with one of these texts in their name, as `visual_mlp` for visual experts."""
+    frozen: list[str] | None = None
+    """Parameters with one of these texts in their name stay as they are."""
     lora_r: int | None = None
     """Train instead adapters of this rank on every attention and MLP projection of the language model."""
     lora_alpha: int | None = None
@@ -95,6 +100,16 @@ class Recipe(TrainingArguments):
     grounding_tokens: bool = False
     """Whether <ref>, <box> and <quad> in the data are control tokens, as in `chat(..., grounding_tokens=True)`."""
 
+    # Packing, see packing.py
+    pack_tokens: int | None = None
+    """Join samples to rows of at most this many tokens; `batch_size` then counts rows."""
+    pack_tiles: int = 48
+    """Most tiles of a row."""
+    pack_buffer: int = 20
+    """Rows that are open while samples are laid into them."""
+    loss_reduction: Literal["token", "square", "sample"] = "token"
+    """How much the tokens of an answer of n tokens weigh: 1, 1 / sqrt(n), or 1 / n."""
+
     # Steps
     batch_size: int | None = None
     """Of an optimizer step, over all processes and accumulated micro batches; instead of gradient_accumulation_steps."""
@@ -109,6 +124,12 @@ class Recipe(TrainingArguments):
     machine is fast in it, suits those that are frozen under LoRA."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attn_implementation: str | None = None
+    """As transformers takes it; `owner/kernel` of the Hub needs the package kernels. On a CPU, `eager` goes back through short
+    sequences in less time than `sdpa`."""
+    compile_layers: bool = False
+    """Compile the layers of vision tower and language model: minutes at the start, then less time for each step."""
+    pad_to_multiple_of: int = 1
+    """Pad the sequences of a micro batch to a multiple of this, so that few shapes occur: a CPU prepares each new one."""
 
     def __post_init__(self):
         for name in ("data", "eval_data", "tile_ranges"):
@@ -186,23 +207,39 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     Raises:
         ValueError: No such file, or options or values that a recipe does not have.
     """
+    return make_recipe(read_options(path) | read_overrides(overrides), str(path))
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Read the options of a recipe's file, unchecked."""
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}; see scripts/training/recipes.")
     options = _parse(path.read_bytes(), str(path))
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold names and values, got {type(options).__name__}.")
+    return options
+
+
+def read_overrides(overrides: list[str]) -> dict[str, Any]:
+    """Read `name=value` texts as options; values are YAML."""
+    options = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"--set takes name=value, got {override!r}.")
         options[name] = _parse(text, f"--set {override}")
+    return options
+
+
+def make_recipe(options: dict[str, Any], where: str) -> Recipe:
+    """Return the recipe with these options, checked; `where` they come from is told in errors."""
     try:
         _check_names(options)
         _check_types(options)
         arguments = [word for name, value in options.items() for word in _as_arguments(name, value)]
         (recipe,) = RecipeParser().parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, OSError, ImportError) as error:  # the last two of options that name a file or need a package
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     return recipe
 
 
@@ -263,6 +300,13 @@ def _structure(name: str, value):
 
 
 def _check(recipe: Recipe) -> None:
+    for name, what in (("model", "a folder or model"), ("output_dir", "a folder")):
+        if not getattr(recipe, name).strip():
+            raise ValueError(f"{name} must name {what}, got {getattr(recipe, name)!r}.")
+    if "/" in (recipe.attn_implementation or "") and not is_kernels_available():
+        raise ValueError(
+            f"attn_implementation {recipe.attn_implementation!r} is a kernel of the Hub, which needs: pip install kernels"
+        )
     _check_numbers(recipe)
     warmup_ratio = recipe.warmup_steps if recipe.warmup_steps < 1 else 0
     if warmup_ratio < 0 or not 0 < recipe.decay_ratio <= 1 - warmup_ratio:
@@ -282,6 +326,24 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
     _check_lora(recipe)
     _check_letters(recipe)
+    _check_packing(recipe)
+
+
+def _check_packing(recipe: Recipe) -> None:
+    for name in ("pack_tokens", "pack_tiles", "pack_buffer"):
+        value = getattr(recipe, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if recipe.names_letters and (recipe.pack_tokens is not None or recipe.loss_reduction != "token"):
+        raise ValueError("letters weigh their loss by answers; leave out pack_tokens, and loss_reduction at token.")
+    if recipe.pack_tokens is None:
+        return
+    if recipe.per_device_train_batch_size != 1:
+        raise ValueError(
+            f"With pack_tokens a row is a batch: per_device_train_batch_size is 1, got {recipe.per_device_train_batch_size}."
+        )
+    if recipe.order == "grouped":
+        raise ValueError("Packed rows are equally long already; take order: shuffled or curriculum.")
 
 
 def _check_numbers(recipe: Recipe) -> None:
@@ -290,7 +352,7 @@ def _check_numbers(recipe: Recipe) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}.")
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "gradient_accumulation_steps")
-    for name in (*sizes, "max_seq_length", "depth", "language_layers", "save_total_limit"):
+    for name in (*sizes, "max_seq_length", "depth", "language_layers", "save_total_limit", "pad_to_multiple_of"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -325,6 +387,8 @@ def _check_lora(recipe: Recipe) -> None:
         if recipe.lora_alpha is not None or recipe.lora_dropout or not recipe.lora_merge:
             raise ValueError("lora_alpha, lora_dropout and lora_merge belong to lora_r, the rank of the adapters.")
         return
+    if recipe.train_only is not None or recipe.frozen is not None:
+        raise ValueError("train_only and frozen choose among trained weights; LoRA trains none of the model's own.")
     if recipe.train != ["language_model"]:
         raise ValueError(f"LoRA trains adapters of the language model alone; train is {recipe.train}, leave it out.")
     if recipe.muon_learning_rate is not None:
@@ -351,10 +415,9 @@ def check_ranges(ranges, where: str) -> None:
     """Raise `ValueError` unless these are one or more (min, max, adaptive min, adaptive max)."""
     if not isinstance(ranges, list) or not ranges or any(not isinstance(r, list) or len(r) != 4 for r in ranges):
         raise ValueError(f"{where} must be a list of [min, max, adaptive min, adaptive max], got {ranges!r}.")
-    for least, most, adaptive_least, adaptive_most in ranges:
+    for four in ranges:
         try:
-            check_tile_range(least, most, "detailed tile")
-            check_tile_range(adaptive_least, adaptive_most, "adaptive tile")
+            check_tile_ranges(*four)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 

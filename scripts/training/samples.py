@@ -4,6 +4,8 @@ The whole run is laid out before it begins, as a list of slots that ends with th
 nothing but the slot and the seed, so that any worker, any process and a resumed run make the same sample.
 """
 
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from minimonkey.scripts.training.data import Example, FileSource, Source
 from minimonkey.scripts.training.encode import Encoder
 from minimonkey.scripts.training.letters import cell_labels
+from minimonkey.scripts.training.packing import pack
 from minimonkey.scripts.training.recipe import Recipe
 from minimonkey.tiling import layer_grids
 
@@ -45,21 +48,20 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, sources: list[Source], encoder: Encoder, recipe: Recipe, is_evaluation: bool = False):
         self.sources, self.encoder, self.recipe = sources, encoder, recipe
+        self.rows: list[list[int]] | None = None  # of positions in slots, where samples are packed
         self.fitting = [self._fitting(source) for source in sources]
         self.skipped = sum(source.size - len(fitting) for source, fitting in zip(sources, self.fitting))
         self.epoch_size = sum(len(fitting) * source.repeats for source, fitting in zip(sources, self.fitting))
         if not self.epoch_size:
             raise ValueError(f"No example fits max_seq_length {recipe.max_seq_length}; raise it or use fewer tiles.")
-        if (
-            recipe.order == "grouped"
-            and not is_evaluation
-            and not all(isinstance(source, FileSource) for source in sources)
-        ):
-            raise ValueError(
-                "order: grouped needs lengths beforehand; with synthetic data take shuffled or curriculum."
-            )
+        needs_lengths = "order: grouped" if recipe.order == "grouped" else "packing" if recipe.pack_tokens else None
+        if needs_lengths and not is_evaluation and not all(isinstance(source, FileSource) for source in sources):
+            raise ValueError(f"{needs_lengths} needs lengths beforehand, which documents drawn on demand do not have.")
         if is_evaluation:
             self.slots = self._epoch(0)
+        elif recipe.pack_tokens is not None:
+            self.rows = self._lay_out_rows()
+            self.steps = len(self.rows) // recipe.batch_size
         else:
             total = int(self.epoch_size * recipe.num_train_epochs)
             self.steps = recipe.max_steps if recipe.max_steps > 0 else max(1, -(-total // recipe.batch_size))
@@ -69,11 +71,17 @@ class Samples(torch.utils.data.Dataset):
         """Return the indices of the examples that fit with each of their tile ranges."""
         if not isinstance(source, FileSource):
             return np.arange(source.size)  # known when a document is drawn
-        limit = self.recipe.max_seq_length
+        limit = self._limit()
         fits = np.ones(source.size, dtype=bool)
         for index, row in enumerate(source.rows.select(range(source.size)).select_columns(["text_tokens", "sizes"])):
             length = max(self._length(row, ranges, source.use_thumbnail) for ranges in source.ranges)
-            fits[index] = length <= limit
+            tiles = (length - row["text_tokens"]) // self.encoder.tokens_per_tile
+            fits[index] = length <= limit and not (self.recipe.pack_tokens and tiles > self.recipe.pack_tiles)
+            if length <= limit and not fits[index] and self.recipe.too_long == "raise":
+                raise ValueError(
+                    f"Dataset {source.name}, line {index + 1}: {tiles} tiles do not fit pack_tiles {self.recipe.pack_tiles}. "
+                    "Raise it, use fewer tiles (tile_ranges), or skip such examples with too_long: skip."
+                )
             if length > limit and self.recipe.too_long == "raise":
                 raise ValueError(
                     f"Dataset {source.name}, line {index + 1}: {length} tokens, {length - row['text_tokens']} of them of "
@@ -81,6 +89,10 @@ class Samples(torch.utils.data.Dataset):
                     "examples with too_long: skip."
                 )
         return np.flatnonzero(fits)
+
+    def _limit(self) -> int:
+        """Return the most tokens of a sample."""
+        return min(self.recipe.max_seq_length, self.recipe.pack_tokens or self.recipe.max_seq_length)
 
     def _length(self, row: dict, ranges: tuple[int, int, int, int], use_thumbnail: bool) -> int:
         return row["text_tokens"] + self.encoder.image_length(row["sizes"], ranges, use_thumbnail)
@@ -90,6 +102,38 @@ class Samples(torch.utils.data.Dataset):
         epochs = range(-(-total // self.epoch_size))
         slots = np.concatenate([self._ordered(self._epoch(epoch), epoch) for epoch in epochs])[:total]
         return self._like_length(slots) if self.recipe.order == "curriculum" else slots
+
+    def _lay_out_rows(self) -> list[list[int]]:
+        """Pack epoch after epoch into rows for whole steps, and set the slots; return the positions in them of each row."""
+        recipe, limits = self.recipe, (self.recipe.pack_tokens, self.recipe.pack_tiles, self.recipe.pack_buffer)
+        wanted = recipe.max_steps * recipe.batch_size
+        left = int(self.epoch_size * recipe.num_train_epochs) if recipe.max_steps <= 0 else 0
+        rows, parts, begin = [], [], 0
+        for epoch in itertools.count():
+            slots = self._ordered(self._epoch(epoch), epoch)
+            slots = slots[: left - begin] if left else slots
+            rows += [[begin + place for place in row] for row in pack(self._sizes(slots.tolist()), *limits)]
+            parts.append(slots)
+            begin += len(slots)
+            if left and begin >= left:  # all samples are laid out; rows of one more epoch fill the last step
+                wanted, left = -(-len(rows) // recipe.batch_size) * recipe.batch_size, 0
+            if not left and len(rows) >= wanted:
+                break
+        self.slots = np.concatenate(parts)
+        return rows[:wanted]
+
+    def _sizes(self, slots: Iterable) -> Iterator[tuple[int, int]]:
+        """Yield tokens and tiles of samples, each example measured once for each of its tile ranges."""
+        known: dict[tuple, tuple[int, int]] = {}
+        for number, index, round_ in slots:
+            source = self.sources[number]
+            ranges = source.tile_range(index, round_, self.recipe.seed)
+            key = (number, index, ranges)
+            if key not in known:
+                row = source.rows[index]
+                length = self._length(row, ranges, source.use_thumbnail)
+                known[key] = length, (length - row["text_tokens"]) // self.encoder.tokens_per_tile
+            yield known[key]
 
     def _like_length(self, slots: np.ndarray) -> np.ndarray:
         """Sort the samples within each step by their tiles, fewest first, so that its micro batches are padded less."""
@@ -140,17 +184,26 @@ class Samples(torch.utils.data.Dataset):
         patches = self.encoder.patches_per_side
         return {**sample, "cell_labels": cell_labels(example.pictures[0], example.characters, layers, patches)}
 
+    @property
+    def shown(self) -> int:
+        """How many samples the run shows, packed or not."""
+        return len(self.slots) if self.rows is None else sum(map(len, self.rows))
+
     def __len__(self) -> int:
-        return len(self.slots)
+        return len(self.slots) if self.rows is None else len(self.rows)
 
     def __getitem__(self, position: int) -> dict:
-        """Return a sample (see `Encoder`), with `redrawn`: how many documents before it were too long.
+        """Return a sample, or with packing `{"row": [samples]}`; see `sample`."""
+        return self.sample(position) if self.rows is None else {"row": [*map(self.sample, self.rows[position])]}
+
+    def sample(self, position: int) -> dict:
+        """Return the sample of a slot (see `Encoder`), with `redrawn`: how many documents before it were too long.
 
         Raises:
             ValueError: It is too long (a document with `too_long: raise`, or an image of another size than its header said).
         """
         slot = Slot(*self.slots[position].tolist())
-        source, limit = self.sources[slot.source], self.recipe.max_seq_length
+        source, limit = self.sources[slot.source], self._limit()
         ranges = source.tile_range(slot.index, slot.round, self.recipe.seed)
         attempts = getattr(source, "MOST_ATTEMPTS", 1) if self.recipe.too_long == "skip" else 1
         for attempt in range(attempts):

@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minimonkey.modeling_minimonkey import VISION_CHUNK_TILES
 from minimonkey.scripts.training.optimizers import MuonWithAdamW, matrices_and_rest
+from minimonkey.scripts.training.packing import weighted_loss
 from minimonkey.scripts.training.recipe import Recipe
 
 
@@ -50,6 +51,7 @@ class FineTuner(Trainer):
         """Raise `ValueError` unless processes that share the weights run the vision tower equally often: once."""
         is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         most = max(r[1] + r[3] + 1 for source in self.train_dataset.sources for r in source.ranges)
+        most = self.args.pack_tiles if self.args.pack_tokens else most
         at_once = self.args.per_device_train_batch_size
         if is_sharded and at_once * most > VISION_CHUNK_TILES:
             raise ValueError(
@@ -70,6 +72,25 @@ class FineTuner(Trainer):
             betas=(recipe.adam_beta1, recipe.adam_beta2),
         )
         return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the batches of a step and what their loss is divided by: all answers' tokens, or the sum of their weights."""
+        batches, divisor = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and "loss_weights" in batches[0]:
+            divisor = sum(batch["loss_weights"][:, 1:].sum() for batch in batches).to(device)
+            divisor = self.accelerator.gather(divisor).sum() if self.args.world_size > 1 else divisor
+        return batches, divisor
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the loss as Trainer does, or the weighted one (packing.py) of batches with `loss_weights`."""
+        if "loss_weights" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        weights = inputs.pop("loss_weights")
+        divisor = weights[:, 1:].sum() if num_items_in_batch is None else num_items_in_batch
+        loss, output = weighted_loss(model, inputs, weights, divisor)
+        if num_items_in_batch is not None:
+            loss = loss * self.args.world_size  # the mean over processes follows
+        return (loss, output) if return_outputs else loss
 
     def _prepare_inputs(self, inputs):
         self.redrawn += inputs.pop("redrawn", 0)

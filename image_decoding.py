@@ -1,7 +1,7 @@
 """Upright 8-bit RGB images from files, URLs, PIL images and arrays of any kind.
 
-    picture = load_picture("page.png")
-    pages = pages_of("scan.tiff")  # each of them for load_picture
+    image = load_image("page.png")
+    pages = pages_of("scan.tiff")  # each of them for load_image
 
 EXIF orientation is applied, transparency is put on white (the published code dropped it, which shows the hidden colours),
 16-bit samples keep their upper half, of an animation the first frame is taken. The pages of a TIFF are images of their own.
@@ -119,7 +119,7 @@ class Page(str):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def load_picture(source: str | os.PathLike, untrusted: bool = False) -> Image.Image:
+def load_image(source: str | os.PathLike, untrusted: bool = False) -> Image.Image:
     """Read an image from a path, a URL, a data URI or a base64 string, as upright 8-bit RGB.
 
     Of a file of several pages the first is read, with a warning, unless `source` is one of `pages_of`.
@@ -132,7 +132,7 @@ def load_picture(source: str | os.PathLike, untrusted: bool = False) -> Image.Im
     """
     page = getattr(source, "page", None)
     name = short_name(source)
-    with open_picture(source, untrusted) as image:
+    with open_image(source, untrusted) as image:
         try:
             _check_pixels(image)
             if page is not None:
@@ -156,7 +156,7 @@ def several_pages(name: str, pages: int) -> str:
 
 
 def pages_of(source, untrusted: bool = False) -> list:
-    """List the pages of an image, each for `load_picture`; `[source]` where it has one, or is not a file of pages.
+    """List the pages of an image, each for `load_image`; `[source]` where it has one, or is not a file of pages.
 
     Only TIFF and DCX have pages. A URL is not downloaded for that, and a PIL image is the page at which it stands.
 
@@ -174,7 +174,7 @@ def pages_of(source, untrusted: bool = False) -> list:
         return [source]
     if not start.startswith(PAGED_STARTS):
         return [source]
-    with open_picture(source, untrusted) as image:
+    with open_image(source, untrusted) as image:
         try:
             pages = count_pages(image)
         except DECODER_ERRORS as error:
@@ -197,8 +197,8 @@ def _start(source: str | os.PathLike, untrusted: bool) -> bytes:
         return b""
 
 
-def open_picture(source: str | os.PathLike, untrusted: bool = False) -> Image.Image:
-    """Open an image file without decoding it, as `load_picture` does: in-process formats alone.
+def open_image(source: str | os.PathLike, untrusted: bool = False) -> Image.Image:
+    """Open an image file without decoding it, as `load_image` does: in-process formats alone.
 
     Raises:
         ValueError: It cannot be found, downloaded or opened, with what would read it where that is known.
@@ -401,11 +401,11 @@ def resizing_steps(old_width: int, old_height: int, width: int, height: int) -> 
     return (old_width, height) if vertical_first else (width, old_height), (width, height)
 
 
-def resize_picture(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
+def resize_image(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
     """Resize as `image.resize((width, height), resample)` of Pillow 13, with the same pixels under every Pillow."""
     for step in resizing_steps(*image.size, width, height):
         image = image.resize(step, resample)
     return image
 
 
-__all__ = ["Page", "count_pages", "load_picture", "open_picture", "pages_of", "resize_picture", "to_rgb"]
+__all__ = ["Page", "count_pages", "load_image", "open_image", "pages_of", "resize_image", "to_rgb"]

@@ -1,11 +1,12 @@
-"""Measure what multi-scale cropping and scale compression are worth to a model: an ablation over the same items.
+"""Measure what rules for the grids of an image and compressors of its tokens are worth: an ablation over the same items.
 
-    python scripts/evidence.py runs/evidence                                          all of it; hours on a CPU, and resumes
-    python scripts/evidence.py runs/evidence --suites seams --items 100                 a first look
+    python scripts/ablate.py runs/ablation                                             all of it; hours on a CPU, and resumes
+    python scripts/ablate.py runs/ablation --suites receipts --items 100 --keep-ratios 0.5             a first look
+    python scripts/ablate.py runs/ablation --compressors smaller-internvl token tile@question --tilings msac logscore
 
-Held-out documents (evaluation/suites.py) are read as one whole image, as detailed tiles, as these and a thumbnail, and with
-multi-scale cropping; then with fewer detailed tokens, chosen by scale compression, at random and evenly. Writes to the folder:
-predictions of every way, evidence.json, the tables as evidence.md and the figure evidence.png. Differences are paired, their
+Held-out documents (evaluation/suites.py) are read by each tiling; then, by multi-scale cropping, with fewer detailed tokens, as
+each compressor chooses them, and at as many tokens by a smaller grid (evaluation/ways.py lists all). Writes to the folder:
+predictions of every way, ablation.json, the tables as ablation.md and the figure ablation.png. Differences are paired, their
 95% intervals are bootstrapped, not corrected for their number. What is there already is not asked again. Needs the
 `training` extra.
 """
@@ -18,12 +19,23 @@ from pathlib import Path
 
 import transformers
 
+from minimonkey.scripts.benchmarking.measure import peak_extra_bytes
 from minimonkey.scripts.evaluation.figure import draw
+from minimonkey.scripts.evaluation.flops import way_flops
 from minimonkey.scripts.evaluation.predictions import Predictions, weights_digest
 from minimonkey.scripts.evaluation.runner import Answering, answer_suite
 from minimonkey.scripts.evaluation.suites import Suite, synthetic_suite
 from minimonkey.scripts.evaluation.tables import Comparison, markdown
-from minimonkey.scripts.evaluation.ways import KEEP_RATIOS, Way, droppings, tilings
+from minimonkey.scripts.evaluation.ways import (
+    DEFAULT_COMPRESSORS,
+    DEFAULT_TILINGS,
+    KEEP_RATIOS,
+    TILING_WAYS,
+    Way,
+    check_compressor,
+    compressions,
+    tilings,
+)
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
 from minimonkey.scripts.repository import (
     add_device_argument,
@@ -55,6 +67,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compressed", nargs="*", choices=SUITES, default=None, help=f"default: {' '.join(COMPRESSED)}"
     )
+    parser.add_argument("--tilings", nargs="+", choices=TILING_WAYS, default=list(DEFAULT_TILINGS))
+    parser.add_argument(
+        "--compressors", nargs="+", default=list(DEFAULT_COMPRESSORS), help="see scripts/evaluation/ways.py"
+    )
+    parser.add_argument("--scm-layer", type=int, default=None, help="whose attention decides")
     parser.add_argument("--keep-ratios", nargs="+", type=float, default=KEEP_RATIOS, help="of compression")
     parser.add_argument("--preset", default="default", help="tile ranges of multi-scale cropping")
     parser.add_argument("--items", type=int, default=1000, help="of each suite")
@@ -66,7 +83,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.compressed is None:
         args.compressed = [name for name in args.suites if name in COMPRESSED]
-    args.suites = list(dict.fromkeys(args.suites))
+    args.suites, args.compressors = (list(dict.fromkeys(names)) for names in (args.suites, args.compressors))
+    args.tilings = list(dict.fromkeys(["msac", *args.tilings]))  # what all others are compared with
+    for name in args.compressors:
+        try:
+            check_compressor(name)
+        except ValueError as error:
+            parser.error(str(error))
     if args.items < 2 or args.batch_size < 1:
         parser.error("--items must be at least 2, --batch-size at least 1")
     if not all(0 < ratio < 1 for ratio in args.keep_ratios):
@@ -97,7 +120,7 @@ def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
     """
     ranges = PRESETS[args.preset]
     args.out.mkdir(parents=True, exist_ok=True)
-    names = ("model", "subfolder", "difficulty", "seed", "batch_size", "device", "dtype")
+    names = ("model", "subfolder", "difficulty", "seed", "batch_size", "device", "dtype", "scm_layer")
     shared = {name: getattr(args, name) for name in names}
     shared |= {"weights": weights_digest(args.model, args.subfolder), "materials": materials()}
     readings = {}
@@ -105,19 +128,19 @@ def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
         kind, questions, metric = SUITES[name]
         suite = synthetic_suite(kind, args.items, args.seed, args.difficulty, metric, questions)
         settings = {**shared, "suite": suite.name, "questions": questions, "metric": metric, "items": len(suite)}
-        tiled = tilings(ranges)
-        dropped = droppings(ranges, args.keep_ratios) if name in args.compressed else []
+        tiled = tilings(ranges, args.tilings)
+        dropped = compressions(ranges, args.compressors, args.keep_ratios) if name in args.compressed else []
         planned = {
             way: Reading(name, suite, way, _predictions(args.out, name, way, settings)) for way in tiled + dropped
         }
         readings[name, "tilings"] = [planned[way] for way in tiled]
         if dropped:
-            readings[name, "compression"] = [planned[way] for way in (tiled[-1], *dropped)]
+            readings[name, "compression"] = [planned[way] for way in (tiled[0], *dropped)]
     return readings
 
 
 def _predictions(folder: Path, name: str, way: Way, settings: dict) -> Predictions:
-    shown = {"tiles": way.images_kwargs, "keep_ratio": way.keep_ratio, "drop": way.drop}
+    shown = {"tiles": way.images_kwargs, "keep_ratio": way.keep_ratio, "compressor": way.compressor}
     return Predictions(folder / f"{name}.{way.slug}.jsonl", settings | shown, resume=True)
 
 
@@ -125,7 +148,7 @@ class Reader:
     """Answers a suite in one way after another, with the same model."""
 
     def __init__(self, args: argparse.Namespace):
-        self.batch_size = args.batch_size
+        self.batch_size, self.layer = args.batch_size, args.scm_layer
         self.processor = load_processor(args.model)
         self.model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
 
@@ -134,21 +157,35 @@ class Reader:
         suite, way = reading.suite, reading.way
         print(f"{reading.name}, {way.name}", file=sys.stderr)
         answering = Answering(
-            self.model, self.processor, suite.max_new_tokens, way.images_kwargs, way.keep_ratio, way.drop
+            self.model,
+            self.processor,
+            suite.max_new_tokens,
+            way.images_kwargs,
+            way.keep_ratio,
+            way.compressor,
+            self.layer,
         )
+        peak = None
         if len(reading.predictions.lines) < len(suite):  # warm-up: a first pass takes longer, and seconds are compared
             items = [suite.item(index) for index in range(2)]
-            answering(items, [answering.open(item) for item in items])
-        return answer_suite(suite, answering, reading.predictions, self.batch_size)
+            images = [answering.open(item) for item in items]
+            peak = peak_extra_bytes(lambda: answering(items, images), self.model.device)
+        return answer_suite(suite, answering, reading.predictions, self.batch_size, {"peak_bytes": peak})
+
+    def flops(self, row: dict, way: Way) -> dict:
+        """Return what an item of a row takes, in the encoder and until the first new token."""
+        layer = self.model.config.scm_layer if self.layer is None else self.layer
+        encoder, prefill = way_flops(self.model.config, way, row["image_tokens"], row["image_tokens_read"], layer)
+        return {**row, "encoder_flops": encoder, "prefill_flops": prefill}
 
 
-def compare_ways(args: argparse.Namespace) -> list[Comparison]:
-    """Compare every suite of `args` in every way: first the tilings of all, then compression."""
-    readings, read = plan(args), Reader(args)
-    return [
-        Comparison(name, subject, {reading.way: read(reading) for reading in chosen})
-        for (name, subject), chosen in sorted(readings.items(), key=lambda pair: pair[0][1], reverse=True)
-    ]
+def compare_ways(args: argparse.Namespace) -> list[dict]:
+    """Compare every suite of `args` in every way, first the tilings of all, then compression; return a row for each."""
+    readings, read, rows = plan(args), Reader(args), []
+    for (name, subject), chosen in sorted(readings.items(), key=lambda pair: pair[0][1], reverse=True):
+        comparison = Comparison(name, subject, {reading.way: read(reading) for reading in chosen})
+        rows += [read.flops(row, way) for row, way in zip(comparison.rows(), comparison.shown)]
+    return rows
 
 
 @reports_errors
@@ -156,12 +193,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    comparisons = compare_ways(args)
-    rows = [row for comparison in comparisons for row in comparison.rows()]
-    (args.out / "evidence.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows = compare_ways(args)
+    (args.out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n")
     text = markdown(rows)
-    (args.out / "evidence.md").write_text(text)
-    draw(rows, args.out / "evidence.png")
+    (args.out / "ablation.md").write_text(text)
+    draw(rows, args.out / "ablation.png")
     print(text)
     return 0
 

@@ -19,8 +19,8 @@ from conftest import ROOT
 from PIL import Image, ImageFile, PngImagePlugin
 from transformers import AutoImageProcessor
 
-from minimonkey.picture_decoding import load_picture, pages_of, to_rgb
-from minimonkey.prompt_memory import picture_key
+from minimonkey.image_decoding import load_image, pages_of, to_rgb
+from minimonkey.prompt_memory import image_key
 
 
 ORIENTATION = 0x0112
@@ -89,27 +89,27 @@ def test_whatever_a_decoder_raises_is_a_value_error(monkeypatch, tmp_path, image
         raise error
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
-    for read in (load_picture, image_processor):
+    for read in (load_image, image_processor):
         with pytest.raises(ValueError, match="picture.png (cannot be read as a picture|has too many pixels)"):
             read(path)
-    for read in (to_rgb, image_processor, lambda picture: picture_key(picture, None)):
+    for read in (to_rgb, image_processor, lambda picture: image_key(picture, None)):
         with pytest.raises(ValueError, match="The picture cannot be decoded"):
             read(lazy)
     monkeypatch.undo()
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "_open", fail)
     with pytest.raises(ValueError, match="picture.png"):
-        load_picture(path)
+        load_image(path)
 
 
 def test_unknown_kinds_of_dds_are_refused(tmp_path):
     header = struct.pack("<7I", 124, 0, SIDE, SIDE, 0, 0, 0) + bytes(44) + struct.pack("<4I", 32, 8, 0, 0) + bytes(40)
     with pytest.raises(ValueError, match="cannot be read as a picture: Unknown pixel format flags 8"):
-        load_picture(write(tmp_path, b"DDS " + header))
+        load_image(write(tmp_path, b"DDS " + header))
 
 
 def test_truncated_picture_that_was_opened_has_no_key():
     with pytest.raises(ValueError, match="cannot be decoded: .*truncated"):
-        picture_key(opened(saved(Image.effect_noise((64, 64), 50), "JPEG")[:-200]), None)
+        image_key(opened(saved(Image.effect_noise((64, 64), 50), "JPEG")[:-200]), None)
 
 
 @pytest.mark.parametrize("kind", [(9, struct.pack("<i", -5)), (12, None)], ids=["negative", "no integer"])
@@ -121,7 +121,7 @@ def test_strange_exif_beside_a_rotation_does_no_harm(tmp_path, kind):
     picture = plain("white")
     picture.paste("black", (0, 0, SIDE, SIDE // 2))  # upright this is the right half
     for source in (path := write(tmp_path, saved(picture, "JPEG", quality=95, exif=exif)), Image.open(path)):
-        seen = np.asarray(load_picture(source) if source is path else to_rgb(source))[..., 0]
+        seen = np.asarray(load_image(source) if source is path else to_rgb(source))[..., 0]
         assert seen[:, :3].min() > 200
         assert seen[:, -3:].max() < 50
 
@@ -145,7 +145,7 @@ def test_side_that_is_too_long_to_be_resized_is_refused(image_processor, make):
 def test_what_pillow_does_not_read_is_named_with_what_does(monkeypatch, tmp_path, data, message):
     for source in (write(tmp_path, data), "data:image/png;base64," + base64.b64encode(data).decode()):
         with pytest.raises(ValueError, match=message):
-            load_picture(source)
+            load_image(source)
 
 
 def test_heic_is_read_where_its_package_is_installed(monkeypatch, tmp_path):
@@ -155,7 +155,7 @@ def test_heic_is_read_where_its_package_is_installed(monkeypatch, tmp_path):
     fake.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "pillow_heif", fake)
     with pytest.raises(ValueError):
-        load_picture(write(tmp_path, b"\0\0\0\x18ftypheic" + bytes(40)))
+        load_image(write(tmp_path, b"\0\0\0\x18ftypheic" + bytes(40)))
     assert registered
 
 
@@ -164,7 +164,7 @@ def test_postscript_runs_nothing_whatever_its_name(monkeypatch, tmp_path, name):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args: pytest.fail("Ghostscript was started"))
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     with pytest.raises(ValueError, match="PostScript"):
-        load_picture(write(tmp_path, data, name))
+        load_image(write(tmp_path, data, name))
 
 
 # --- modes and lists -------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_lists_within_lists_may_be_mixed(backend):
 def test_only_a_few_pictures_are_in_memory_at_a_time(monkeypatch, tmp_path, image_processor):
     path = write(tmp_path, saved(plain("red"), "PNG"))
     module = image_processor.process_image.__globals__
-    load, pictures, alive, lock = module["load_picture"], [], [], threading.Lock()
+    load, pictures, alive, lock = module["load_image"], [], [], threading.Lock()
 
     def count(*args):
         picture = load(*args)
@@ -207,7 +207,7 @@ def test_only_a_few_pictures_are_in_memory_at_a_time(monkeypatch, tmp_path, imag
             alive.append(sum(reference() is not None for reference in pictures))
         return picture
 
-    monkeypatch.setitem(module, "load_picture", count)
+    monkeypatch.setitem(module, "load_image", count)
     image_processor([str(path)] * 40, size=28)
     assert len(alive) == 40
     assert max(alive) <= module["DECODED_AHEAD"] + 2
@@ -253,20 +253,20 @@ def test_pages_of_a_tiff_are_pictures(scan):
         pages = pages_of(source)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert [colour(load_picture(page)) for page in pages] == [RGB[name] for name in PAGES]
-        assert len({picture_key(page, None) for page in pages}) == 3
+            assert [colour(load_image(page)) for page in pages] == [RGB[name] for name in PAGES]
+        assert len({image_key(page, None) for page in pages}) == 3
 
 
 def test_pages_can_be_copied(scan):
     page = pages_of(scan)[2]
     for again in (copy.deepcopy(page), pickle.loads(pickle.dumps(page))):
-        assert colour(load_picture(again)) == RGB["blue"]
+        assert colour(load_image(again)) == RGB["blue"]
 
 
 def test_one_picture_of_several_pages_is_the_first_with_a_warning(scan):
     for source in sources(scan):
         with pytest.warns(UserWarning, match=r"has 3 pages.*ImageSequence"):
-            assert colour(load_picture(source)) == RGB["red"]
+            assert colour(load_image(source)) == RGB["red"]
 
 
 def test_opened_file_of_pages_is_the_page_at_which_it_stands(scan):
@@ -315,8 +315,8 @@ def test_psd_with_layers_is_seen_as_a_whole(tmp_path):
     assert Image.open(path).n_frames == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert colour(load_picture(path)) == RGB["red"]
-    assert picture_key(Image.open(path), None) == picture_key(plain("red"), None)
+        assert colour(load_image(path)) == RGB["red"]
+    assert image_key(Image.open(path), None) == image_key(plain("red"), None)
 
 
 # --- in a conversation -----------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_key_tells_the_alpha_of_a_palette_apart():
     opaque, half, clear = (palette_picture(alpha) for alpha in (None, bytes([255, 128]), 1))
     rgba = plain(1, "P")
     rgba.putpalette([0, 0, 0, 0, 200, 0, 0, 9], "RGBA")
-    assert len({picture_key(picture, None) for picture in (opaque, half, clear, rgba)}) == 4
+    assert len({image_key(picture, None) for picture in (opaque, half, clear, rgba)}) == 4
 
 
 def test_key_is_that_of_the_frame_that_is_shown():
@@ -412,9 +412,9 @@ def test_key_is_that_of_the_frame_that_is_shown():
     animation = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
     standing = opened(animation)
     standing.seek(1)
-    assert picture_key(standing, None) == picture_key(opened(animation), None)
+    assert image_key(standing, None) == image_key(opened(animation), None)
     assert standing.tell() == 1
-    assert picture_key(opened(saved(frames[1], "GIF")), None) != picture_key(standing, None)
+    assert image_key(opened(saved(frames[1], "GIF")), None) != image_key(standing, None)
 
 
 def test_key_tells_pages_and_turns_apart(scan):
@@ -422,20 +422,20 @@ def test_key_tells_pages_and_turns_apart(scan):
     keys = []
     for position in range(3):
         page.seek(position)
-        keys.append(picture_key(page, None))
+        keys.append(image_key(page, None))
     assert len({*keys}) == 3
     picture = Image.effect_noise((SIDE, SIDE), 50)
     turned = picture.copy()
     turned.getexif()[ORIENTATION] = 6
-    assert picture_key(turned, None) != picture_key(picture, None)
+    assert image_key(turned, None) != image_key(picture, None)
 
 
 def test_key_of_what_cannot_be_read_raises(tmp_path):
     tensors = [torch.zeros(3, 4, 4, device="meta"), torch.zeros(3, 4, 4).to_sparse()]
     for source in (tmp_path, tmp_path / "missing.png", {"url": "x"}, None, *tensors):
         with pytest.raises(ValueError):
-            picture_key(source, None)
-    assert picture_key(torch.zeros(3, 2, 2), None) != picture_key(torch.zeros(3, 4, 1), None)
+            image_key(source, None)
+    assert image_key(torch.zeros(3, 2, 2), None) != image_key(torch.zeros(3, 4, 1), None)
 
 
 def test_truncated_files_are_not_loaded_by_halves():
