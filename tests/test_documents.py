@@ -12,9 +12,10 @@ from PIL import Image
 
 from minimonkey.scripts.synthetic.documents import KINDS, document
 from minimonkey.scripts.synthetic.materials import words
-from minimonkey.scripts.synthetic.seams import DEFAULT_RANGES, Seams, msac_grids, seam
+from minimonkey.scripts.synthetic.seams import DEFAULT_RANGES, Seams, seam
 from minimonkey.scripts.synthetic.text_images import CHARACTERS
 from minimonkey.scripts.synthetic.vocabulary import LABELS
+from minimonkey.tiling import msac_grids
 
 
 SPLITS = ("training", "held_out")

@@ -7,7 +7,7 @@
 Knows nothing of the browser. A conversation is one visitor's own and changes only when an answer is complete.
 """
 
-import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from PIL import Image
 from minimonkey.chat_answer import AnswerStream, ChatAnswer
 from minimonkey.conversation import get_template
 from minimonkey.scripts.demonstration.media import Medium
+from minimonkey.scripts.reading.confidence import part_confidence, token_spans
 from minimonkey.scripts.visualize import draw, lit_tokens
 from minimonkey.tiling import msac_grids
 
@@ -72,13 +73,14 @@ class Figures:
     read_tokens: int = 0
     tiles: int = 0
     confidence: float | None = None
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Step:
     """The answer so far; `figures` and `words` come with the last step, `drawings` whenever they changed.
 
-    `words` are the pieces of the answer with the probability that the model gave each, the least of its tokens'.
+    `words` are the words of the answer with the confidence of each, see `reading.confidence`.
     """
 
     answer: str
@@ -135,6 +137,7 @@ class Answerer:
             images_kwargs=settings.images_kwargs,
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
+            stop_repetition=True,
             return_dict=True,
             stream=True,
             **scm,
@@ -147,7 +150,8 @@ class Answerer:
         seconds = time.perf_counter() - start
         conversation._stream = None
         counts, lit = self._look_into(messages, settings)
-        figures = Figures(first or seconds, seconds, len(answer.token_ids), **counts, confidence=answer.confidence)
+        outcome = {"confidence": answer.confidence, "finish_reason": answer.finish_reason}
+        figures = Figures(first or seconds, seconds, len(answer.token_ids), **counts, **outcome)
         drawings = self._draw(everything, settings, lit)
         if answer.text:
             conversation.messages = [*messages, {"role": "assistant", "content": answer.text}]
@@ -220,19 +224,12 @@ class Answerer:
 
 
 def words_of(answer: ChatAnswer, tokenizer) -> list[tuple[str, float]]:
-    """Return the words of an answer, white space after them included, with the least probability of their tokens."""
-    words, given = [], 0
-    probabilities = [math.exp(value) for value in answer.log_probabilities or []]
-    for i, probability in enumerate(probabilities, 1):
-        decoded = tokenizer.decode(answer.token_ids[:i], skip_special_tokens=True)
-        if decoded.endswith("\ufffd") or len(decoded) <= given:
-            continue
-        piece, given = decoded[given:], len(decoded)
-        if words and not (words[-1][0][-1:].isspace() and not piece[0].isspace()):
-            words[-1] = (words[-1][0] + piece, min(words[-1][1], probability))
-        else:
-            words.append((piece, probability))
-    return words
+    """Return the words of an answer, white space after them included, with the confidence of each."""
+    text, spans = token_spans(tokenizer, answer.token_ids)
+    return [
+        (match[0], part_confidence(match.span(1), spans, answer.log_probabilities or []))
+        for match in re.finditer(r"(\S+)\s*", text)
+    ]
 
 
 def _check(conversation: Conversation, question: str, media: list[Medium]) -> None:

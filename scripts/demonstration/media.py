@@ -10,11 +10,7 @@ refused before it is decoded: the limits stand below.
 Deals with files, not with pages in the browser or models.
 """
 
-import contextlib
-import re
 import threading
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +18,9 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from minimonkey.image_decoding import DECODER_ERRORS, FORMATS, load_image, pages_of
 from minimonkey.media_sources import DownloadLimits, is_url, local_file, short_name
+from minimonkey.scripts.reading.pages import Document, PdfFile, open_document, parse_ranges
+from minimonkey.scripts.reading.pages import Settings as PageSettings
 from minimonkey.video_frames import load_frames
 
 
@@ -37,8 +34,7 @@ MOST_PIXELS = 40_000_000  # of an image, and of a frame of a video
 MOST_PAGES = 8  # of a file at once
 MOST_FRAME_PIXELS = 4096 * 2304
 FRAMES = 8  # that are shown of a video
-PDF_SCALE = 150 / 72  # pixels for each point of a page: 150 dpi
-LONGEST_PDF_SIDE = 4000  # pixels; larger pages are rendered at fewer dpi
+OPENING = PageSettings(dpi=150, max_pixels=2**62)  # how many pixels a page may have is looked at here
 
 _pdfium = threading.Lock()  # PDFium works for one thread at a time
 
@@ -73,13 +69,10 @@ def read_file(path: str | Path, pages: str = "", name: str | None = None) -> lis
     try:
         if suffix in VIDEO_SUFFIXES:
             return [_read_video(path, name)]
-        with open(path, "rb") as file:
-            is_pdf = file.read(5) == b"%PDF-"
-        if is_pdf or suffix == ".pdf":
-            return [_image(f"{name}, page {number}", page) for number, page in _pdf_pages(path, name, pages)]
-        return _read_images(path, name, pages)
-    except ValueError as error:  # which names where the file lies here
-        raise ValueError(str(error).replace(str(path), name)) from error
+        with _pdfium:
+            return _read_pages(path, name, pages)
+    except ValueError as error:  # which names where the file lies here, and what only the page's owner can do
+        raise ValueError(str(error).replace(str(path), name).partition(" If you trust it")[0]) from error
 
 
 def read_address(address: str, pages: str = "") -> list[Medium]:
@@ -104,11 +97,7 @@ def choose_pages(pages: str, count: int, name: str) -> list[int]:
     Raises:
         ValueError: It is no such text, names a page that there is not, or more than `MOST_PAGES` are chosen.
     """
-    parts = pages.replace(" ", "").split(",") if pages.strip() else [f"1-{count}"]
-    found = [re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part) for part in parts]
-    if not all(found):
-        raise ValueError(f"Pages are written like 3 or 2-5 or 1,4-6, not like {pages[:40]!r}.")
-    chosen = [(int(match[1]), int(match[2] or match[1])) for match in found]
+    chosen = [(first, last or count) for first, last in parse_ranges(pages or "1-")]
     if wrong := [f"{first}-{last}" for first, last in chosen if not 1 <= first <= last <= count]:
         raise ValueError(f"{name} has pages 1 to {count}; {wrong[0]} is not among them.")
     numbers = sorted({number for first, last in chosen for number in range(first, last + 1)})
@@ -120,52 +109,20 @@ def choose_pages(pages: str, count: int, name: str) -> list[int]:
     return numbers
 
 
-def _image(name: str, image: Image.Image) -> Medium:
-    return Medium(name, {"type": "image", "image": image}, [image])
-
-
-def _read_images(path: Path, name: str, pages: str) -> list[Medium]:
-    width, height = _size(path)
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"{name} has {width} x {height} pixels, the limit is {MOST_PIXELS // 10**6} million.")
-    sources = pages_of(path)
-    if len(sources) == 1:
-        return [_image(name, load_image(sources[0]))]
-    numbers = choose_pages(pages, len(sources), name)
-    return [_image(f"{name}, page {number}", load_image(sources[number - 1])) for number in numbers]
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Return the size that an image file says it has, without decoding it; (0, 0) where it cannot be told."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-                return image.size
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{path} has more pixels than the limit of {MOST_PIXELS // 10**6} million.") from error
-        except DECODER_ERRORS:
-            return 0, 0  # reading it says what is wrong
-
-
-def _pdf_pages(path: Path, name: str, pages: str) -> Iterator[tuple[int, Image.Image]]:
-    """Yield the chosen pages of a PDF with their numbers, rendered."""
-    try:
-        import pypdfium2
-    except ImportError as error:
-        raise ValueError(f"{name} is a PDF, which needs pypdfium2 here: pip install pypdfium2") from error
-    with _pdfium:
-        try:
-            with contextlib.closing(pypdfium2.PdfDocument(path)) as document:
-                document.init_forms()  # what is written in its fields is shown
-                for number in choose_pages(pages, len(document), name):
-                    page = document[number - 1]
-                    scale = min(PDF_SCALE, LONGEST_PDF_SIDE / max(page.get_size()))
-                    yield number, page.render(scale=scale).to_pil().convert("RGB")
-        except pypdfium2.PdfiumError as error:
-            is_locked = "password" in str(error).lower()
-            reason = "it is protected by a password." if is_locked else "it is damaged or no PDF."
-            raise ValueError(f"{name} cannot be opened: {reason}") from error
+def _read_pages(path: Path, name: str, pages: str) -> list[Medium]:
+    media = []
+    with open_document(Document(str(path)), OPENING) as opened:
+        for number in choose_pages(pages, opened.count, name):
+            width, height = opened.size(number)
+            if width * height > MOST_PIXELS:
+                at = f" at {OPENING.dpi} dpi" if isinstance(opened, PdfFile) else ""
+                raise ValueError(
+                    f"Page {number} of {name} has {width} x {height} pixels{at}, the limit is {MOST_PIXELS // 10**6} million."
+                )
+            image = opened.image(number)
+            medium = {"type": "image", "image": image}
+            media.append(Medium(name if opened.count == 1 else f"{name}, page {number}", medium, [image]))
+    return media
 
 
 def _read_video(path: Path, name: str) -> Medium:

@@ -25,6 +25,7 @@ TITLE = "MiniMonkey"
 IDLE = 3600  # seconds after which a visit, and what was uploaded in it, is deleted
 MOST_VISITS = 100  # kept at a time; the oldest go first
 THUMBNAIL = 256  # pixels
+ENDED = {"length": "tokens answered, the limit", "repetition": "tokens, ended: it repeated itself"}
 CERTAIN, LIKELY = 0.9, 0.5  # words of less than these probabilities are marked
 
 EXAMPLES = [
@@ -244,7 +245,7 @@ def _figures(figures: Figures, words: list[tuple[str, float]] | None) -> str:
         (confidence, "confidence"),
         (read, "prompt tokens read"),
         (f"{figures.tiles}", "tiles"),
-        (f"{figures.answer_tokens}", "tokens answered"),
+        (f"{figures.answer_tokens}", ENDED.get(figures.finish_reason, "tokens answered")),
         (f"{figures.first_seconds:.2f} s", "to the first word"),
         (f"{figures.seconds:.2f} s", "in all"),
     ]
