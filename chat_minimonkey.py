@@ -535,9 +535,11 @@ class ChatMixin:
         return AnswerStream(run, request.decode, request.ends)
 
     def _answers(self, request: _Request) -> list[ChatAnswer]:
+        rows, length = request.options["input_ids"].shape
+        limit = self._setting("max_new_tokens", None, request.options)
+        limit = limit or (self._setting("max_length", None, request.options) or 0) - length
         output = self.generate(**request.options)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        rows, length = request.options["input_ids"].shape
         first = range(0, len(sequences), len(sequences) // rows)  # of several returned sequences the best
         end_ids = _token_ids(request.options["eos_token_id"], "eos_token_id")
         probabilities = None
@@ -548,8 +550,6 @@ class ChatMixin:
             )
         elif request.probabilities is not None:
             probabilities = request.probabilities.of(sequences)
-        limit = self._setting("max_new_tokens", None, request.options)
-        limit = limit or (self._setting("max_length", None, request.options) or 0) - length
         answers = []
         for conversation, row in zip(request.conversations, first):
             ids = sequences[row, length:].tolist()

@@ -1,4 +1,4 @@
-"""Published weight names and ours: one table, used when a checkpoint is loaded on the fly and when it is imported.
+"""Published weight names and ours: one table, used when a checkpoint is loaded on the fly, imported and exported.
 
 Published: InternVL2, Mini-InternVL and Mini-Monkey (`vision_model`, `mlp1`, `language_model` with InternLM2, Qwen2, Phi3 or
 Llama), and transformers' own InternVL (`InternVL3-1B-hf`). Ours are the names of transformers' modules.
@@ -26,42 +26,68 @@ def _in_layer(layers: str, fragment: str) -> str:
 _TEXT_LAYERS = r"language_model\.model\.layers\."
 _VISION_LAYERS = r"vision_model\.encoder\.layers\."
 
+# (published, ours) behind the number of a layer, and at the beginning of a name.
+_INTERNLM2_LAYER = (
+    (".attention.wo.", ".self_attn.o_proj."),
+    (".feed_forward.w1.", ".mlp.gate_proj."),
+    (".feed_forward.w3.", ".mlp.up_proj."),
+    (".feed_forward.w2.", ".mlp.down_proj."),
+    (".feed_forward_ve.w1.", ".visual_mlp.gate_proj."),  # the visual experts of Mono-InternVL
+    (".feed_forward_ve.w3.", ".visual_mlp.up_proj."),
+    (".feed_forward_ve.w2.", ".visual_mlp.down_proj."),
+    (".attention_norm.", ".input_layernorm."),
+    (".ffn_norm.", ".post_attention_layernorm."),
+)
+_INTERNLM2 = (
+    ("language_model.model.tok_embeddings.", "model.language_model.embed_tokens."),
+    ("language_model.output.", "lm_head."),
+)
+_LANGUAGE = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+)
+# transformers' InternVL as it is stored on the Hub; read only.
+_NATIVE = (
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+_PROJECTOR = (
+    ("mlp1.0.", "model.multi_modal_projector.layer_norm."),
+    ("mlp1.1.", "model.multi_modal_projector.linear_1."),
+    ("mlp1.3.", "model.multi_modal_projector.linear_2."),
+)
+_VISION_LAYER = (
+    (".attn.proj.", ".attention.projection_layer."),
+    (".attn.q_norm.", ".attention.q_norm."),
+    (".attn.k_norm.", ".attention.k_norm."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".ls1", ".lambda_1"),
+    (".ls2", ".lambda_2"),
+)
+_VISION = (
+    ("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
+    ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
+    ("vision_model.embeddings.patch_embedding.", "model.vision_tower.embeddings.patch_embeddings.projection."),
+    ("vision_model.encoder.layers.", "model.vision_tower.encoder.layer."),
+)
+
+
+def _in_layers(layers: str, names: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
+    return [(_in_layer(layers, re.escape(published)), ours) for published, ours in names]
+
+
+def _at_the_beginning(names: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
+    return [("^" + re.escape(published), ours) for published, ours in names]
+
+
 # Applied in this order, each at most once to a name. Patterns are regular expressions, replacements plain text: the
 # same pairs are given to transformers.
 RENAMINGS: tuple[tuple[str, str], ...] = (
-    # InternLM2, with the visual experts of Mono-InternVL
-    (_in_layer(_TEXT_LAYERS, r"\.attention\.wo\."), ".self_attn.o_proj."),
-    (_in_layer(_TEXT_LAYERS, r"\.feed_forward\.w1\."), ".mlp.gate_proj."),
-    (_in_layer(_TEXT_LAYERS, r"\.feed_forward\.w3\."), ".mlp.up_proj."),
-    (_in_layer(_TEXT_LAYERS, r"\.feed_forward\.w2\."), ".mlp.down_proj."),
-    (_in_layer(_TEXT_LAYERS, r"\.feed_forward_ve\.w1\."), ".visual_mlp.gate_proj."),
-    (_in_layer(_TEXT_LAYERS, r"\.feed_forward_ve\.w3\."), ".visual_mlp.up_proj."),
-    (_in_layer(_TEXT_LAYERS, r"\.feed_forward_ve\.w2\."), ".visual_mlp.down_proj."),
-    (_in_layer(_TEXT_LAYERS, r"\.attention_norm\."), ".input_layernorm."),
-    (_in_layer(_TEXT_LAYERS, r"\.ffn_norm\."), ".post_attention_layernorm."),
-    (r"^language_model\.model\.tok_embeddings\.", "model.language_model.embed_tokens."),
-    (r"^language_model\.output\.", "lm_head."),
-    # every published language model, and transformers' InternVL as it is stored on the Hub
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^vision_tower\.", "model.vision_tower."),
-    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-    # projector
-    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
-    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
-    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
-    # InternViT
-    (_in_layer(_VISION_LAYERS, r"\.attn\.proj\."), ".attention.projection_layer."),
-    (_in_layer(_VISION_LAYERS, r"\.attn\.q_norm\."), ".attention.q_norm."),
-    (_in_layer(_VISION_LAYERS, r"\.attn\.k_norm\."), ".attention.k_norm."),
-    (_in_layer(_VISION_LAYERS, r"\.norm1\."), ".layernorm_before."),
-    (_in_layer(_VISION_LAYERS, r"\.norm2\."), ".layernorm_after."),
-    (_in_layer(_VISION_LAYERS, r"\.ls1"), ".lambda_1"),
-    (_in_layer(_VISION_LAYERS, r"\.ls2"), ".lambda_2"),
-    (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "model.vision_tower.embeddings.patch_embeddings.projection."),
-    (r"^vision_model\.encoder\.layers\.", "model.vision_tower.encoder.layer."),
+    *_in_layers(_TEXT_LAYERS, _INTERNLM2_LAYER),
+    *_at_the_beginning((*_INTERNLM2, *_LANGUAGE, *_NATIVE, *_PROJECTOR)),
+    *_in_layers(_VISION_LAYERS, _VISION_LAYER),
+    *_at_the_beginning(_VISION),
 )
 FUSED_VISION_QKV = ".attn.qkv."
 VISION_QKV = (".attention.q_proj.", ".attention.k_proj.", ".attention.v_proj.")
@@ -171,3 +197,29 @@ def convert_tensor(name: str, tensor: torch.Tensor, text_config) -> dict[str, to
             for part, piece in zip(VISION_QKV, tensor.chunk(3, dim=0))
         }
     return {name: tensor}
+
+
+def published_name(name: str, as_internlm2: bool) -> str:
+    """Return the published name of one of our weights; q, k and v that are stored fused have one name.
+
+    Args:
+        as_internlm2: Whether a Llama is written with InternLM2's names and fused q, k, v.
+    """
+    beginnings = (*(_INTERNLM2 if as_internlm2 else ()), *_LANGUAGE, *_PROJECTOR, *_VISION)
+    for published, ours in beginnings:
+        if name.startswith(ours):
+            name = published + name.removeprefix(ours)
+            break
+    layers = [(_VISION_LAYERS, _VISION_LAYER, VISION_QKV, FUSED_VISION_QKV)]
+    layers += [(_TEXT_LAYERS, _INTERNLM2_LAYER, TEXT_QKV, FUSED_TEXT_QKV)] if as_internlm2 else []
+    for layer, names, qkv, fused in layers:
+        for published, ours in (*names, *((fused, part) for part in qkv)):
+            name = re.sub(f"(^{layer}\\d+){re.escape(ours)}", rf"\g<1>{published}", name)
+    return name
+
+
+def published_tensor(name: str, parts: list[torch.Tensor], text_config) -> torch.Tensor:
+    """Return the tensor of a published name, the reverse of `convert_tensor`: of one part, or of q, k and v to be fused."""
+    if len(parts) == 1:
+        return parts[0]
+    return fuse_wqkv(*parts, text_config) if FUSED_TEXT_QKV in name else torch.cat(parts)

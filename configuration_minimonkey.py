@@ -62,38 +62,17 @@ PUBLISHED_VISION_DEFAULTS = {
     "qk_normalization": True,
     "norm_type": "rms_norm",
 }
-_VISION_FIELDS = [
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "attention_dropout",
-    "initializer_range",
-    "norm_type",
-    "layer_norm_eps",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "dtype",
-]
+_VISION_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("attention_dropout", "initializer_range", "norm_type", "layer_norm_eps", "image_size", "patch_size"),
+    *("num_channels", "dtype"),
+)
 # Settings of training, of the old code or of the old tokenizer; none changes what the model computes here.
-_PUBLISHED_IGNORED = [
-    "architectures",
-    "auto_map",
-    "dynamic_image_size",
-    "max_dynamic_patch",
-    "min_dynamic_patch",
-    "pad2square",
-    "use_thumbnail",
-    "use_backbone_lora",
-    "use_llm_lora",
-    "hidden_size",
-    "vision_select_layer",
-    "mlp_checkpoint",
-    "transformers_version",
-    "_commit_hash",
-]
+_PUBLISHED_IGNORED = (
+    *("architectures", "auto_map", "dynamic_image_size", "max_dynamic_patch", "min_dynamic_patch"),
+    *("pad2square", "use_thumbnail", "use_backbone_lora", "use_llm_lora", "hidden_size"),
+    *("vision_select_layer", "mlp_checkpoint", "transformers_version", "_commit_hash"),
+)
 
 
 def warn_beside_untried(installed: str) -> None:

@@ -38,42 +38,9 @@ MOST_PAGES = 1000
 # What is decoded within this process. EPS would start Ghostscript and IPTC may hold one, WMF needs Windows, the others have
 # no decoder in Pillow.
 FORMATS = (
-    *(
-        "AVIF",
-        "BLP",
-        "BMP",
-        "CUR",
-        "DCX",
-        "DDS",
-        "DIB",
-        "FITS",
-        "FLI",
-        "FTEX",
-        "GBR",
-        "GIF",
-        "HEIF",
-        "ICNS",
-        "ICO",
-        "IM",
-    ),
-    *(
-        "IMT",
-        "JPEG",
-        "JPEG2000",
-        "MCIDAS",
-        "MPO",
-        "MSP",
-        "PCD",
-        "PCX",
-        "PIXAR",
-        "PNG",
-        "PPM",
-        "PSD",
-        "QOI",
-        "SGI",
-        "SPIDER",
-    ),
-    *("SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
+    *("AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "HEIF"),
+    *("ICNS", "ICO", "IM", "IMT", "JPEG", "JPEG2000", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG"),
+    *("PPM", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
 )
 
 PAGED_FORMATS = ("TIFF", "DCX")
@@ -168,8 +135,11 @@ def pages_of(source, untrusted: bool = False) -> list:
     if untrusted:
         refuse_path(source)
     try:
-        is_file = not untrusted and os.path.isfile(source)
-        start = _first_bytes(source, 4) if is_file else _start(source, untrusted)
+        if not untrusted and os.path.isfile(source):
+            with open(source, "rb") as file:
+                start = file.read(4)
+        else:
+            start = _start(source, untrusted)
     except OSError:  # whoever reads the image says so
         return [source]
     if not start.startswith(PAGED_STARTS):

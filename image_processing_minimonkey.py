@@ -48,9 +48,9 @@ from .tiling import (
     SINGLE_TILE,
     Grid,
     TileRanges,
-    check_tile_ranges,
     check_tiling,
     choose_grids,
+    largest_image,
     tile_counts,
 )
 
@@ -185,8 +185,8 @@ class _MsacMixin:
             options.get(name, getattr(self, name)) for name in CHECKED
         )
         side = _tile_side(size)
-        check_tile_ranges(*ranges)
-        check_tiling(*(options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")))
+        rule = {name: options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")}
+        check_tiling(*ranges, **rule)
         most = ranges[1] + ranges[3] + 1
         if most * side**2 > MOST_PIXELS:
             raise ValueError(
@@ -275,7 +275,7 @@ class _MsacMixin:
         """Return the four tile ranges that a call with these options uses; a tiling without adaptive grid has 1 to 1 there."""
         settings = {**{name: getattr(self, name) for name in GRID_OPTIONS}, **expand_preset(images_kwargs)}
         ranges = tuple(settings[name] for name in RANGE_NAMES)
-        check_tile_ranges(*ranges)
+        check_tiling(*ranges)
         return ranges if settings["tiling"].startswith("msac") else (*ranges[:2], 1, 1)
 
     def count_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int, int]:
@@ -293,6 +293,16 @@ class _MsacMixin:
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of an image of this size, all three kinds together, without its pixels; see `count_tiles`."""
         return sum(self.count_tiles(height, width, images_kwargs))
+
+    def largest_image(self, **images_kwargs: Any) -> tuple[int, int]:
+        """Return a (height, width) that gives the most tiles with these options, see `tiling.largest_image`."""
+        own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
+        settings = {**own, **expand_preset(images_kwargs)}
+        tile_size = _tile_side(settings.get("size") or self.size)
+        ranges = tuple(settings[name] for name in RANGE_NAMES)
+        options = (settings[name] for name in ("use_thumbnail", "tiling", "relaxed_alpha"))
+        width, height = largest_image(ranges, tile_size, *options)
+        return height, width
 
     def to_dict(self) -> dict[str, Any]:
         """Return what transformers returns, but keep both back ends in `auto_map`, which saving would narrow to one."""

@@ -148,6 +148,22 @@ class MiniMonkeyForConditionalGeneration(
             kwargs.setdefault("attn_implementation", "flash_attention_2")
         return super().from_pretrained(*args, **kwargs)
 
+    @classmethod
+    def _from_config(cls, config: MiniMonkeyConfig, **kwargs):
+        """Make a model as transformers does; vLLM, which has a head of its own, gets one without a head.
+
+        Raises:
+            ValueError: vLLM asks for visual experts, whose mask of image tokens it does not hand on.
+        """
+        if getattr(config.get_text_config(), "_attn_implementation", None) != "vllm":
+            return super()._from_config(config, **kwargs)
+        if config.visual_experts:
+            raise ValueError(
+                "vLLM cannot run a model with visual experts (Mono-InternVL): it does not tell the layers which tokens are "
+                "an image's. Use transformers, for example `transformers serve`."
+            )
+        return MiniMonkeyModel._from_config(config, **kwargs)
+
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
         """Save as transformers does, always under its own weight names, with the code that loads the model.
 

@@ -75,12 +75,19 @@ class MiniMonkeyProcessorKwargs(ProcessingKwargs, total=False):
     }
 
 
-def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[str, tuple[int, int]]]]:
-    """Return where each `<image>` stood and where its image tokens stand now, in characters, as transformers asks for it."""
+def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[str, Any]]]:
+    """Return where each `<image>` stood, where its image tokens stand now, in characters, and what they are, as transformers
+    and vLLM ask for it."""
     image = re.compile(f"{re.escape(IMAGE_START)}(?:{re.escape(IMAGE_TOKEN)})+{re.escape(IMAGE_END)}")
     return [
         [
-            {"span": before.span(), "new_span": after.span()}
+            {
+                "type": "image",
+                "span": before.span(),
+                "new_span": after.span(),
+                "text": before[0],
+                "replacement": after[0],
+            }
             for before, after in zip(re.finditer(re.escape(IMAGE_PLACEHOLDER), text), image.finditer(long_text))
         ]
         for text, long_text in zip(texts, expanded)
@@ -240,7 +247,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"  # as generation needs it; what is set there later is obeyed
         self.image_seq_length = image_seq_length
-        self.image_token = IMAGE_TOKEN
+        self.image_token = IMAGE_PLACEHOLDER  # what stands in a prompt's text, as vLLM looks for it
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in (IMAGE_START, IMAGE_END, IMAGE_TOKEN) if token not in vocabulary]
@@ -296,6 +303,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
         text_inputs = self._encode(expanded, options)
         if options.get("return_text_replacement_offsets"):
             text_inputs["text_replacement_offsets"] = placeholder_spans(prompts, expanded)
+            if tiles:  # how many tiles are whose, in the words of other models, where vLLM looks for it
+                text_inputs["image_grid_thw"] = [[count, 1, 1] for count in tiles]
         return BatchFeature(
             {**text_inputs, **image_inputs},
             tensor_type=None if as_lists else options.get("return_tensors"),

@@ -86,8 +86,14 @@ def closest_grid(width: int, height: int, grids: tuple[Grid, ...], tile_size: in
     return best
 
 
-def check_tile_ranges(*ranges: int) -> None:
-    """Raise `ValueError` unless the four `TileRanges` are two ranges of integers, 1 <= minimum <= maximum <= `MOST_TILES`."""
+def check_tiling(*ranges: int, tiling: str = "msac", relaxed_alpha: float = 0.1) -> None:
+    """Raise `ValueError` for what `choose_grids` cannot work with.
+
+    Args:
+        ranges: As `TileRanges`, 1 <= minimum <= maximum <= `MOST_TILES`.
+        tiling: Of TILINGS.
+        relaxed_alpha: From 0 to below 1.
+    """
     for name, least, most in (("detailed tile", *ranges[:2]), ("adaptive tile", *ranges[2:])):
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in (least, most)):
             raise ValueError(f"The {name} range must be two integers, got {least!r} to {most!r}.")
@@ -95,6 +101,10 @@ def check_tile_ranges(*ranges: int) -> None:
             raise ValueError(f"The {name} range {least} to {most} holds no grid; it needs 1 <= minimum <= maximum.")
         if most > MOST_TILES:
             raise ValueError(f"The {name} range {least} to {most} is too wide: a grid has at most {MOST_TILES} tiles.")
+    if tiling not in TILINGS:
+        raise ValueError(f"tiling is one of {', '.join(TILINGS)}, got {tiling!r}.")
+    if isinstance(relaxed_alpha, bool) or not isinstance(relaxed_alpha, (int, float)) or not 0 <= relaxed_alpha < 1:
+        raise ValueError(f"relaxed_alpha is a share from 0 to below 1 (0.1 in BlueLM-V-3B), got {relaxed_alpha!r}.")
 
 
 def logscore_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> Grid:
@@ -161,8 +171,7 @@ def choose_grids(
     """
     if width < 1 or height < 1 or tile_size < 1:
         raise ValueError(f"Sizes must be at least 1 pixel, got a {width} x {height} image, tile size {tile_size}.")
-    check_tile_ranges(*ranges)
-    check_tiling(tiling, relaxed_alpha)
+    check_tiling(*ranges, tiling=tiling, relaxed_alpha=relaxed_alpha)
     rule = tiling.removeprefix("msac-")
     if rule == "logscore":
         detailed = logscore_grid(width, height, *ranges[:2], tile_size)
@@ -174,14 +183,6 @@ def choose_grids(
         return detailed, SINGLE_TILE
     candidates = tuple(grid for grid in grids_in_range(*ranges[2:]) if detailed[0] % grid[0] or detailed[1] % grid[1])
     return detailed, closest_grid(width, height, candidates, tile_size)
-
-
-def check_tiling(tiling: str, relaxed_alpha: float) -> None:
-    """Raise `ValueError` unless there is such a tiling, and `relaxed_alpha` is from 0 to below 1."""
-    if tiling not in TILINGS:
-        raise ValueError(f"tiling is one of {', '.join(TILINGS)}, got {tiling!r}.")
-    if isinstance(relaxed_alpha, bool) or not isinstance(relaxed_alpha, (int, float)) or not 0 <= relaxed_alpha < 1:
-        raise ValueError(f"relaxed_alpha is a share from 0 to below 1 (0.1 in BlueLM-V-3B), got {relaxed_alpha!r}.")
 
 
 def msac_grids(
@@ -211,6 +212,33 @@ def layer_grids(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> l
     """Return the grids whose tiles make up an image, in order: detailed, adaptive, thumbnail; see `tile_counts`."""
     counts = tile_counts(detailed, adaptive, use_thumbnail)
     return [grid for grid, count in zip((detailed, adaptive, SINGLE_TILE), counts) if count]
+
+
+@lru_cache
+def largest_image(
+    ranges: TileRanges,
+    tile_size: int = 448,
+    use_thumbnail: bool = True,
+    tiling: str = "msac",
+    relaxed_alpha: float = 0.1,
+) -> tuple[int, int]:
+    """Return a (width, height) that gives as many tiles as any image can, for engines that reserve room for images.
+
+    It is seldom a square: with the default ranges 1:1 gives 14 tiles, 4:3 gives 19 and 1:12 gives 20.
+    """
+    grids = {*grids_in_range(*ranges[:2]), *grids_in_range(*ranges[2:])}
+    shapes = sorted({columns / rows for columns, rows in grids})
+    borders = sorted({(one + other) / 2 for one in shapes for other in shapes})  # the nearest grid changes only there
+    between = [(one + other) / 2 for one, other in zip(borders, borders[1:])]
+    area = tile_size**2 * max(ranges)
+    sizes = [(columns * tile_size, rows * tile_size) for columns, rows in sorted(grids)]
+    sizes += [(max(1, round((area * shape) ** 0.5)), max(1, round((area / shape) ** 0.5))) for shape in between]
+    return max(
+        sizes,
+        key=lambda size: sum(
+            tile_counts(*choose_grids.__wrapped__(*size, ranges, tile_size, tiling, relaxed_alpha), use_thumbnail)
+        ),
+    )
 
 
 def share_tile_budget(tile_budget: int, images: int, ranges: TileRanges, use_thumbnail: bool = True) -> TileRanges:

@@ -248,9 +248,6 @@ class Selection:
         window = self.window
         if window is not None and not (len(window) == 2 and all(type(side) is int and side > 0 for side in window)):
             raise ValueError(f"scm_select: window is (height, width) in tokens, both at least 1, got {window!r}.")
-        self._check_together()
-
-    def _check_together(self) -> None:
         if self.window is not None and self.shape == "token":
             raise ValueError("scm_select: a window belongs to shape 'smooth' or 'block'; name one of them.")
         if self.shape == "block" and (self.budget == "tile" or self.markers):

@@ -4,6 +4,7 @@
     python scripts/benchmark.py preprocessing               a 12-megapixel JPEG to 12 + 6 + 1 tiles
     python scripts/benchmark.py load                        a published 2B checkpoint, written to disk first (9 GB)
     python scripts/benchmark.py conversation --use-scm      the second turn about one image
+    python scripts/benchmark.py serving --without-vllm      64 receipts one by one and in batches
     python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
 
 Prints a table for people and one JSON line for machines. Runs anywhere: weights are random and nothing is downloaded.
@@ -19,6 +20,7 @@ from minimonkey.scripts.benchmarking import (
     decode,
     load,
     preprocessing,
+    serving,
     stages,
     vision,
 )
@@ -34,6 +36,7 @@ SUBJECTS = {
     "decode": decode,
     "conversation": conversation,
     "stages": stages,
+    "serving": serving,
     "blank": blank,
 }
 

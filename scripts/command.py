@@ -12,9 +12,11 @@ import sys
 COMMANDS = {
     "chat": ("chat", "ask a model about images and videos"),
     "import": ("import_checkpoint", "turn a published checkpoint into a folder that loads with AutoModel"),
+    "export": ("export_checkpoint", "write a model under the published names, for LMDeploy, llama.cpp and others"),
     "assemble": ("assemble", "join a vision tower and a language model into a new MiniMonkey"),
     "prepare": ("prepare", "turn a published data set into conversations to train on, or a benchmark"),
     "train": ("finetune", "train a model on data of your own, or by a recipe"),
+    "self-train": ("self_train", "train a model on its own right answers, round after round"),
     "average": ("average", "average the last checkpoints of a training run"),
     "read": ("read", "read documents to text or fields, one line of JSON a page"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),

@@ -33,6 +33,7 @@ from minimonkey.scripts.training.own_data import count_examples
 
 
 SHEET_ITEMS, SHEET_COLUMNS, SHEET_WIDTH = 9, 3, 448
+CAPTION_CHARACTERS = 400
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -135,7 +136,8 @@ def draw_sheet(writer: Writer) -> None:
         image = Image.open(root / images[0]).convert("RGB") if images else Image.new("RGB", (SHEET_WIDTH, 20), "white")
         image.thumbnail((SHEET_WIDTH, SHEET_WIDTH))
         boxes = [box for answer in texts if "<box>" in answer for box in parse_boxes(answer)]
-        captioned.append((draw_boxes(image, boxes), [f"{line['id']}: {len(images)} image(s)", *texts[:4]]))
+        captions = [" ".join(text.split())[:CAPTION_CHARACTERS] for text in texts[:4]]
+        captioned.append((draw_boxes(image, boxes), [f"{line['id']}: {len(images)} image(s)", *captions]))
     sheet(captioned, SHEET_COLUMNS).save(writer.path.with_suffix(".png"))
 
 

@@ -60,6 +60,8 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Packages that a page names and pyproject.toml does not.
 OTHER_PACKAGES = {"deepspeed", "pillow-heif", "pycocoevalcap"}
 LAUNCHERS = ("torchrun", "accelerate")
+# Their commands and snippets are tried where they are installed, in tests/engines, or not at all, as the page then says.
+ENGINES = ("vllm", "lmdeploy", "sglang")
 SLURM = "scripts/training/launch/slurm.sh"  # hands its arguments to finetune.py
 
 
@@ -134,6 +136,8 @@ def test_python_snippets_run(page, capsys):
     run_python(snippets(README, "python")[0], README, namespace)
     assert capsys.readouterr().out.split() == ["Mini", "Monkey"]
     for code in codes[page == README :]:
+        if code.startswith(tuple(f"from {engine} import" for engine in ENGINES)):
+            continue
         run_python(code, page, namespace)
     if page.name in AFTERWARDS:
         run_python(AFTERWARDS[page.name], page, namespace)
@@ -160,6 +164,16 @@ def test_data_snippets_are_read(page, folder, processor, nano):
             (folder / "meta.json").write_text(text)
             sources = read_sources("meta.json", folder, [[1, 1, 1, 1]], Encoder(processor, nano.config))
             assert len(sources) == len(json.loads(text))
+
+
+def test_the_head_of_a_space_names_what_is_here():
+    (head,) = map(yaml.safe_load, snippets(ROOT / "docs" / "demo.md", "yaml"))
+    requirement = next(
+        text
+        for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["demo"]
+        if text.startswith("gradio")
+    )
+    assert (ROOT / head["app_file"]).is_file() and head["sdk_version"] in Requirement(requirement).specifier
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -222,9 +236,19 @@ def check_transformers(words: list[str]) -> None:
     assert [name for name in options if not re.search(rf"\b{name}: ", code)] == []
 
 
+def check_docker(words: list[str]) -> None:
+    """What is built or started is there."""
+    file = ROOT / words[words.index("-f") + 1]
+    assert words[0] in ("build", "compose") and file.is_file()
+    if words[0] == "compose":
+        assert words[-2] == "up" and words[-1] in yaml.safe_load(file.read_text())["services"]
+
+
 def check_command(command: str, monkeypatch) -> None:
     """Raise if a command names a program, script, target or option that there is not."""
     words = shlex.split(command, comments=True)
+    if words[0] in ENGINES or (words[:2] == ["python", "-m"] and words[2].split(".")[0] in ENGINES):
+        return
     if words[0] == "python" or words[0] in LAUNCHERS:
         start = next(i for i, word in enumerate(words) if word.startswith("scripts/") and word.endswith(".py"))
         check_script(words[start:], monkeypatch)
@@ -243,6 +267,8 @@ def check_command(command: str, monkeypatch) -> None:
         assert words[2].endswith("/OWNER/MiniMonkey")
     elif words[0] == "transformers":
         check_transformers(words[1:])
+    elif words[0] == "docker":
+        check_docker(words[1:])
     else:
         raise AssertionError(f"{words[0]} is a program that tests/test_docs.py does not know: {command}")
 
@@ -266,6 +292,8 @@ def test_commands_parse(page, monkeypatch):
         'pip install ".[no-such-extra]"',
         'pip install "transformers>=4"',
         "transformers serve . --no-such-option",
+        "docker build -f containers/no-such.Dockerfile .",
+        "docker compose -f containers/compose.yaml up no-such-service",
         "no-such-program",
     ],
 )
@@ -279,7 +307,7 @@ def test_a_command_that_cannot_run_is_noticed(command, monkeypatch):
 
 def test_every_snippet_is_of_a_kind_that_is_tried():
     kinds = {kind for page in DOCUMENTS for _, kind, _ in SNIPPET.findall(page.read_text())}
-    assert kinds <= {"python", "bash", "json", "bibtex"}
+    assert kinds <= {"python", "bash", "json", "yaml", "bibtex"}
     assert all(page.read_text().count("```") % 2 == 0 for page in DOCUMENTS)
 
 

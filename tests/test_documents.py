@@ -52,7 +52,10 @@ def test_documents_are_answerable_and_whole(kind, split):
         assert set(text) <= set(CHARACTERS)
         for question in item.questions:
             assert question.text.isascii() and question.answer.isascii() and question.answer == question.answer.strip()
-            assert unspaced(question.answer) in text, question
+            # Of a bill lines are read one by one, and what follows "=" is reckoned.
+            lines = [line for line in question.answer.splitlines() if "=" not in line]
+            for read in lines if kind == "bill" else [question.answer]:
+                assert unspaced(read) in text, question
         for character in item.characters:
             left, top, right, bottom = character.box
             assert left >= -2 and top >= -2 and right <= width + 2 and bottom <= height + 2, character

@@ -17,7 +17,9 @@ from minimonkey.scripts.training.samples import Samples
 
 
 def collator(config, always_with_tile: bool = False, reduction: str = "token") -> Collator:
-    return Collator(0, config.image_token_id, config.image_seq_length, config.tile_size, always_with_tile, reduction)
+    return Collator(
+        0, config.image_token_id, config.image_seq_length, config.tile_size, always_with_tile, loss_reduction=reduction
+    )
 
 
 def random_samples(config, lengths: tuple[int, ...], seed: int = 0) -> list[dict]:

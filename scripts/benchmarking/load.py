@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
-from minimonkey.scripts.benchmarking.checkpoints import published_config, save_published
+from minimonkey.scripts.benchmarking.checkpoints import save_published
 from minimonkey.scripts.benchmarking.measure import median_seconds, megabytes, peak_extra_bytes, report
 from minimonkey.scripts.benchmarking.models import random_config, random_model
+from minimonkey.scripts.exporting.config import published_config
 from minimonkey.scripts.import_checkpoint import import_checkpoint
 from minimonkey.scripts.repository import whole_number
 
@@ -64,7 +65,7 @@ def rows(args: argparse.Namespace, folder: Path) -> list[dict]:
     published.mkdir()
     model = random_model(random_config(args.size), cpu, torch.bfloat16)
     save_published(model, published)
-    (published / "config.json").write_text(json.dumps(published_config(model)))
+    (published / "config.json").write_text(json.dumps(published_config(model.config, as_internlm2=True)))
     image_token_id = model.config.image_token_id
     del model
     import_checkpoint(str(published), imported, image_token_id)

@@ -7,6 +7,7 @@
 Knows nothing of the browser. A conversation is one visitor's own and changes only when an answer is complete.
 """
 
+import copy
 import re
 import time
 from collections.abc import Iterator
@@ -108,13 +109,13 @@ class Answerer:
     """A model that answers visitors, several at once.
 
     Args:
-        conversations: How many of them stay in memory, so that later turns cost only what is new.
+        conversations: How many of them the model remembers, so that later turns cost only what is new.
         remembered_bytes: What these may take together.
     """
 
     def __init__(self, processor, model, conversations: int = 8, remembered_bytes: int = 2 * 2**30):
-        self.processor, self.model = processor, model
-        processor.image_processor.untrusted_sources = True  # messages hold images, never paths
+        self.processor, self.model = copy.deepcopy(processor), model
+        self.processor.image_processor.untrusted_sources = True  # messages hold images, never paths
         model.remembered_conversations, model.remembered_bytes = conversations, remembered_bytes
 
     def ask(self, conversation: Conversation, question: str, media: list[Medium], settings: Settings) -> Iterator[Step]:

@@ -24,6 +24,7 @@ from minimonkey.tiling import PRESETS
 TITLE = "MiniMonkey"
 IDLE = 3600  # seconds after which a visit, and what was uploaded in it, is deleted
 MOST_VISITS = 100  # kept at a time; the oldest go first
+MOST_TOKENS = 1024  # of an answer
 THUMBNAIL = 256  # pixels
 ENDED = {"length": "tokens answered, the limit", "repetition": "tokens, ended: it repeated itself"}
 CERTAIN, LIKELY = 0.9, 0.5  # words of less than these probabilities are marked
@@ -156,7 +157,9 @@ def build(answerer: Answerer, preset: str = "default", subject: str = "", at_onc
                     cut = gr.Dropdown(
                         choices, value=preset, label="Tiles", info="How finely images are cut", elem_id="cut"
                     )
-                    longest = gr.Slider(16, 1024, 256, step=16, label="Longest answer, in tokens", elem_id="longest")
+                    longest = gr.Slider(
+                        16, MOST_TOKENS, 256, step=16, label="Longest answer, in tokens", elem_id="longest"
+                    )
         examples = [[{"text": text, "files": [str(ROOT / path)]}] for text, path in EXAMPLES]
         gr.Examples(examples, [box], label="Examples")
         settings = [cut, use_scm, keep, longest]
@@ -167,7 +170,7 @@ def build(answerer: Answerer, preset: str = "default", subject: str = "", at_onc
             try:
                 media = [medium for path in asked["files"] for medium in read_file(path, chosen)]
                 media += read_address(url, chosen) if url else []
-                chosen_settings = Settings(cut, bool(use_scm), float(keep), int(longest))
+                chosen_settings = Settings(cut, bool(use_scm), float(keep), min(int(longest), MOST_TOKENS))
                 question = {"role": "user", "content": [*_thumbnails(media, chat), _as_text(asked["text"])]}
                 running = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
                 shown_drawings = gr.skip()
@@ -195,6 +198,10 @@ def build(answerer: Answerer, preset: str = "default", subject: str = "", at_onc
             concurrency_limit=at_once,
             show_progress="hidden",
             api_visibility="private",
+        )
+        # Whatever went wrong that is a fault of ours, which gradio says and logs: the visitor can ask again.
+        asking.failure(
+            lambda: gr.MultimodalTextbox(submit_btn=True, stop_btn=False), None, box, api_visibility="private"
         )
         box.stop(lambda visit: visit.conversation.stop(), visit, None, queue=False, api_visibility="private")
 

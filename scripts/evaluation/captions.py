@@ -31,9 +31,9 @@ def caption_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) 
     if len(answers) != len(references) or not answers:
         raise ValueError(f"Captions need right answers for each, got {len(answers)} answers and {len(references)}.")
     try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
+        from pycocoevalcap.bleu.bleu import Bleu  # pyrefly: ignore[missing-import]
+        from pycocoevalcap.cider.cider import Cider  # pyrefly: ignore[missing-import]
+        from pycocoevalcap.rouge.rouge import Rouge  # pyrefly: ignore[missing-import]
     except ImportError as error:
         raise ValueError("BLEU, ROUGE-L and CIDEr need pip install pycocoevalcap.") from error
     right = {number: [words(text) for text in texts] for number, texts in enumerate(references)}

@@ -54,7 +54,7 @@ def from_llava(annotation: Path, root: Path, boxes: Callable[[str, Size], str]) 
         try:
             yield _converted(name, entry, root, boxes)
         except (ValueError, KeyError, TypeError) as error:
-            yield Refusal(name, str(error))
+            yield Refusal(name, str(error).removeprefix(f"{name}: "))
 
 
 def _converted(name: str, entry: dict, root: Path, boxes: Callable[[str, Size], str]) -> Record:
@@ -62,7 +62,7 @@ def _converted(name: str, entry: dict, root: Path, boxes: Callable[[str, Size], 
     paths = [_existing(root / image) for image in ([images] if isinstance(images, str) else images)]
     texts = [message["value"] for message in entry["conversations"]]
     if paths:
-        size = picture_size(paths[0], "")
+        size = picture_size(paths[0], name)
         texts = [boxes(text, size) for text in texts]
         # LLaVA puts the image anywhere in the first question, and sometimes nowhere.
         bare = texts[0].replace(IMAGE_PLACEHOLDER, "").strip()

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as for the scripts in the folder above
 
 from minimonkey.scripts.repository import reports_errors
+from minimonkey.scripts.synthetic.bills import bill
 from minimonkey.scripts.synthetic.canvas import Document, Question
 from minimonkey.scripts.synthetic.charts import chart
 from minimonkey.scripts.synthetic.forms import form
@@ -42,6 +43,7 @@ KINDS: dict[str, Callable[[random.Random, str, float], Document]] = {
     "chart": chart,
     "scene": scene,
     "seam": seam,
+    "bill": bill,
 }
 
 

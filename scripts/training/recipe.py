@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_kernels_available
 
 from minimonkey.scripts.precision import choose_dtype
-from minimonkey.tiling import check_tile_ranges
+from minimonkey.tiling import check_tiling
 
 
 PARTS = ("language_model", "projector", "vision")
@@ -417,7 +417,7 @@ def check_ranges(ranges, where: str) -> None:
         raise ValueError(f"{where} must be a list of [min, max, adaptive min, adaptive max], got {ranges!r}.")
     for four in ranges:
         try:
-            check_tile_ranges(*four)
+            check_tiling(*four)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
