@@ -207,7 +207,7 @@ def test_what_is_drawn_is_what_the_model_read(answerer, monkeypatch):
         max_new_tokens=COMPRESSED.max_new_tokens,
         remember=False,
     )
-    (drawn,), (read,) = calls
+    ((drawn,), _), ((read,), _) = calls
     assert torch.equal(drawn, read) and len(read) == last.figures.read_tokens < last.figures.prompt_tokens
     assert answer == last.answer
     detailed = [medium.shown[0].size for medium in conversation.media]
