@@ -95,14 +95,6 @@ test-core-newest: setup
 	if [ $$newest = $$($(BIN)/python -c "$(VERSION)") ]; then echo "transformers $$newest is the newest, and the locked one."; \
 	else echo "transformers $$newest:" && PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python $(CORE); fi
 
-<<<<<<< HEAD
-# Documents read by Ray's workers, one of which is killed. What Ray needs is laid
-# over the locked set.
-$(RAY)/.ready: $(VENV)/.ready pyproject.toml
-	$(PYTHON) -m venv $(RAY)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth
-	$(RAY)/bin/pip install --quiet "ray[data]"
-=======
 # What is at odds with the locked versions, or large, has an environment of its own, laid over the locked one.
 PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
 $(DEMO)/.ready: EXTRA = browser,cookbook
@@ -111,7 +103,6 @@ $(DEMO)/.ready $(RAY)/.ready: %/.ready: $(VENV)/.ready pyproject.toml
 	$(PYTHON) -m venv $*
 	$(BIN)/python -c "$(PACKAGES)" > $$($*/bin/python -c "$(PACKAGES)")/locked.pth
 	$*/bin/pip install --quiet ".[$(EXTRA)]"
->>>>>>> main
 	touch $@
 
 # The demo page in Chromium (Debian: apt-get install chromium), and the cookbook with all that it asks for. gradio wants an older Pillow
@@ -124,20 +115,6 @@ test-demo: $(DEMO)/.ready
 test-ray: $(RAY)/.ready
 	$(RAY)/bin/python -m pytest -q -m ray tests/test_reading_engines.py
 
-<<<<<<< HEAD
-# The demo page in Chromium (Debian: apt-get install chromium). gradio wants an older Pillow than the locked one, so that the page
-# has an environment of its own, laid over the locked one.
-$(DEMO)/.ready: $(VENV)/.ready pyproject.toml
-	$(PYTHON) -m venv $(DEMO)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(DEMO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/locked.pth
-	$(DEMO)/bin/pip install --quiet ".[browser]"
-	touch $@
-
-test-demo: $(DEMO)/.ready
-	$(DEMO)/bin/python -m pytest -q -m browser
-
-=======
->>>>>>> main
 test-all: setup
 	$(BIN)/python -m pytest -q -m "not gpu and not browser and not ray and not vllm"
 
