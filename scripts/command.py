@@ -20,6 +20,7 @@ COMMANDS = {
     "average": ("average", "average the last checkpoints of a training run"),
     "read": ("read", "read documents to text or fields, one line of JSON a page"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
+    "crop": ("crop_documents", "cut lines out of PDF documents into a benchmark of real typesetting"),
     "score": ("score", "score predictions as a benchmark's authors do, or write what its server takes"),
     "ablate": ("ablate", "measure what ways to cut images and to compress their tokens are worth"),
     "visualize": ("visualize", "draw the grids of an image and the tokens that scale compression keeps"),
