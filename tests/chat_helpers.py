@@ -85,16 +85,17 @@ def watch(model):
     work = Work()
 
     def see_text(_, args, kwargs):
-        if kwargs.get("use_cache") is not False or kwargs.get("past_key_values") is not None:  # not SCM's probe
-            work.read.append(kwargs["inputs_embeds"].shape[1])
-        else:
-            work.scored += 1
+        work.read.append(kwargs["inputs_embeds"].shape[1])
+
+    def see_first_layer(_, args, kwargs):
+        work.scored += kwargs.get("past_key_values", kwargs.get("cache")) is None  # SCM's probe
 
     def see_tiles(_, args, kwargs):
         work.tiles += len(args[0] if args else kwargs["pixel_values"])
 
     hooks = [
         model.model.language_model.register_forward_pre_hook(see_text, with_kwargs=True),
+        model.model.language_model.layers[0].register_forward_pre_hook(see_first_layer, with_kwargs=True),
         model.model.vision_tower.register_forward_pre_hook(see_tiles, with_kwargs=True),
     ]
     try:

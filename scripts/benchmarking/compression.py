@@ -114,7 +114,7 @@ class Prompt:
 
     def kept_positions(self) -> torch.Tensor:
         """Return the positions that are kept, found as `generate` finds them."""
-        return kept_positions(self.embeddings, self.mask, self.images, self.settings, self.probe)[0]
+        return kept_positions(self.embeddings, self.mask, self.images, self.settings, self.probe)[0][0]
 
     def compressed(self) -> torch.Tensor:
         """Return the shorter prompt (1, M, D), scoring included."""

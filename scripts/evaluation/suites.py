@@ -60,6 +60,7 @@ SYNTHETIC = {
     "chart": ("relaxed_accuracy", 48),
     "scene": ("exact_match", 96),
     "seam": ("exact_match", 128),
+    "bill": ("exact_match", 96),
 }
 
 

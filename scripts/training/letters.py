@@ -80,7 +80,7 @@ def with_letters(model_class: type, loss_weight: float | None) -> type:
                 return super().forward(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
             self._patch_states.clear()
             if loss_weight is None:
-                self.model.vision_tower(self._normalised(inputs["pixel_values"]))
+                self.encode_tiles(inputs["pixel_values"])
                 output = None
             else:
                 output = super().forward(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
