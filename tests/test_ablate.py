@@ -1,16 +1,16 @@
 """Ways to show a picture, side by side: what is compared with what, and the command that does it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, synthetic_picture
+import transformers
+from conftest import synthetic_picture
 from model_helpers import tiny_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from minimonkey.scripts import ablate
 from minimonkey.scripts.evaluation.flops import encoder_flops, prefill_flops, way_flops
 from minimonkey.scripts.evaluation.runner import Answering
 from minimonkey.scripts.evaluation.suites import Item
@@ -154,32 +154,38 @@ def test_tokens_without_blank_tiles_are_those_of_the_prompt(nano, processor):
     assert tokens == int((inputs["input_ids"] == processor.image_token_id).sum())
 
 
-def test_the_command_writes_tables_and_figure_and_goes_on(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "ablate.py"), str(tmp_path), "--suites", "seams"]
+@pytest.fixture(autouse=True)
+def verbosity():
+    before = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+def test_the_command_writes_tables_and_figure_and_goes_on(tmp_path, capsys):
+    command = [str(tmp_path), "--suites", "seams"]
     command += ["--tilings", "whole", "--compressors", "random", "token@last", "smaller-internvl"]
     command += ["--compressed", "seams", "--keep-ratios", "0.25", "--items", "2", "--difficulty", "0"]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert first.returncode == 0, first.stderr
+    assert ablate.main(command) == 0
     rows = json.loads((tmp_path / "ablation.json").read_text())
     assert [row["subject"] for row in rows] == ["tilings"] * 2 + ["compression"] * 4
     kept = {row["way"]: row["image_tokens_read"] for row in rows if row["subject"] == "compression"}
     assert kept["msac"] > kept["token@last 0.25"] == kept["random 0.25"] >= kept["smaller-internvl 0.25"]
     assert all(row["encoder_flops"] > 0 and row["prefill_flops"] > 0 for row in rows)
-    assert (tmp_path / "ablation.md").read_text() in first.stdout
+    assert (tmp_path / "ablation.md").read_text() in capsys.readouterr().out
     with Image.open(tmp_path / "ablation.png") as figure:
         assert figure.width > 600
     answered = {path.name: path.read_text() for path in tmp_path.glob("*.jsonl")}
     assert len(answered) == 5
     (tmp_path / "seams.msac.jsonl").write_text("")
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert ablate.main(command) == 0
     again = {path.name: path.read_text() for path in tmp_path.glob("*.jsonl")}
     assert {name for name in again if again[name] != answered[name]} <= {"seams.msac.jsonl"}
     assert [json.loads(line)["answer"] for line in again["seams.msac.jsonl"].splitlines()] == [
         json.loads(line)["answer"] for line in answered["seams.msac.jsonl"].splitlines()
     ]
     command[command.index("--suites") + 1 : command.index("--suites") + 2] = ["lines", "seams"]
-    changed = subprocess.run([*command, "--seed", "5"], capture_output=True, text=True, timeout=300)
-    assert changed.returncode == 1 and "seed was 0, is 5" in changed.stderr
+    assert ablate.main([*command, "--seed", "5"]) == 1
+    assert "seed was 0, is 5" in capsys.readouterr().err
     assert not (tmp_path / "lines.whole.jsonl").exists()  # said before anything is read
 
 
@@ -195,7 +201,7 @@ def test_the_command_writes_tables_and_figure_and_goes_on(tmp_path):
     ],
     ids=str,
 )
-def test_wrong_arguments_are_refused(tmp_path, options, message):
-    command = [sys.executable, str(ROOT / "scripts" / "ablate.py"), str(tmp_path), *options]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and message in result.stderr
+def test_wrong_arguments_are_refused(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as refusal:
+        ablate.main([str(tmp_path), *options])
+    assert refusal.value.code == 2 and message in capsys.readouterr().err

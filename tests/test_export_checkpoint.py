@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from model_helpers import tiny_mono
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
+from minimonkey.scripts import export_checkpoint as command
 from minimonkey.scripts.assemble import assemble
 from minimonkey.scripts.export_checkpoint import export_checkpoint
 from minimonkey.scripts.import_checkpoint import import_checkpoint
@@ -138,24 +137,23 @@ def test_large_models_are_written_in_shards(tmp_path, monkeypatch):
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(ROOT / "model.safetensors").items())
 
 
-def test_the_command_and_what_it_refuses(tmp_path):
-    def run(*arguments) -> subprocess.CompletedProcess:
-        command = [sys.executable, "scripts/command.py", "export", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_the_command_and_what_it_refuses(tmp_path, capsys):
+    def run(*arguments) -> tuple[int, str]:
+        status = command.main([*map(str, arguments)])
+        return status, "".join(capsys.readouterr())
 
-    done = run(ROOT, tmp_path / "out", "--layout", "published")
-    assert done.returncode == 0, done.stderr
-    assert "published layout" in done.stdout
-    refused = run(ROOT, tmp_path / "out")
-    assert refused.returncode == 1 and "exists already" in refused.stderr
-    refused = run(tmp_path / "out", tmp_path / "twice")
-    assert refused.returncode == 1 and "no MiniMonkey in its own format" in refused.stderr
+    status, said = run(ROOT, tmp_path / "out", "--layout", "published")
+    assert status == 0 and "published layout" in said
+    status, said = run(ROOT, tmp_path / "out")
+    assert status == 1 and "exists already" in said
+    status, said = run(tmp_path / "out", tmp_path / "twice")
+    assert status == 1 and "no MiniMonkey in its own format" in said
     (tmp_path / "broken").mkdir()
     shutil.copy(ROOT / "config.json", tmp_path / "broken")
-    refused = run(tmp_path / "broken", tmp_path / "none")
-    assert refused.returncode == 1 and "holds neither" in refused.stderr
+    status, said = run(tmp_path / "broken", tmp_path / "none")
+    assert status == 1 and "holds neither" in said
     language = language_folder(tmp_path / "language", "mistral")
     assemble(str(FIXTURES / "models" / "internlm2"), str(language), tmp_path / "mistral", "chatml", torch.float32)
-    refused = run(tmp_path / "mistral", tmp_path / "none")
-    assert refused.returncode == 1 and "has no language model 'mistral'" in refused.stderr
+    status, said = run(tmp_path / "mistral", tmp_path / "none")
+    assert status == 1 and "has no language model 'mistral'" in said
     assert not (tmp_path / "none").exists()
