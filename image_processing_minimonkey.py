@@ -283,12 +283,21 @@ class _MsacMixin:
 
         With `drop_blank` these are the most it can have.
         """
+        *rule, use_thumbnail = self._grid_rule(images_kwargs)
+        return tile_counts(*choose_grids(width, height, *rule), use_thumbnail)
+
+    def choose_grids(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[Grid, Grid]:
+        """Return the detailed and the adaptive grid of an image of this size, as (columns, rows) each, without its pixels."""
+        *rule, _ = self._grid_rule(images_kwargs)
+        return choose_grids(width, height, *rule)
+
+    def _grid_rule(self, images_kwargs: dict | None) -> tuple[TileRanges, int, str, float, bool]:
+        """Return ranges, side of a tile, tiling and alpha, as `tiling.choose_grids` takes them, and whether there is a thumbnail."""
         own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
         ranges = tuple(settings[name] for name in RANGE_NAMES)
-        grids = choose_grids(width, height, ranges, tile_size, settings["tiling"], settings["relaxed_alpha"])
-        return tile_counts(*grids, settings["use_thumbnail"])
+        return ranges, tile_size, settings["tiling"], settings["relaxed_alpha"], settings["use_thumbnail"]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of an image of this size, all three kinds together, without its pixels; see `count_tiles`."""
@@ -296,12 +305,8 @@ class _MsacMixin:
 
     def largest_image(self, **images_kwargs: Any) -> tuple[int, int]:
         """Return a (height, width) that gives the most tiles with these options, see `tiling.largest_image`."""
-        own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
-        settings = {**own, **expand_preset(images_kwargs)}
-        tile_size = _tile_side(settings.get("size") or self.size)
-        ranges = tuple(settings[name] for name in RANGE_NAMES)
-        options = (settings[name] for name in ("use_thumbnail", "tiling", "relaxed_alpha"))
-        width, height = largest_image(ranges, tile_size, *options)
+        ranges, tile_size, tiling, relaxed_alpha, use_thumbnail = self._grid_rule(images_kwargs)
+        width, height = largest_image(ranges, tile_size, use_thumbnail, tiling, relaxed_alpha)
         return height, width
 
     def to_dict(self) -> dict[str, Any]:

@@ -293,6 +293,15 @@ def test_a_large_image_is_drawn_small(answerer):
     assert max(drawing.image.size) == answers.DRAWN_SIDE and image.size == (4000, 3000)
 
 
+@pytest.mark.parametrize("preset", ["minicpm_v", "bluelm_v", "internvl"])
+def test_the_grids_that_are_drawn_are_those_of_the_preset(answerer, preset):
+    image = Image.open(RECEIPT).convert("RGB").resize((500, 300))
+    medium = media.Medium("wide.png", {"type": "image", "image": image}, [image])
+    (drawing,) = answerer._draw([medium], Settings(preset=preset))
+    columns, rows, *_ = answerer.processor.image_processor(image, preset=preset)["tile_grids"][0]
+    assert f"{columns}×{rows} + 1 tiles" in drawing.caption
+
+
 # --- command ---------------------------------------------------------------------------------------------------------
 
 

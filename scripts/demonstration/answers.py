@@ -22,7 +22,6 @@ from minimonkey.conversation import get_template
 from minimonkey.scripts.demonstration.media import Medium
 from minimonkey.scripts.reading.confidence import part_confidence, token_spans
 from minimonkey.scripts.visualize import draw, lit_tokens
-from minimonkey.tiling import msac_grids
 
 
 MOST_IMAGES = 16  # of a conversation, frames of videos among them; they stay in memory
@@ -166,14 +165,13 @@ class Answerer:
             lit: Of each of them, which detailed tokens the model read; by default all.
         """
         processor, drawings, lit = self.processor.image_processor, [], iter(lit)
-        ranges = processor.tile_ranges(**settings.images_kwargs)
         for medium in media:
             for number, image in enumerate(medium.shown, 1):
                 own = next(lit, None)
                 if medium.is_video:
                     drawings.append(Drawing(image, f"{medium.name}, frame {number}: 1 tile"))
                     continue
-                grids = msac_grids(*image.size, *ranges, processor.size.height)
+                grids = processor.choose_grids(image.height, image.width, settings.images_kwargs)
                 tiles = processor.count_tiles(image.height, image.width, settings.images_kwargs)
                 parts = [f"{columns}×{rows}" for (columns, rows), count in zip(grids, tiles) if count]
                 caption = f"{medium.name}: {' + '.join([*parts, '1'])} tile{'s' if parts else ''}"
