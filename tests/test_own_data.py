@@ -80,6 +80,10 @@ def test_a_meta_json_stays_one(tmp_path):
     assert data == str(tmp_path / "meta.json") and count_examples(data) == 7
 
 
+def test_crops_of_pdf_documents_are_counted_as_they_are_asked_for():
+    assert count_examples({"manuals": {"pdf": "manuals/*.pdf", "length": 3}}) == 3
+
+
 def test_the_short_command_trains_and_resumes(photos, tmp_path, capsys):
     (photos / "rows.csv").write_text(TABLES["rows.csv"])
     out = tmp_path / "out"

@@ -160,7 +160,7 @@ def read_sources(data: str | dict, folder: Path, ranges: list[list[int]], encode
         path = folder / data
         if not path.is_file():
             raise ValueError(f"There is no meta JSON {path}.")
-        folder, data = path.parent, _parse(path.read_bytes(), str(path))
+        folder, data = path.parent, parse_json(path.read_bytes(), str(path))
     if not isinstance(data, dict) or not data or not all(isinstance(entry, dict) for entry in data.values()):
         raise ValueError('A meta JSON is {"name": {"annotation": ..., ...}, ...}, see scripts/training/data.py.')
     return [_read_source(name, entry, folder, ranges, encoder) for name, entry in data.items()]
@@ -351,7 +351,7 @@ def parse_line(text: str, where: str) -> dict:
     Raises:
         ValueError: Anything that is not the InternVL format, with `where` it is.
     """
-    line = _parse(text, where)
+    line = parse_json(text, where)
     if not isinstance(line, dict) or "conversations" not in line:
         raise ValueError(f"{where}: a line is an object with conversations (and image), got {text[:80]!r}.")
     if "video" in line:
@@ -394,7 +394,12 @@ def picture_size(path: Path, where: str) -> tuple[int, int]:
     return (width, height) if is_sideways else (height, width)
 
 
-def _parse(text: str | bytes, where: str):
+def parse_json(text: str | bytes, where: str):
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is none, with `where` it stands.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

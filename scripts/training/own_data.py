@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from minimonkey.conversation import IMAGE_PLACEHOLDER
+from minimonkey.scripts.training.data import parse_json
 
 
 IMAGE_COLUMNS = ("image", "file_name", "filename", "file", "image_path", "path")
@@ -37,7 +38,7 @@ def own_data(path: Path, output: Path, question: str | None = None) -> str | dic
     if not table.is_file():
         raise ValueError(f"There is no data {table}: give a folder of images with a CSV or JSONL file, or such a file.")
     if table.suffix.lower() == ".json":
-        content = _parse(table.read_text(encoding="utf-8-sig"), str(table))
+        content = parse_json(table.read_text(encoding="utf-8-sig"), str(table))
         if isinstance(content, dict):
             return str(table)
         rows = content
@@ -82,7 +83,7 @@ def read_rows(table: Path) -> list[dict]:
     text = table.read_text(encoding="utf-8-sig")  # as spreadsheets write it
     if suffix == ".jsonl":
         lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        return [_parse(line, f"{table}, line {number}") for number, line in lines]
+        return [parse_json(line, f"{table}, line {number}") for number, line in lines]
     if suffix not in TABLE_SUFFIXES:
         raise ValueError(f"{table} is no table: take {', '.join(TABLE_SUFFIXES)} or a meta JSON.")
     reader = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if suffix == ".tsv" else ",")
@@ -122,26 +123,19 @@ def _column(row: dict, names: tuple[str, ...], where: str):
     )
 
 
-def _parse(text: str, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: this is not JSON: {error}") from error
-
-
 def count_examples(data: str | dict) -> int:
-    """Count the lines and rendered documents of a meta JSON (path or content), each once.
+    """Count the lines, and the documents made on demand, of a meta JSON (path or content), each once.
 
     Raises:
         ValueError: A file is missing or empty.
     """
     folder = Path(data).parent if isinstance(data, str) else Path()
-    meta = _parse(Path(data).read_text(encoding="utf-8"), data) if isinstance(data, str) else data
+    meta = parse_json(Path(data).read_text(encoding="utf-8"), data) if isinstance(data, str) else data
     count = 0
     for name, entry in meta.items():
         if not isinstance(entry, dict):
             raise ValueError(f"{data}: dataset {name} must be an object, see scripts/training/data.py.")
-        if "synthetic" in entry:
+        if "synthetic" in entry or "pdf" in entry:
             count += int(entry.get("length", 0))
             continue
         annotation = folder / entry.get("annotation", "")
