@@ -31,7 +31,7 @@ from minimonkey.scripts.selftraining.rewards import (
     select,
 )
 from minimonkey.scripts.training.collator import Collator
-from minimonkey.scripts.training.encode import Conversation, Encoder
+from minimonkey.scripts.training.encode import IGNORED, Conversation, Encoder
 from minimonkey.scripts.training.packing import weighted_loss
 from minimonkey.tiling import RANGE_NAMES
 
@@ -141,7 +141,7 @@ class SelfTraining:
         losses = []
         for start in range(0, len(order), recipe.batch_size):
             samples = [self._encoded(pair) for pair in order[start : start + recipe.batch_size]]
-            total = torch.tensor(float(sum((sample["labels"][1:] != -100).sum() for sample in samples)))
+            total = torch.tensor(float(sum((sample["labels"][1:] != IGNORED).sum() for sample in samples)))
             self.optimizer.zero_grad()
             loss_of_step = 0.0
             for at in range(0, len(samples), recipe.micro_batch):
@@ -163,9 +163,8 @@ class SelfTraining:
     def _loss(self, samples: list[dict], total: torch.Tensor) -> torch.Tensor:
         batch = self.collate(samples)
         batch.pop("redrawn")
-        batch.pop("tile_grids", None)
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
-        weights = (batch["labels"] != -100).float()
+        weights = (batch["labels"] != IGNORED).float()
         loss, _ = weighted_loss(self.model, batch | {"use_cache": False}, weights, total.to(self.model.device))
         return loss
 

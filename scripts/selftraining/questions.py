@@ -70,8 +70,8 @@ class Queries:
     def slice(self, begin: int, count: int, seed: int) -> list[Query]:
         """Return `count` questions from place `begin` of an endless sequence: all of them shuffled, again and again."""
         found = []
-        for place in range(begin, begin + count):
-            epoch, within = divmod(place, self.length)
+        for epoch in range(begin // self.length, -(-(begin + count) // self.length)):
             order = random.Random(f"{seed}/order/{epoch}").sample(range(self.length), self.length)
-            found.append(self[order[within]])
+            first = epoch * self.length
+            found += [self[number] for number in order[max(begin - first, 0) : begin + count - first]]
         return found
