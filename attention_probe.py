@@ -30,10 +30,9 @@ _PROBE = "minimonkey_probe"
 class _Shortened(nn.Module):
     """A layer that reads only some of the tokens, the first of its kind out of all of them."""
 
-    def __init__(self, layer: nn.Module, kept: torch.Tensor, past: int, is_first: bool):
+    def __init__(self, layer: nn.Module, kept: torch.Tensor, keys: torch.Tensor, is_first: bool):
         super().__init__()
-        self.layer, self.kept, self.is_first = layer, kept, is_first
-        self.keys = torch.cat([torch.arange(past, device=kept.device), past + kept])
+        self.layer, self.kept, self.keys, self.is_first = layer, kept, keys, is_first
 
     def forward(self, hidden_states, *args, attention_mask=None, position_ids=None, position_embeddings=None, **kwargs):
         if isinstance(attention_mask, torch.Tensor):
@@ -74,6 +73,11 @@ AttentionInterface.register(_PROBE, _hand_over)
 def _receive(query, key, attention_mask, scaling, softcap=None, sliding_window=None, s_aux=None, **_):
     mask = attention_mask[0] if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 else None
     raise _Reached(AttentionInputs(query[0], key[0], scaling, softcap, sliding_window, s_aux, mask))
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, which can be copied in parts; return any other as it is."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _copy(module: nn.Module, **children: nn.Module) -> nn.Module:
@@ -123,11 +127,9 @@ def attention_inputs(
     Raises:
         ValueError: The language model is not built as transformers' decoders usually are.
     """
-    # torch.compile wraps modules, which can be copied in parts only without it.
-    language_model = getattr(language_model, "_orig_mod", language_model)
-    layers = [getattr(one, "_orig_mod", one) for one in getattr(language_model, "layers", [])[: layer + 1]]
-    attention = getattr(layers[layer], "self_attn", None) if layers else None
-    attention = getattr(attention, "_orig_mod", attention)
+    language_model = _uncompiled(language_model)
+    layers = [_uncompiled(one) for one in getattr(language_model, "layers", [])[: layer + 1]]
+    attention = _uncompiled(getattr(layers[layer], "self_attn", None)) if layers else None
     config = getattr(attention, "config", None)
     if config is None:
         raise ValueError(
@@ -142,7 +144,7 @@ def attention_inputs(
         for name, block in blocks.items():
             block.forward = partial(_in_chunks, getattr(one, name))
         if back_end is not None:
-            blocks["self_attn"] = _with_attention(getattr(one.self_attn, "_orig_mod", one.self_attn), back_end)
+            blocks["self_attn"] = _with_attention(_uncompiled(one.self_attn), back_end)
         before.append(_copy(one, **blocks))
     # Dynamic rotary embeddings remember the longest sequence they saw; they must not remember this one.
     parts = {name: copy.deepcopy(child) for name, child in language_model.named_children() if "rotary" in name}
@@ -177,7 +179,7 @@ def rotary_means(language_model: nn.Module, tokens: int, like: torch.Tensor) -> 
     Raises:
         ValueError: The language model has no rotary angles, or those of several kinds of layers.
     """
-    rotary = getattr(getattr(language_model, "_orig_mod", language_model), "rotary_emb", None)
+    rotary = getattr(_uncompiled(language_model), "rotary_emb", None)
     try:
         cosines, sines = copy.deepcopy(rotary)(like[:1, None], torch.arange(tokens, device=like.device)[None])
     except TypeError as error:
@@ -202,19 +204,19 @@ def read_dropping(
     Raises:
         ValueError: The language model is not built as transformers' decoders usually are.
     """
-    language_model = getattr(language_model, "_orig_mod", language_model)
-    layers = [getattr(one, "_orig_mod", one) for one in getattr(language_model, "layers", [])]
+    language_model = _uncompiled(language_model)
+    layers = [_uncompiled(one) for one in getattr(language_model, "layers", [])]
     if not layers or not hasattr(layers[0], "self_attn"):
         raise ValueError(
             f"{type(language_model).__name__} has no layers that can be read one by one, which scm_select with "
             "stage='layer' needs; leave it out."
         )
     past, kept = cache.get_seq_length(), kept.to(embeddings.device)
-    shortened = [_Shortened(one, kept, past, i == 0) for i, one in enumerate(layers[layer:])]
+    remaining = torch.cat([torch.arange(past, device=kept.device), past + kept])
+    shortened = [_Shortened(one, kept, remaining, i == 0) for i, one in enumerate(layers[layer:])]
     positions = torch.arange(start, start + len(embeddings), device=embeddings.device)[None]
     shorter = _copy(language_model, layers=nn.ModuleList([*layers[:layer], *shortened]))
     options = {CACHE_NAME: cache, "use_cache": True, "position_ids": positions, **kwargs}
     shorter(inputs_embeds=embeddings[None], **options)
-    remaining = torch.cat([torch.arange(past, device=kept.device), past + kept])
     for one in cache.layers[:layer]:
         one.keys, one.values = one.keys[:, :, remaining], one.values[:, :, remaining]

@@ -292,7 +292,7 @@ class _MsacMixin:
         return choose_grids(width, height, *rule)
 
     def _grid_rule(self, images_kwargs: dict | None) -> tuple[TileRanges, int, str, float, bool]:
-        """Return ranges, side of a tile, tiling and alpha, as `tiling.choose_grids` takes them, and whether there is a thumbnail."""
+        """Return ranges, tile side, tiling and alpha, as `tiling.choose_grids` takes them, and whether there is a thumbnail."""
         own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
