@@ -132,7 +132,7 @@ def test_lengths_are_known_without_pixels(tmp_path, encoder):
     data = samples(tmp_path, encoder, {"a": {"annotation": write_lines(tmp_path, lines)}}, MSAC, order="grouped")
     rows = data.sources[0].rows
     for position, (_, index, _) in enumerate(data.slots.tolist()):
-        assert len(data[position]["input_ids"]) == data._length(rows[index], (1, 4, 1, 3), True)
+        assert len(data[position]["input_ids"]) == data._size(rows[index], (1, 4, 1, 3), True)[0]
 
 
 def test_sideways_pictures_are_measured_upright(tmp_path):

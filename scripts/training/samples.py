@@ -74,8 +74,7 @@ class Samples(torch.utils.data.Dataset):
         limit = self._limit()
         fits = np.ones(source.size, dtype=bool)
         for index, row in enumerate(source.rows.select(range(source.size)).select_columns(["text_tokens", "sizes"])):
-            length = max(self._length(row, ranges, source.use_thumbnail) for ranges in source.ranges)
-            tiles = (length - row["text_tokens"]) // self.encoder.tokens_per_tile
+            length, tiles = max(self._size(row, ranges, source.use_thumbnail) for ranges in source.ranges)
             fits[index] = length <= limit and not (self.recipe.pack_tokens and tiles > self.recipe.pack_tiles)
             if length <= limit and not fits[index] and self.recipe.too_long == "raise":
                 raise ValueError(
@@ -94,8 +93,10 @@ class Samples(torch.utils.data.Dataset):
         """Return the most tokens of a sample."""
         return min(self.recipe.max_seq_length, self.recipe.pack_tokens or self.recipe.max_seq_length)
 
-    def _length(self, row: dict, ranges: tuple[int, int, int, int], use_thumbnail: bool) -> int:
-        return row["text_tokens"] + self.encoder.image_length(row["sizes"], ranges, use_thumbnail)
+    def _size(self, row: dict, ranges: tuple[int, int, int, int], use_thumbnail: bool) -> tuple[int, int]:
+        """Return tokens and tiles of an example."""
+        image_tokens = self.encoder.image_length(row["sizes"], ranges, use_thumbnail)
+        return row["text_tokens"] + image_tokens, image_tokens // self.encoder.tokens_per_tile
 
     def _lay_out(self, total: int) -> np.ndarray:
         """Return (total, 3), source, index and round of every slot: epoch after epoch, the last one cut off."""
@@ -130,9 +131,7 @@ class Samples(torch.utils.data.Dataset):
             ranges = source.tile_range(index, round_, self.recipe.seed)
             key = (number, index, ranges)
             if key not in known:
-                row = source.rows[index]
-                length = self._length(row, ranges, source.use_thumbnail)
-                known[key] = length, (length - row["text_tokens"]) // self.encoder.tokens_per_tile
+                known[key] = self._size(source.rows[index], ranges, source.use_thumbnail)
             yield known[key]
 
     def _like_length(self, slots: np.ndarray) -> np.ndarray:
@@ -173,7 +172,7 @@ class Samples(torch.utils.data.Dataset):
     def _slot_length(self, slot: Slot) -> int:
         source = self.sources[slot.source]
         ranges = source.tile_range(slot.index, slot.round, self.recipe.seed)
-        return self._length(source.rows[slot.index], ranges, source.use_thumbnail)
+        return self._size(source.rows[slot.index], ranges, source.use_thumbnail)[0]
 
     def _with_letters(self, sample: dict, example: Example, use_thumbnail: bool) -> dict:
         grids = sample.pop("tile_grids", None)
