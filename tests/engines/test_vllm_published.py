@@ -4,20 +4,13 @@ import pytest
 import torch
 from checkpoint_helpers import language_folder
 from conftest import FIXTURES, synthetic_picture
-from vllm_helpers import answers_of, expected_answers, start_engine, user
+from vllm_helpers import SIZES, answers_of, expected_answers, start_engine, user
 
 from minimonkey.scripts.assemble import assemble
 from minimonkey.scripts.export_checkpoint import export_checkpoint
 
 
 pytestmark = pytest.mark.vllm
-SIZES = {
-    "hidden_size": 128,
-    "head_dim": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 192,
-}
 LAYOUTS = {"llama": ("llama", False), "internlm2": ("llama", True), "qwen2": ("qwen2", False)}
 ONE_TILE = {"min_tiles": 1, "max_tiles": 1, "adaptive_min_tiles": 1, "adaptive_max_tiles": 1}
 
