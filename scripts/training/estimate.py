@@ -197,12 +197,22 @@ class Estimate:
 
 def _row(recipe: Recipe, config: MiniMonkeyConfig) -> tuple[int, int]:
     """Return the most tokens and tiles of what goes through the model at once."""
-    most = max(ranges[1] + ranges[3] + 1 for ranges in recipe.tile_ranges)
     if recipe.pack_tokens is not None:
         return recipe.pack_tokens, min(recipe.pack_tiles, recipe.pack_tokens // config.image_seq_length)
+    most = max(ranges[1] + ranges[3] + 1 for ranges in recipe.tile_ranges)
     most = min(most, recipe.max_seq_length // config.image_seq_length)
     at_once = recipe.per_device_train_batch_size
     return recipe.max_seq_length * at_once, most * at_once
+
+
+def _vision_tokens(config: MiniMonkeyConfig) -> int:
+    """Count the patches of a tile, and its class token."""
+    return (config.tile_size // config.vision_config.patch_size[0]) ** 2 + 1
+
+
+def _recomputes(recipe: Recipe) -> bool:
+    """Tell whether the backward pass computes a layer again, under either name that transformers has for it."""
+    return bool(recipe.gradient_checkpointing or getattr(recipe, "activation_checkpointing", False))
 
 
 def _adapter_parameters(model: torch.nn.Module, rank: int) -> int:
@@ -223,7 +233,7 @@ def _activations(model: torch.nn.Module, recipe: Recipe, tokens: int, tiles: int
     is_seen = "vision" in recipe.train and recipe.lora_r is None
     if not is_seen or not len(tower.encoder.layer):
         return round(total)
-    patches = (model.config.tile_size // model.config.vision_config.patch_size[0]) ** 2 + 1
+    patches = _vision_tokens(model.config)
     layer = tower.encoder.layer[0].to(torch.bfloat16 if bf16 else torch.float32)
     width = model.config.vision_config.hidden_size
     kept = kept_bytes(layer, patches, width)
@@ -239,16 +249,15 @@ def _meta_angles(model: torch.nn.Module, tokens: int, number_bytes: int) -> tupl
 
 def _stack(kept: float, input_bytes: int, layers: int, tokens: int, recipe: Recipe) -> float:
     """Return the bytes of a stack of layers; recomputed, it keeps the inputs of all and the inside of one."""
-    recomputes = recipe.gradient_checkpointing or getattr(recipe, "activation_checkpointing", False)
-    return tokens * (layers * input_bytes + kept if recomputes else layers * kept)
+    return tokens * (layers * input_bytes + kept if _recomputes(recipe) else layers * kept)
 
 
 def _flops(model: torch.nn.Module, config: MiniMonkeyConfig, recipe: Recipe, tokens: int, tiles: int) -> float:
     """Return the operations of one row, forward and backward: 2 a weight and token forward, 2 back, 2 for a trained weight."""
-    recomputes = bool(recipe.gradient_checkpointing or getattr(recipe, "activation_checkpointing", False))
+    recomputes = _recomputes(recipe)
     tower, language = model.model.vision_tower, model.model.language_model
     is_vision_trained = any(parameter.requires_grad for parameter in tower.parameters())
-    patches = (config.tile_size // config.vision_config.patch_size[0]) ** 2 + 1
+    patches = _vision_tokens(config)
 
     def passes(module: torch.nn.Module, goes_back: bool) -> float:
         weights = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
