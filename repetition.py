@@ -1,7 +1,7 @@
 """A guard against loops: when the end of an answer repeats a period too often, the answer ends.
 
     model.chat(processor, "page.png", "Read the text.", stop_repetition=True, return_dict=True).finish_reason   "repetition"
-    model.generate(**inputs, stop_repetition=True, tokenizer=tokenizer)      or "stop_repetition": true in generation_config.json
+    model.generate(**inputs, stop_repetition=True, tokenizer=tokenizer)      or with it in generation_config.json
     guard = RepetitionGuard(prompt_length, decode=tokenizer.decode)          for any model.generate(stopping_criteria=[guard])
 
 Small models that read long texts fall into loops: a line, or a few words, again and again until the limit of tokens. Documents

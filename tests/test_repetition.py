@@ -108,7 +108,9 @@ def test_chat_ends_a_loop_and_says_so(nano, processor):
 @pytest.mark.parametrize("scm", [{}, {"use_scm": True}], ids=["whole", "scm"])
 def test_generate_ends_a_loop_where_the_generation_configuration_says_so(nano, processor, tmp_path, scm):
     """As `transformers serve` asks: by a configuration, of a folder or of the request, and with the processor as tokenizer."""
-    GenerationConfig(max_new_tokens=400, eos_token_id=375, pad_token_id=0, stop_repetition=True).save_pretrained(tmp_path)
+    GenerationConfig(max_new_tokens=400, eos_token_id=375, pad_token_id=0, stop_repetition=True).save_pretrained(
+        tmp_path
+    )
     config = GenerationConfig.from_pretrained(tmp_path)
     inputs = processor(Image.open(PAGE).convert("RGB"), "<image>Read.", return_tensors="pt")
     length = inputs["input_ids"].shape[1]
