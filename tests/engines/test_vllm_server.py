@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -81,8 +82,8 @@ def as_data(name: str) -> str:
 
 def ask(server: str, url: str, options: dict = DEFAULT, **more):
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Read the text."}]
-    body = {"model": str(ROOT), "messages": [{"role": "user", "content": content}], "temperature": 0, **more}
-    body |= {"max_tokens": NEW_TOKENS, "mm_processor_kwargs": options}
+    body = {"model": str(ROOT), "messages": [{"role": "user", "content": content}], "temperature": 0}
+    body |= {"max_tokens": NEW_TOKENS, "mm_processor_kwargs": options} | more
     request = urllib.request.Request(
         f"{server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -110,6 +111,21 @@ def test_a_stream_brings_the_same_text(server, expected):
     pieces = [choice["delta"].get("content") or "" for event in events for choice in event["choices"]]
     assert "".join(pieces) == expected["receipt"]
     assert sum(map(bool, pieces)) > 2
+
+
+def test_an_answer_that_repeats_itself_ends_as_the_page_says(server):
+    """A letter that is always the likeliest: after four times 32 of it the answer ends, or after as many as are asked for."""
+    (letter,) = load_processor(ROOT).tokenizer("a", add_special_tokens=False)["input_ids"]
+    page = (ROOT / "docs" / "serving.md").read_text()
+    detection = json.loads(re.search(r'"repetition_detection": ({.*?})', page)[1])
+    for more, reason, tokens in (
+        ({"repetition_detection": detection}, "repetition", 128),
+        ({"repetition_detection": {**detection, "min_count": 5}}, "repetition", 160),
+        ({}, "length", 200),
+    ):
+        asked = ask(server, as_data("example"), logit_bias={str(letter): 100}, max_tokens=200, **more)
+        said = json.load(asked)
+        assert (said["choices"][0]["finish_reason"], said["usage"]["completion_tokens"]) == (reason, tokens)
 
 
 def test_thirty_two_at_once(server, expected):
