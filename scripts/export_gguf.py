@@ -53,11 +53,14 @@ from minimonkey.scripts.importing.weights import Shard, check_against_model, rea
 from minimonkey.scripts.repository import reports_errors
 
 
-def export_gguf(source: str, out: Path, kind: str = "Q8_0", mmproj: Path | None = None) -> None:
+def export_gguf(
+    source: str, out: Path, kind: str = "Q8_0", mmproj: Path | None = None, subfolder: str = ""
+) -> None:
     """Check a checkpoint and write its language model, and with `mmproj` its vision part; see the module's docstring.
 
     Args:
         kind: One of `TYPES`.
+        subfolder: Of the source, where its weights are.
 
     Raises:
         ValueError: A source that is no MiniMonkey or is quantised, parts that llama.cpp does not compute alike, a format that
@@ -70,7 +73,8 @@ def export_gguf(source: str, out: Path, kind: str = "Q8_0", mmproj: Path | None 
         from minimonkey.scripts.engines.libllama import require_libllama
 
         require_libllama()
-    folder = resolve_source(source)
+    home = resolve_source(source)
+    folder = home / subfolder
     config = read_plain_config(folder)
     check_language_model(config)
     if mmproj is not None:
@@ -83,7 +87,7 @@ def export_gguf(source: str, out: Path, kind: str = "Q8_0", mmproj: Path | None 
         check_rows(language, K_BLOCK, kind)
     keeps = ("token_embd.weight", "output.weight")
     types = {tensor.name: tensor_type(tensor, plain, tensor.name in keeps) for tensor in language}
-    write_vocabulary = vocabulary_writer(folder, config, must=mmproj is not None)
+    write_vocabulary = vocabulary_writer(home, folder, config, must=mmproj is not None)
 
     with new_file(out) as path:
         writer = gguf.GGUFWriter(path, ARCHITECTURES[config.text_config.model_type])
@@ -198,8 +202,8 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)
 
 
-def vocabulary_writer(folder: Path, config: MiniMonkeyConfig, must: bool) -> Callable[[Any], None]:
-    """Return what writes the tokenizer of a folder into a file; a line on the error stream says if there will be none.
+def vocabulary_writer(home: Path, folder: Path, config: MiniMonkeyConfig, must: bool) -> Callable[[Any], None]:
+    """Return what writes the tokenizer of a model's folder, or of the home of several, into a file; a line on the error stream says if there will be none.
 
     Args:
         must: Whether a file without a tokenizer is of no use.
@@ -208,9 +212,10 @@ def vocabulary_writer(folder: Path, config: MiniMonkeyConfig, must: bool) -> Cal
         ValueError: There must be a tokenizer, and there is none that GGUF can have.
     """
     try:
-        if not (folder / "tokenizer.json").is_file():
+        place = folder if (folder / "tokenizer.json").is_file() else home
+        if not (place / "tokenizer.json").is_file():
             raise ValueError(f"{folder} has no tokenizer.json.")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         tokenizer_kind(json.loads(tokenizer.backend_tokenizer.to_str()))
     except ValueError as error:
         if must:
@@ -221,7 +226,7 @@ def vocabulary_writer(folder: Path, config: MiniMonkeyConfig, must: bool) -> Cal
     if (folder / "generation_config.json").is_file():
         end = GenerationConfig.from_pretrained(folder).eos_token_id
         ends = end if isinstance(end, list) else [] if end is None else [end]
-    template = read_chat_template(folder, config)
+    template = read_chat_template(place, config)
 
     def write(writer) -> None:
         write_tokenizer(writer, tokenizer, template, config.text_config.vocab_size, ends, BOS_IN_TEMPLATE in template)
@@ -234,13 +239,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="Hub id or folder of a MiniMonkey")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write; must not exist")
+    parser.add_argument("--subfolder", default="", help="of SRC, where the weights are: nano-documents, for example")
     parser.add_argument("--type", choices=TYPES, default="Q8_0", help="number format (default: %(default)s)")
     parser.add_argument(
         "--mmproj", metavar="FILE", type=Path, help="also write the vision part, for llama.cpp by itself: no MSAC there"
     )
     args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    export_gguf(args.source, args.out, args.type, args.mmproj)
+    export_gguf(args.source, args.out, args.type, args.mmproj, args.subfolder)
     for path in (args.out, args.mmproj):
         if path is not None:
             print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
