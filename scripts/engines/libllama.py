@@ -5,6 +5,7 @@ Reads embeddings or token ids, one sequence, and gives logits; knows nothing of 
 
 import ctypes
 import weakref
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,14 @@ def require_libllama():
         raise ValueError(
             f'llama.cpp is used through llama-cpp-python: pip install "minimonkey[gguf]" or llama-cpp-python ({error})'
         ) from error
-    llama_cpp.llama_log_set(_say_nothing(llama_cpp), ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(say_nothing(llama_cpp), ctypes.c_void_p(0))
     return llama_cpp
 
 
-_silent = None  # libllama calls it as long as the process lives
-
-
-def _say_nothing(llama_cpp):
-    global _silent
-    if _silent is None:
-        _silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    return _silent
+@lru_cache  # kept: libllama calls it as long as the process lives
+def say_nothing(llama_cpp):
+    """Return a callback for what llama.cpp's libraries log, which goes nowhere."""
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def _free(llama_cpp, model, context, batches) -> None:
@@ -62,28 +59,28 @@ class LibLlama:
             raise ValueError(f"There is no file {path}; `minimonkey export-gguf` writes it.")
         parameters = self._c.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        self._model = self._c.llama_model_load_from_file(str(path).encode(), parameters)
-        if not self._model:
+        self.model = self._c.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self.model:
             raise ValueError(f"llama.cpp cannot load {path}: it is no GGUF file of a language model, or is damaged.")
         options = self._c.llama_context_default_params()
         options.n_ctx = context_length
         options.n_batch = options.n_ubatch = min(BATCH, context_length)
         options.n_threads = options.n_threads_batch = threads
-        self._context = self._c.llama_init_from_model(self._model, options)
+        self._context = self._c.llama_init_from_model(self.model, options)
         if not self._context:
-            self._c.llama_model_free(self._model)
+            self._c.llama_model_free(self.model)
             raise ValueError(f"llama.cpp cannot make a context of {context_length} tokens; take a smaller --context.")
         self.context_length = context_length
         self.length = 0  # tokens that it holds
-        self.width = self._c.llama_model_n_embd(self._model)
-        self.layers = self._c.llama_model_n_layer(self._model)
-        self.vocab_size = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
+        self.width = self._c.llama_model_n_embd(self.model)
+        self.layers = self._c.llama_model_n_layer(self.model)
+        self.vocab_size = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self.model))
         self._batch_size = min(BATCH, context_length)
         self._of_ids = self._c.llama_batch_init(self._batch_size, 0, 1)
         self._of_embeddings = self._c.llama_batch_init(self._batch_size, self.width, 1)
         # Frees weights and cache; at the latest when Python ends, before its modules go.
         batches = (self._of_ids, self._of_embeddings)
-        self.close = weakref.finalize(self, _free, self._c, self._model, self._context, batches)
+        self.close = weakref.finalize(self, _free, self._c, self.model, self._context, batches)
 
     def read(self, embeddings: np.ndarray, every: bool = False) -> np.ndarray:
         """Read embeddings (n, width) and return the logits of the last one (1, vocabulary), or of `every` one (n, vocabulary).

@@ -27,7 +27,8 @@ def check_engine_arguments(parser: argparse.ArgumentParser, args: argparse.Names
     for name, engines in needs.items():
         if getattr(args, name) is not None and args.engine not in engines:
             parser.error(f"--{name} goes with --engine {' or '.join(engines)}")
-    if args.engine != "torch" and (args.attn_implementation is not None or torch.device(args.device).type != "cpu"):
+    attention = getattr(args, "attn_implementation", None)
+    if args.engine != "torch" and (attention is not None or torch.device(args.device).type != "cpu"):
         parser.error(f"--engine {args.engine} runs on the CPU, with an attention of its own; take --device cpu")
 
 
@@ -41,4 +42,6 @@ def load_engine(args: argparse.Namespace, dtype: torch.dtype):
         )
     from minimonkey.scripts.engines.onnx_runtime import load_onnx
 
+    if args.subfolder:
+        raise ValueError("A folder of ONNX files is one model's: leave out --subfolder, and give it to `export-onnx`.")
     return load_onnx(Path(args.model), args.threads)
