@@ -5,6 +5,7 @@
     python scripts/benchmark.py load                        a published 2B checkpoint, written to disk first (9 GB)
     python scripts/benchmark.py conversation --use-scm      the second turn about one image
     python scripts/benchmark.py serving --without-vllm      64 receipts one by one and in batches
+    python scripts/benchmark.py engines --size 1B           torch, llama.cpp and onnxruntime in turns
     python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
 
 Prints a table for people and one JSON line for machines. Runs anywhere: weights are random and nothing is downloaded.
@@ -18,7 +19,9 @@ from minimonkey.scripts.benchmarking import (
     compression,
     conversation,
     decode,
+    engines,
     load,
+    plain,
     preprocessing,
     serving,
     stages,
@@ -34,6 +37,8 @@ SUBJECTS = {
     "vision": vision,
     "compression": compression,
     "decode": decode,
+    "engines": engines,
+    "plain": plain,
     "conversation": conversation,
     "stages": stages,
     "serving": serving,
