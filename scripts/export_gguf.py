@@ -53,9 +53,7 @@ from minimonkey.scripts.importing.weights import Shard, check_against_model, rea
 from minimonkey.scripts.repository import reports_errors
 
 
-def export_gguf(
-    source: str, out: Path, kind: str = "Q8_0", mmproj: Path | None = None, subfolder: str = ""
-) -> None:
+def export_gguf(source: str, out: Path, kind: str = "Q8_0", mmproj: Path | None = None, subfolder: str = "") -> None:
     """Check a checkpoint and write its language model, and with `mmproj` its vision part; see the module's docstring.
 
     Args:
@@ -153,9 +151,7 @@ def plan_language(config: MiniMonkeyConfig, shards: list[Shard]) -> list[Planned
     """Return the tensors of the language model's file, those that come first in the model first."""
     gguf = require_gguf()
     text = config.text_config
-    architecture = next(
-        key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[text.model_type]
-    )
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[text.model_type])
     names = gguf.get_tensor_name_map(architecture, text.num_hidden_layers)
     planned = [Planned(name, tuple(t.shape), lambda t=t: t) for name, t in language_tensors(config).items()]
     for shard in shards:

@@ -41,12 +41,16 @@ def export_onnx(source: str, out: Path, subfolder: str = "") -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(f'ONNX files are written with onnx and onnxscript: pip install "minimonkey[onnx]" ({error})') from error
+        raise ValueError(
+            f'ONNX files are written with onnx and onnxscript: pip install "minimonkey[onnx]" ({error})'
+        ) from error
     check_free(out)
     home = resolve_source(source)
     config = read_plain_config(home / subfolder)
     if config.visual_experts:
-        raise ValueError("A model with visual experts (Mono-InternVL) is not written as ONNX; its layers need to know which tokens are an image's.")
+        raise ValueError(
+            "A model with visual experts (Mono-InternVL) is not written as ONNX; its layers need to know which tokens are an image's."
+        )
     processor = load_processor(home)
     model = load_model(home, subfolder=subfolder, dtype=torch.float32)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +75,9 @@ def export_onnx(source: str, out: Path, subfolder: str = "") -> None:
 
 
 @torch.no_grad()
-def write_part(path: Path, module: torch.nn.Module, example: tuple, names: tuple[list[str], list[str]], dynamic: tuple) -> None:
+def write_part(
+    path: Path, module: torch.nn.Module, example: tuple, names: tuple[list[str], list[str]], dynamic: tuple
+) -> None:
     """Write one part of a model as an ONNX file."""
     nbytes = sum(tensor.nbytes for tensor in module.parameters())
     torch.onnx.export(

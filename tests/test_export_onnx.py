@@ -57,7 +57,12 @@ def test_a_conversation_is_the_same_through_onnxruntime(use_scm, nano):
         (opened(nano), load_processor(nano)),
     ):
         image = str(ROOT / "assets" / "example.png")
-        options = {"use_scm": use_scm, "max_new_tokens": 30, "return_history": True, "images_kwargs": {"preset": "default"}}
+        options = {
+            "use_scm": use_scm,
+            "max_new_tokens": 30,
+            "return_history": True,
+            "images_kwargs": {"preset": "default"},
+        }
         first, history = model.chat(processor, image, "Read the text.", **options)
         second, _ = model.chat(processor, image, "Read the text.", history=history, **options)
         other, _ = model.chat(processor, Image.open(image).resize((200, 150)), "Read the text.", **options)

@@ -89,7 +89,9 @@ class LibLlama:
             ValueError: They do not fit into the context.
         """
         parts = np.ascontiguousarray(embeddings, dtype=np.float32)
-        return self._read(len(parts), every, self._of_embeddings, lambda first, stop: self._put_embeddings(parts[first:stop]))
+        return self._read(
+            len(parts), every, self._of_embeddings, lambda first, stop: self._put_embeddings(parts[first:stop])
+        )
 
     def read_ids(self, ids: list[int], every: bool = False) -> np.ndarray:
         """Read token ids and return logits, see `read`."""
@@ -126,7 +128,9 @@ class LibLlama:
                 batch.logits[place] = every or first + place == count - 1
             status = self._c.llama_decode(self._context, batch)
             if status:
-                raise RuntimeError(f"llama.cpp could not read {stop - first} tokens behind {self.length} (status {status}).")
+                raise RuntimeError(
+                    f"llama.cpp could not read {stop - first} tokens behind {self.length} (status {status})."
+                )
             wanted = range(stop - first) if every else [stop - first - 1] if stop == count else []
             for place in wanted:
                 values = self._c.llama_get_logits_ith(self._context, place)

@@ -1,7 +1,7 @@
 """`minimonkey chat --engine llama.cpp`: a MiniMonkey whose language model llama.cpp runs.
 
-    model = load_llama_cpp("MiniMonkey-2B", Path("2b-q8.gguf"), torch.bfloat16)
-    answer = model.chat(processor, "receipt.png", "What is the total?")
+model = load_llama_cpp("MiniMonkey-2B", Path("2b-q8.gguf"), torch.bfloat16)
+answer = model.chat(processor, "receipt.png", "What is the total?")
 """
 
 from pathlib import Path
@@ -60,8 +60,10 @@ def load_llama_cpp(
             source, subfolder=subfolder, dtype=dtype, scored_layers=config.scm_layer + 1 if use_scm else 0
         ).eval()
     norm, theirs = model.model.language_model.norm.weight.float(), tensors.get("output_norm.weight")
-    if theirs is None or len(theirs.data) != len(norm) or not torch.allclose(
-        torch.tensor(theirs.data), norm, rtol=SAME, atol=SAME
+    if (
+        theirs is None
+        or len(theirs.data) != len(norm)
+        or not torch.allclose(torch.tensor(theirs.data), norm, rtol=SAME, atol=SAME)
     ):
         raise ValueError(f"{gguf} was not exported from {source}: their weights differ.")
     length = min(CONTEXT_LENGTH, longest) if context_length is None else context_length

@@ -81,7 +81,9 @@ class EngineModel(MiniMonkeyForConditionalGeneration):
         for name in ("num_beams", "num_return_sequences"):
             count = self._setting(name, generation_config, kwargs) or 1
             if count != 1:
-                raise ValueError(f"An engine follows one answer, got {name}={count}; leave it out or take --engine torch.")
+                raise ValueError(
+                    f"An engine follows one answer, got {name}={count}; leave it out or take --engine torch."
+                )
         if ids is not None and len(ids) != 1:
             raise ValueError(f"An engine reads one prompt at a time, got {len(ids)}; ask one after the other.")
         if kwargs.get("use_scm"):
@@ -100,7 +102,9 @@ class EngineModel(MiniMonkeyForConditionalGeneration):
         if settings.selection.stage == "layer":
             raise ValueError("scm_select with stage='layer' goes on inside the language model, which an engine has.")
         if settings.selection.positions == "original" and self.engine.needs_consecutive_positions:
-            raise ValueError("This engine reads tokens whose positions follow each other; leave out positions='original'.")
+            raise ValueError(
+                "This engine reads tokens whose positions follow each other; leave out positions='original'."
+            )
 
     def scored_layers(self) -> int:
         """Return how many of the first layers can score tokens for scale compression."""

@@ -20,7 +20,9 @@ def require_mtmd():
     try:
         from llama_cpp import mtmd_cpp
     except (ImportError, OSError, RuntimeError) as error:
-        raise ValueError(f"llama.cpp's multimodal library comes with llama-cpp-python: pip install it ({error})") from error
+        raise ValueError(
+            f"llama.cpp's multimodal library comes with llama-cpp-python: pip install it ({error})"
+        ) from error
     silence = say_nothing(require_libllama())
     mtmd_cpp.mtmd_log_set(silence, ctypes.c_void_p(0))
     mtmd_cpp.mtmd_helper_log_set(silence, ctypes.c_void_p(0))
@@ -73,7 +75,8 @@ class PlainLlamaCpp:
             if status:
                 raise RuntimeError(f"llama.cpp could not read the prompt (status {status}).")
             return [
-                self._read(self._c.mtmd_input_chunks_get(chunks, i)) for i in range(self._c.mtmd_input_chunks_size(chunks))
+                self._read(self._c.mtmd_input_chunks_get(chunks, i))
+                for i in range(self._c.mtmd_input_chunks_size(chunks))
             ]
         finally:
             self._c.mtmd_input_chunks_free(chunks)

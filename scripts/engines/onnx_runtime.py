@@ -1,7 +1,7 @@
 """`minimonkey chat --engine onnx`: a MiniMonkey of ONNX files, all of it run by onnxruntime; torch cuts images and samples.
 
-    model = load_onnx(Path("nano-onnx"))
-    answer = model.chat(load_processor("nano-onnx"), "receipt.png", "What is the total?", use_scm=True)
+model = load_onnx(Path("nano-onnx"))
+answer = model.chat(load_processor("nano-onnx"), "receipt.png", "What is the total?", use_scm=True)
 """
 
 from pathlib import Path
@@ -30,8 +30,14 @@ class OnnxDecoder:
     def __init__(self, decoder, embedding, config):
         text = config.text_config
         self._decoder, self._embedding = decoder, embedding
-        self.width, self.vocab_size, self.context_length = text.hidden_size, text.vocab_size, text.max_position_embeddings
-        self._past, self._present = (cache_names(text.num_hidden_layers, name) for name in ("past_key_values", "present"))
+        self.width, self.vocab_size, self.context_length = (
+            text.hidden_size,
+            text.vocab_size,
+            text.max_position_embeddings,
+        )
+        self._past, self._present = (
+            cache_names(text.num_hidden_layers, name) for name in ("past_key_values", "present")
+        )
         head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         empty = np.zeros((1, text.num_key_value_heads, 0, head_width), dtype=np.float32)
         self._cache = [empty for _ in self._past]
@@ -120,7 +126,9 @@ class OnnxModel(EngineModel):
 
     def _probe(self, layer: int, sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
         if layer != self.settings["scm_layer"]:
-            raise ValueError(f"{SCORER}.onnx scores by layer {self.settings['scm_layer']}, not {layer}; leave out scm_layer.")
+            raise ValueError(
+                f"{SCORER}.onnx scores by layer {self.settings['scm_layer']}, not {layer}; leave out scm_layer."
+            )
         query, key = self.scorer.run(None, {"inputs_embeds": sequence[None].float().numpy()})
         return AttentionInputs(torch.from_numpy(query), torch.from_numpy(key), self.settings["scorer_scaling"])
 

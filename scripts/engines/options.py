@@ -37,9 +37,7 @@ def load_engine(args: argparse.Namespace, dtype: torch.dtype):
     if args.engine == "llama.cpp":
         from minimonkey.scripts.engines.llama_cpp import load_llama_cpp
 
-        return load_llama_cpp(
-            args.model, args.gguf, dtype, args.subfolder, args.use_scm, args.context, args.threads
-        )
+        return load_llama_cpp(args.model, args.gguf, dtype, args.subfolder, args.use_scm, args.context, args.threads)
     from minimonkey.scripts.engines.onnx_runtime import load_onnx
 
     if args.subfolder:
