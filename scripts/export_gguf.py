@@ -199,7 +199,9 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def vocabulary_writer(home: Path, folder: Path, config: MiniMonkeyConfig, must: bool) -> Callable[[Any], None]:
-    """Return what writes the tokenizer of a model's folder, or of the home of several, into a file; a line on the error stream says if there will be none.
+    """Return what writes the tokenizer of a model's folder, or of the home of several, into a file.
+
+    A line on the error stream says if there will be none.
 
     Args:
         must: Whether a file without a tokenizer is of no use.

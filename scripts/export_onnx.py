@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from minimonkey.scripts.exporting.onnx_parts import Scorer, parts
 from minimonkey.scripts.export_gguf import read_plain_config
+from minimonkey.scripts.exporting.onnx_parts import Scorer, check_onnx, parts, with_fixed_positions
 from minimonkey.scripts.import_checkpoint import resolve_source
 from minimonkey.scripts.importing.folder import check_free
 from minimonkey.scripts.repository import load_model, load_processor, reports_errors
@@ -34,7 +34,7 @@ def export_onnx(source: str, out: Path, subfolder: str = "") -> None:
     """Check a model and write its parts; see the module's docstring.
 
     Raises:
-        ValueError: A package that is missing, a source that is no MiniMonkey or is quantised, visual experts, an OUT that
+        ValueError: A package that is missing, a source that is no MiniMonkey or is quantised, a language model of another shape, an OUT that
             exists: all before anything is written.
     """
     try:
@@ -47,12 +47,9 @@ def export_onnx(source: str, out: Path, subfolder: str = "") -> None:
     check_free(out)
     home = resolve_source(source)
     config = read_plain_config(home / subfolder)
-    if config.visual_experts:
-        raise ValueError(
-            "A model with visual experts (Mono-InternVL) is not written as ONNX; its layers need to know which tokens are an image's."
-        )
+    check_onnx(config)
     processor = load_processor(home)
-    model = load_model(home, subfolder=subfolder, dtype=torch.float32)
+    model = with_fixed_positions(load_model(home, subfolder=subfolder, dtype=torch.float32))
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=out.name + ".", suffix=".partial", dir=out.parent))
     try:

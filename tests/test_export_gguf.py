@@ -9,7 +9,8 @@ from engine_helpers import SHAPES, embeddings, has_libllama, needs, saved
 from model_helpers import tiny_model, tiny_mono
 from PIL import Image
 
-from minimonkey.scripts import chat, export_gguf as command
+from minimonkey.scripts import chat
+from minimonkey.scripts import export_gguf as command
 from minimonkey.scripts.export_gguf import export_gguf
 from minimonkey.scripts.exporting.gguf_language import for_llama_cpp, language_tensors, published_language_name
 from minimonkey.scripts.exporting.gguf_tokenizer import tokenizer_kind

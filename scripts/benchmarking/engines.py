@@ -1,7 +1,7 @@
 """Engines: first token and tokens per second of the language model in torch, llama.cpp and onnxruntime, all in turns.
 
-Weights are random, of a published size; the model is exported in a folder that is deleted again. The floor is the time to read the
-stored weights once at the bandwidth that this machine copies memory with.
+Weights are random, of a published size; the model is exported in a folder that is deleted again. The floor is the time to read
+the stored weights once at the bandwidth that this machine copies memory with.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A tokenizer of transformers in the words of GGUF, for people who run llama.cpp by itself.
 
-Two kinds are written: byte-level ones (GPT-2, Qwen2, Llama 3, the Nanos), whose way to split a text has to be one that llama.cpp
-knows by name, and those made of sentencepiece (InternLM2, Phi-3), whose merges become scores.
+Two kinds are written: byte-level ones (GPT-2, Qwen2, Llama 3, the Nanos), whose way to split a text has to be one that
+llama.cpp knows by name, and those made of sentencepiece (InternLM2, Phi-3), whose merges become scores.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The parts of a MiniMonkey as modules of tensors alone, which torch can write as ONNX, with the names that programs expect.
 
-Shapes: T tiles, S tile size in pixels, K tokens a tile, D width, n new tokens, p tokens before them, L layers, H heads, G key/value
-heads, d head width.
+Shapes: T tiles, S tile size in pixels, K tokens a tile, D width, n new tokens, p tokens before them, H heads, G key/value heads,
+d head width.
 """
 
 import copy
@@ -16,6 +16,7 @@ from minimonkey.transformers_bridge import CACHE_NAME
 
 
 VISION, EMBEDDING, DECODER, SCORER = "vision_encoder", "embed_tokens", "decoder_model", "scorer"
+LANGUAGE_MODELS = ("llama", "qwen2", "phi3")
 _CAPTURE = "minimonkey_capture"
 
 
@@ -33,8 +34,8 @@ class VisionEncoder(nn.Module):
 class Decoder(nn.Module):
     """The language model with its cache.
 
-    Takes `inputs_embeds` (1, n, D), `position_ids` (1, n), `logits_of` (m,) (which of the n tokens are to have logits), and a key
-    and a value (1, G, p, d) for each layer. Gives `logits` (1, m, vocabulary), and keys and values (1, G, p + n, d).
+    Takes `inputs_embeds` (1, n, D), `position_ids` (1, n), `logits_of` (m,) (which of the n tokens are to have logits), and a
+    key and a value (1, G, p, d) for each layer. Gives `logits` (1, m, vocabulary), and keys and values (1, G, p + n, d).
     """
 
     def __init__(self, model: MiniMonkeyForConditionalGeneration):
@@ -96,6 +97,31 @@ class Scorer(nn.Module):
             inputs_embeds=inputs_embeds, position_ids=places[None], attention_mask=mask[None, None], use_cache=False
         )
         return self.captured.pop()
+
+
+def check_onnx(config) -> None:
+    """Raise `ValueError` for a model whose language model these parts would not compute.
+
+    Args:
+        config: A `MiniMonkeyConfig`.
+    """
+    text = config.text_config
+    if text.model_type not in LANGUAGE_MODELS or config.visual_experts:
+        raise ValueError(
+            f"A language model {text.model_type!r}{' with visual experts' if config.visual_experts else ''} is not written as "
+            f"ONNX; {', '.join(LANGUAGE_MODELS)} are."
+        )
+    kinds = {*(getattr(text, "layer_types", None) or []), "full_attention"}
+    if getattr(text, "use_sliding_window", False) or kinds != {"full_attention"}:
+        raise ValueError("A language model whose layers see a window of the tokens is not written as ONNX.")
+
+
+def with_fixed_positions(model: MiniMonkeyForConditionalGeneration) -> MiniMonkeyForConditionalGeneration:
+    """Let rotary angles no longer change with the length of the prompt, in place; up to `cacheable_length` they do not anyway."""
+    rotary = model.model.language_model.rotary_emb
+    if rotary.rope_type in ("dynamic", "longrope"):
+        rotary.rope_type = "default"
+    return model
 
 
 def cache_names(layers: int, prefix: str) -> list[str]:
