@@ -34,8 +34,8 @@ def export_onnx(source: str, out: Path, subfolder: str = "") -> None:
     """Check a model and write its parts; see the module's docstring.
 
     Raises:
-        ValueError: A package that is missing, a source that is no MiniMonkey or is quantised, a language model of another shape, an OUT that
-            exists: all before anything is written.
+        ValueError: A package that is missing, a source that is no MiniMonkey or is quantised, a language model of another
+            shape, an OUT that exists: all before anything is written.
     """
     try:
         import onnx  # noqa: F401

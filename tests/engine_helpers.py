@@ -33,6 +33,10 @@ SHAPES = {
     "llama with biases": ("llama", {**SIZES, "attention_bias": True, "mlp_bias": True}),
     "llama 3": ("llama", {**SIZES, "rope_parameters": LLAMA3}),
     "llama, linear": ("llama", {**SIZES, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama, dynamic": (
+        "llama",
+        {**SIZES, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     "qwen2": ("qwen2", SIZES),
     "qwen2, tied": ("qwen2", {**SIZES, "tie_word_embeddings": True}),
     "qwen2, linear": ("qwen2", {**SIZES, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),

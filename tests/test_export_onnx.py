@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import ROOT, random_tiles
 from engine_helpers import embeddings, needs, saved
-from model_helpers import tiny_mono
+from model_helpers import tiny_model, tiny_mono
 from PIL import Image
 
 from minimonkey.scripts import chat
-from minimonkey.scripts.export_onnx import export_onnx
-from minimonkey.scripts.exporting.onnx_parts import Decoder, Scorer
+from minimonkey.scripts.export_onnx import export_onnx, write_part
+from minimonkey.scripts.exporting.onnx_parts import DECODER, Decoder, Scorer, parts, with_fixed_positions
 from minimonkey.scripts.repository import load_model, load_processor
 
 
@@ -98,12 +98,14 @@ def test_chat_with_the_engine(nano, capsys):
 
 def test_what_cannot_be_written_or_read_is_said(nano, tmp_path):
     tiny_mono().save_pretrained(tmp_path / "mono")
+    tiny_model("gemma2", head_dim=16).save_pretrained(tmp_path / "gemma")
     quantised = tmp_path / "quantised"
     quantised.mkdir()
     config = json.loads((ROOT / "config.json").read_text())
     (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
     for source, out, message in (
-        (tmp_path / "mono", tmp_path / "out", "visual experts"),
+        (tmp_path / "mono", tmp_path / "out", "with visual experts is not written as ONNX"),
+        (tmp_path / "gemma", tmp_path / "out", "'gemma2' is not written as ONNX; llama, qwen2, phi3 are"),
         (quantised, tmp_path / "out", "is quantised"),
         (ROOT, nano, "exists already"),
     ):
@@ -123,7 +125,7 @@ def test_what_cannot_be_written_or_read_is_said(nano, tmp_path):
         opened(partial)
 
 
-# The modules that are exported, by themselves: for every shape of language model.
+# --- language models of every shape ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen2", "phi3"])
@@ -142,3 +144,21 @@ def test_the_exported_modules_are_the_model(shape, tmp_path):
     torch.testing.assert_close(query, probe.query)
     torch.testing.assert_close(key, probe.key)
     assert Scorer(model).scaling == pytest.approx(probe.scaling)
+
+
+@pytest.mark.parametrize("shape", ["llama, dynamic", "qwen2", "phi3, longrope"])
+def test_onnxruntime_computes_every_shape(shape, tmp_path):
+    import onnxruntime
+
+    from minimonkey.scripts.engines.onnx_runtime import OnnxDecoder
+
+    model = saved(tmp_path / "model", shape)
+    given = embeddings(32, 60)
+    with torch.no_grad():
+        expected = model(inputs_embeds=given).logits[0].numpy()
+    write_part(tmp_path / "decoder.onnx", *parts(with_fixed_positions(model))[DECODER])
+    decoder = OnnxDecoder(onnxruntime.InferenceSession(tmp_path / "decoder.onnx"), None, model.config)
+    rows = given[0].numpy()
+    np.testing.assert_allclose(decoder.read(rows[:40], every=True), expected[:40], atol=1e-2)
+    for place in range(40, 43):
+        np.testing.assert_allclose(decoder.read(rows[place : place + 1]), expected[place : place + 1], atol=1e-2)

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from minimonkey.compression import AttentionInputs
 from minimonkey.scripts.engines.model import EngineModel
+from minimonkey.scripts.exporting.gguf_language import longest_exact
 from minimonkey.scripts.exporting.onnx_parts import DECODER, EMBEDDING, SCORER, VISION, cache_names
 from minimonkey.scripts.importing.config import read_json
 from minimonkey.scripts.repository import model_config
@@ -33,7 +34,7 @@ class OnnxDecoder:
         self.width, self.vocab_size, self.context_length = (
             text.hidden_size,
             text.vocab_size,
-            text.max_position_embeddings,
+            longest_exact(config),
         )
         self._past, self._present = (
             cache_names(text.num_hidden_layers, name) for name in ("past_key_values", "present")
@@ -49,6 +50,10 @@ class OnnxDecoder:
     def read(self, embeddings: np.ndarray, every: bool = False) -> np.ndarray:
         """Read embeddings (n, D); return the logits of the last one (1, vocabulary), or of `every` one (n, vocabulary)."""
         count = len(embeddings)
+        if self.length + count > self.context_length:
+            raise ValueError(
+                f"{self.length} + {count} tokens are more than the {self.context_length} that it is right for."
+            )
         wanted = np.arange(count) if every else np.array([count - 1])
         inputs = {
             "inputs_embeds": np.ascontiguousarray(embeddings[None], dtype=np.float32),

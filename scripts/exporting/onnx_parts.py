@@ -1,7 +1,7 @@
 """The parts of a MiniMonkey as modules of tensors alone, which torch can write as ONNX, with the names that programs expect.
 
-Shapes: T tiles, S tile size in pixels, K tokens a tile, D width, n new tokens, p tokens before them, H heads, G key/value heads,
-d head width.
+Shapes: T tiles, S tile size in pixels, K tokens a tile, D width, n new tokens, p tokens before them, H heads, G key/value
+heads, d head width.
 """
 
 import copy
@@ -117,7 +117,7 @@ def check_onnx(config) -> None:
 
 
 def with_fixed_positions(model: MiniMonkeyForConditionalGeneration) -> MiniMonkeyForConditionalGeneration:
-    """Let rotary angles no longer change with the length of the prompt, in place; up to `cacheable_length` they do not anyway."""
+    """Let rotary angles no longer change with the prompt's length, in place; up to `cacheable_length` they do not anyway."""
     rotary = model.model.language_model.rotary_emb
     if rotary.rope_type in ("dynamic", "longrope"):
         rotary.rope_type = "default"
