@@ -162,3 +162,37 @@ def test_onnxruntime_computes_every_shape(shape, tmp_path):
     np.testing.assert_allclose(decoder.read(rows[:40], every=True), expected[:40], atol=1e-2)
     for place in range(40, 43):
         np.testing.assert_allclose(decoder.read(rows[place : place + 1]), expected[place : place + 1], atol=1e-2)
+
+
+@needs("openvino")
+def test_openvino_computes_the_same_from_the_same_files(nano):
+    """In float32, which has to be asked for where the processor has bfloat16."""
+    import onnxruntime
+    import openvino
+
+    random = np.random.default_rng(0)
+    prompt = random.standard_normal((1, 40, 192), dtype=np.float32)
+    past = {
+        f"past_key_values.{layer}.{kind}": np.zeros((1, 3, 7, 64), "f4")
+        for layer in range(3)
+        for kind in ("key", "value")
+    }
+    given = {
+        "vision_encoder": {"pixel_values": random.standard_normal((2, 3, 112, 112), dtype=np.float32)},
+        "embed_tokens": {"input_ids": np.arange(9)[None]},
+        "decoder_model": {
+            "inputs_embeds": prompt,
+            "position_ids": np.arange(7, 47)[None],
+            "logits_of": np.array([39]),
+            **past,
+        },
+        "scorer": {"inputs_embeds": prompt},
+    }
+    for name, inputs in given.items():
+        path = nano / f"{name}.onnx"
+        compiled = openvino.Core().compile_model(
+            openvino.convert_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        expected = onnxruntime.InferenceSession(path).run(None, inputs)
+        for index, values in enumerate(expected):
+            np.testing.assert_allclose(compiled(inputs)[index], values, atol=1e-3)
