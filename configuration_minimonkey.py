@@ -134,6 +134,7 @@ def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
 
 
 SCM_QUERIES = ("all", "visual", "balanced", "question", "last")
+KV_CACHE_DTYPES = (None, "int8")
 
 # Fields of language models whose head does more than multiply by its weight.
 _SOFTCAP = "final_logit_softcapping"
@@ -205,6 +206,7 @@ class MiniMonkeyConfig(InternVLConfig):
         scm_layer (int, *optional*): The language-model layer whose attention scores them; by default 1, the second.
         scm_queries (str): "all" scores with adaptive, thumbnail and text tokens, "visual" without text; the others are in
             `compression.CompressionSettings`.
+        kv_cache_dtype (str, *optional*): "int8" keeps keys and values of earlier tokens in 8 bits.
 
     Raises:
         ValueError: Values that contradict each other or cannot work, with the values.
@@ -221,6 +223,7 @@ class MiniMonkeyConfig(InternVLConfig):
     scm_keep_ratio: float = 0.5
     scm_layer: int | None = None
     scm_queries: str = "all"
+    kv_cache_dtype: str | None = None
     tie_word_embeddings: bool = False
 
     @classmethod
@@ -321,6 +324,8 @@ class MiniMonkeyConfig(InternVLConfig):
             raise ValueError(f"scm_layer {self.scm_layer} does not exist in {text.num_hidden_layers} layers.")
         if self.scm_queries not in SCM_QUERIES:
             raise ValueError(f"scm_queries must be one of {', '.join(SCM_QUERIES)}, got {self.scm_queries!r}.")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype must be None or 'int8', got {self.kv_cache_dtype!r}.")
         if getattr(text, "tie_word_embeddings", self.tie_word_embeddings) != self.tie_word_embeddings:
             raise ValueError(
                 f"tie_word_embeddings is {self.tie_word_embeddings} here but {text.tie_word_embeddings} in text_config."

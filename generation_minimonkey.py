@@ -242,6 +242,8 @@ class GenerateMixin:
         check_generation_options(self, generation_config, kwargs)
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
         input_ids = kwargs.get("input_ids")
+        if self.config.kv_cache_dtype is not None and not can_remember:
+            self._use_quantized_cache(generation_config, kwargs)
         if not (has_images or can_remember or (use_scm and input_ids is not None)):
             if all(kwargs.get(name) is None for name in ("inputs_embeds", CACHE_NAME)):
                 self._check_no_image_tokens(input_ids)
@@ -439,6 +441,13 @@ class GenerateMixin:
         is_ordinary = all(asked(name) is None for name in others) and asked("use_cache") is not False
         fits = options["input_ids"].shape[1] <= self.config.cacheable_length
         return is_one_row and is_ordinary and fits
+
+    def _use_quantized_cache(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> None:
+        """Put an empty cache of the configuration's type into `options`, where no other cache is asked for."""
+        names = (*CACHE_NAMES, "cache_implementation", "custom_generate")
+        is_asked = any(self._setting(name, generation_config, options) is not None for name in names)
+        if not is_asked and self._setting("use_cache", generation_config, options) is not False:
+            options[CACHE_NAME] = new_cache(self)
 
     def _remember(self, memory: PromptMemory, embedded: _Embedded, output) -> None:
         """Leave the cache to the next turn, unless the answer went beyond what stays right in it."""

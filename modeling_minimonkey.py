@@ -22,12 +22,14 @@ from .checkpoint import weight_conversions
 from .configuration_minimonkey import MiniMonkeyConfig, head_scaling
 from .generation_minimonkey import GenerateMixin
 from .published_names import PublishedNamesMixin
+from .quantized_weights import METHOD, QuantizedWeightsConfig, QuantizedWeightsQuantizer
 from .transformers_bridge import (
     IS_CACHE_RENAMED,
     OTHER_CACHE_NAME,
     custom_object_save,
     extends,
     register_checkpoint_conversion_mapping,
+    register_quantization,
     with_both_cache_names,
     with_image_features,
     with_one_cache_name,
@@ -317,5 +319,6 @@ class MiniMonkeyForConditionalGeneration(
 register_checkpoint_conversion_mapping(
     MiniMonkeyForConditionalGeneration.__name__, weight_conversions(), overwrite=True
 )
+register_quantization(METHOD, QuantizedWeightsConfig, QuantizedWeightsQuantizer)
 
 __all__ = ["MiniMonkeyForConditionalGeneration"]

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import Cache, DynamicCache, DynamicLayer
+from transformers import Cache, DynamicLayer
 
 from .compression import CompressionSettings, ImageSpan
 from .image_decoding import to_rgb
 from .media_sources import check_file, path_of, short_name
+from .quantized_cache import Int8Layer, empty_cache
 
 
 def common_length(first: list[int], second: list[int]) -> int:
@@ -168,7 +169,7 @@ class Turn:
 
 def new_cache(model: nn.Module) -> Cache:
     """Return an empty cache, as `generate` makes it when nothing else is asked for."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+    return empty_cache(model.config)
 
 
 def joined_caches(rows: list[Cache], joined: Cache, copies: int) -> Cache:
@@ -177,15 +178,20 @@ def joined_caches(rows: list[Cache], joined: Cache, copies: int) -> Cache:
     longest = max(cache.get_seq_length() for cache in rows)
     for index, layer in enumerate(filled.layers):
         states = []
-        for name in ("keys", "values"):
-            _, heads, _, width = getattr(layer, name).shape
-            padded = getattr(layer, name).new_zeros(len(rows), heads, longest, width)
+        for which, like in enumerate(_states(layer)):
+            _, heads, _, width = like.shape
+            padded = like.new_zeros(len(rows), heads, longest, width)
             for row, cache in enumerate(rows):
                 if length := cache.get_seq_length():
-                    padded[row, :, longest - length :] = getattr(cache.layers[index], name)[0]
+                    padded[row, :, longest - length :] = _states(cache.layers[index])[which][0]
             states.append(padded.repeat_interleave(copies, dim=0))
         joined.update(*states, index)
     return joined
+
+
+def _states(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys and values (B, heads, N, width) of a layer."""
+    return layer.states() if isinstance(layer, Int8Layer) else (layer.keys, layer.values)
 
 
 def image_key(image, options: object) -> bytes:

@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": ("chat", "ask a model about images and videos"),
     "import": ("import_checkpoint", "turn a published checkpoint into a folder that loads with AutoModel"),
     "export": ("export_checkpoint", "write a model under the published names, for LMDeploy, llama.cpp and others"),
+    "quantize": ("quantize", "write a model with its weights in 8 or 4 bits"),
     "assemble": ("assemble", "join a vision tower and a language model into a new MiniMonkey"),
     "prepare": ("prepare", "turn a published data set into conversations to train on, or a benchmark"),
     "train": ("finetune", "train a model on data of your own, or by a recipe"),

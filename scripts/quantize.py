@@ -1,0 +1,99 @@
+"""Write a model with its weights in 8, 4 or 16 bits, in a folder that AutoModel loads with nothing else installed.
+
+    python scripts/quantize.py MiniMonkey-2B MiniMonkey-2B-int8 --preset int8
+    python scripts/quantize.py MiniMonkey-2B MiniMonkey-2B-bluelm --preset bluelm
+    python scripts/quantize.py . OUT --layer ".*language_model.*mlp.*=int4" --layer ".*=int8"
+
+int8: all layers of vision tower, projector and language model. int4: the same, 32 numbers to a scale. bluelm: the language model in
+4 bits, vision tower and projector in 8, keys and values in 8 (BlueLM-V-3B). bfloat16: 16 bits, also where the model computes in
+float32. --layer names layers by regular expressions instead; the first that matches a layer's name counts, and layers that none
+matches stay as they are. Norms and embeddings always do, and the head but for bfloat16.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.quantized_weights import FORMATS, PRESETS, QuantizedWeightsConfig
+from minimonkey.scripts.importing.config import read_json
+from minimonkey.scripts.importing.folder import check_free, new_folder
+from minimonkey.scripts.repository import load_model, load_processor, reports_errors
+
+
+INT8_CACHE = ("bluelm",)  # presets with keys and values in 8 bits
+
+
+def quantize(source: str, out: Path, config: QuantizedWeightsConfig, subfolder: str = "", dtype: str = "bfloat16"):
+    """Load a model, store its weights as `config` says, and write it with its processor to `out`.
+
+    Args:
+        source: A MiniMonkey folder or Hub id.
+        subfolder: Where in it the weights are; the processor is that of `source`.
+        dtype: Of what is not stored in a format: norms, embeddings, biases.
+
+    Raises:
+        ValueError: The model is quantised already, a name of a layer fits none, or something is in the way of `out`.
+    """
+    check_free(out)
+    settings = read_json(Path(source, subfolder, "config.json")) if Path(source).is_dir() else {}
+    if not settings:
+        settings, _ = MiniMonkeyConfig.get_config_dict(source, subfolder=subfolder)
+    already = settings.get("quantization_config")
+    if already is not None:
+        how = already.get("preset") or already.get("quant_method")
+        raise ValueError(f"{source} is quantised already ({how}); quantise the model that it was made from.")
+    processor = load_processor(source)
+    model = load_model(source, subfolder=subfolder, dtype=getattr(torch, dtype), quantization_config=config)
+    if config.preset in INT8_CACHE:
+        model.config.kv_cache_dtype = "int8"
+    with new_folder(out, f"{source} {subfolder} {config.formats} {dtype}") as work:
+        model.save_pretrained(work)
+        processor.save_pretrained(work)
+
+
+def layer_formats(layers: list[str]) -> dict[str, str]:
+    """Return the formats by regular expressions of `--layer`.
+
+    Raises:
+        ValueError: One is not REGEX=FORMAT.
+    """
+    formats = {}
+    for text in layers:
+        pattern, equals, kind = text.rpartition("=")
+        if not equals or not pattern or kind not in FORMATS:
+            raise ValueError(f"--layer takes REGEX=FORMAT, with {', '.join(FORMATS)}, got {text!r}.")
+        formats[pattern] = kind
+    return formats
+
+
+@reports_errors
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="MiniMonkey folder or Hub id; published weights come through import")
+    parser.add_argument("out", type=Path, help="folder to write")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--preset", choices=PRESETS)
+    how.add_argument("--layer", action="append", default=[], metavar="REGEX=FORMAT", help="instead of a preset")
+    parser.add_argument("--subfolder", default="", help="of the source, where its weights are")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of what stays as it is: norms, embeddings"
+    )
+    args = parser.parse_args(arguments)
+    config = QuantizedWeightsConfig(args.preset, layer_formats(args.layer) if args.layer else None)
+    quantize(args.source, args.out, config, args.subfolder, args.dtype)
+    before = file_bytes(Path(args.source, args.subfolder))
+    after = f"{file_bytes(args.out) / 1e6:.4g} MB of weights"
+    print(f"Wrote {args.out}: {after}{f', {before / 1e6:.4g} MB before' if before else ''}.")
+
+
+def file_bytes(folder: Path) -> int:
+    """Count the bytes of the weights in a folder; 0 if there is none."""
+    return sum(os.path.getsize(path) for path in folder.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
