@@ -342,6 +342,42 @@ class ChatMixin:
         texts = [answer.text for answer in answers]
         return (texts, [list(answer.history) for answer in answers]) if return_history else texts
 
+    def encode_ahead(
+        self,
+        processor,
+        images,
+        images_kwargs: dict[str, Any] | None = None,
+        tile_budget: int | None = None,
+    ) -> ChatHistory:
+        """Encode images while their question is still being typed; `chat` about them then begins with the language model.
+
+            history = model.encode_ahead(processor, "page.png")
+            answer, history = model.chat(processor, "page.png", question, history=history, return_history=True)
+
+        Args:
+            processor, images, images_kwargs, tile_budget: As `chat` will be given them; no tiles that the caller cut.
+
+        Returns:
+            The history of a conversation that has not begun, which remembers the images' features.
+
+        Raises:
+            ValueError: See `chat`; or the model remembers nothing (`remembered_conversations` is 0).
+        """
+        if self.remembered_conversations < 1:
+            raise ValueError("encode_ahead needs a model that remembers: set model.remembered_conversations to 1 or more.")
+        if _check_media(processor, images, None, images_kwargs, None, tile_budget) is not None or images is None:
+            raise ValueError("encode_ahead takes images, not tiles: encode those by model.encode_tiles.")
+        conversation = _read(processor, "?", [], images, None, images_kwargs or {}, {}, tile_budget)
+        request = _Request(processor.tokenizer, get_template(self.config.template), False, True)
+        request.conversations, request.memory = [conversation], PromptMemory(self)
+        keys = _image_keys(processor, conversation, "detailed_first", False, None)
+        cut = self._cut(processor, request, None, keys)
+        with torch.no_grad():
+            self._recall_features(cut.turn, cut.tile_counts, cut.tile_grids, cut.pixel_values)
+        history = ChatHistory([])
+        history.memory = request.memory
+        return history
+
     def forget_conversations(self) -> None:
         """Free the key/value caches and image features of all conversations that are remembered."""
         forget_all(self)

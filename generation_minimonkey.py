@@ -61,7 +61,6 @@ REPACKED = "prompt_was_repacked"
 NEED_PROMPT_IDS = {
     "assistant_model": None,
     "prompt_lookup_num_tokens": None,
-    "prefill_chunk_size": None,
     "encoder_repetition_penalty": 1.0,
     "encoder_no_repeat_ngram_size": 0,
 }
@@ -211,8 +210,8 @@ class GenerateMixin:
 
         Raises:
             ValueError: See `encode_images`; settings of SCM out of range or given without `use_scm=True`; with images or
-                SCM also `assistant_model`, `prompt_lookup_num_tokens` and `prefill_chunk_size`; with SCM `position_ids` and
-                a cache, and later on the cache that it returned.
+                SCM also `assistant_model` and `prompt_lookup_num_tokens`; with SCM `position_ids` and a cache, and later on
+                the cache that it returned.
         """
         scm_options = {
             "scm_keep_ratio": scm_keep_ratio,
@@ -254,6 +253,8 @@ class GenerateMixin:
         if settings is not None and settings.selection.stage == "layer":
             self._read_to_layer(generation_config, kwargs, embedded)
         generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
+        if (chunk_size := self._setting("prefill_chunk_size", generation_config, kwargs)) is not None:
+            generation_config = self._read_in_chunks(generation_config, kwargs, chunk_size)
         output = super().generate(generation_config=generation_config, **kwargs)
         if embedded.prompt is not None:
             self._remember(turn.memory, embedded, output)
@@ -411,6 +412,48 @@ class GenerateMixin:
             copies = max(self._setting(name, generation_config, options) or 1 for name in copies)
             embedded.cache, embedded.cached = joined_caches(caches, new_cache(self), copies), cached
 
+    def _read_in_chunks(
+        self, generation_config: GenerationConfig | None, options: dict[str, Any], chunk_size: int
+    ) -> GenerationConfig | None:
+        """Read the embeddings in `options` a chunk at a time into a cache, all but the last chunk; the logits are the same.
+
+        transformers splits ids, which a prompt with images is no longer when it gets there.
+
+        Returns:
+            The generation configuration without the chunk's size.
+        """
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral) or chunk_size < 1:
+            raise ValueError(f"prefill_chunk_size must be a whole number of at least 1, got {chunk_size!r}.")
+        if getattr(self.generation_config, "prefill_chunk_size", None) is not None:
+            raise ValueError("prefill_chunk_size of model.generation_config would be applied twice; pass it to generate.")
+        if self._setting("cache_implementation", generation_config, options) is not None or (
+            self._setting("use_cache", generation_config, options) is False
+        ):
+            raise ValueError(
+                "prefill_chunk_size with images makes a cache of its own; leave out cache_implementation and use_cache=False."
+            )
+        embeddings, mask = options["inputs_embeds"], options.get("attention_mask")
+        mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.long) if mask is None else mask
+        places = options.get("position_ids")
+        places = (mask.long().cumsum(dim=1) - 1).clamp(min=0) if places is None else places
+        is_fresh = options.get(CACHE_NAME) is None
+        cache = new_cache(self) if is_fresh else options[CACHE_NAME]
+        start = past = cache.get_seq_length()
+        while start + chunk_size < embeddings.shape[1]:
+            part, start = slice(start, start + chunk_size), start + chunk_size
+            routing = {"visual_token_mask": options["visual_token_mask"][:, part]} if self.config.visual_experts else {}
+            reading = {CACHE_NAME: cache, "use_cache": True, "position_ids": places[:, part], **routing}
+            self.model.language_model(inputs_embeds=embeddings[:, part], attention_mask=mask[:, :start], **reading)
+        copies = max(self._setting(name, generation_config, options) or 1 for name in ("num_beams", "num_return_sequences"))
+        if start > past and is_fresh and copies > 1:
+            cache.batch_repeat_interleave(copies)
+        options |= {CACHE_NAME: cache}
+        options.pop("prefill_chunk_size", None)
+        generation_config = copy.copy(generation_config)
+        if generation_config is not None:
+            generation_config.prefill_chunk_size = None
+        return generation_config
+
     def _recall_features(
         self, turn: Turn, counts: torch.Tensor, grids: torch.Tensor | None, pixel_values: torch.Tensor | None
     ) -> torch.Tensor:
@@ -436,7 +479,7 @@ class GenerateMixin:
         """Tell whether this generation can go on from a cache and leave one: one row, an ordinary cache, no other decoding."""
         asked = partial(self._setting, generation_config=generation_config, options=options)
         is_one_row = all((asked(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
-        others = ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+        others = ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
         others = (*CACHE_NAMES, *others, "custom_generate")
         is_ordinary = all(asked(name) is None for name in others) and asked("use_cache") is not False
         fits = options["input_ids"].shape[1] <= self.config.cacheable_length

@@ -11,6 +11,8 @@ Shapes: B rows, N tokens of a row, T tiles of all images of the batch, S tile si
 D width of the language model.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, InternVLForConditionalGeneration, InternVLModel
@@ -34,6 +36,7 @@ from .transformers_bridge import (
     with_image_features,
     with_one_cache_name,
 )
+from .vision_offload import OffloadedModules
 from .visual_experts import add_visual_experts
 
 
@@ -121,6 +124,8 @@ class MiniMonkeyForConditionalGeneration(
     """Mini-Monkey: answers questions about images. See the README for `chat`, `generate` and the pipeline."""
 
     config_class = MiniMonkeyConfig
+    vision_chunk_tiles = VISION_CHUNK_TILES
+    _offloaded_vision: OffloadedModules | None = None
 
     def __init__(self, config: MiniMonkeyConfig):
         super(InternVLForConditionalGeneration, self).__init__(config)
@@ -206,14 +211,38 @@ class MiniMonkeyForConditionalGeneration(
         per_tile = self.tokens_per_tile(pixel_values)
         if not len(pixel_values):
             return pixel_values.new_empty(0, per_tile, self.config.text_config.hidden_size)
-        chunks = pixel_values.split(VISION_CHUNK_TILES)
+        chunks = pixel_values.split(self.vision_chunk_tiles)
         if pixel_values.dtype == torch.uint8:
             mean, std = (
                 torch.tensor(values, device=pixel_values.device).view(-1, 1, 1)
                 for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
             )
             chunks = (((chunk / 255 - mean) / std).to(self.dtype) for chunk in chunks)
-        return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
+        with nullcontext() if self._offloaded_vision is None else self._offloaded_vision.present():
+            return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
+
+    def offload_vision(self) -> int:
+        """Keep the weights of vision tower and projector out of the way but for the time that tiles are encoded.
+
+        On a GPU they live in the CPU's memory, on a CPU in a temporary file (see vision_offload.py). For the life of the
+        model, which stays on its device and is not trained.
+
+        Returns:
+            The bytes of these weights.
+
+        Raises:
+            ValueError: It was done already, or the model is spread over several devices.
+        """
+        if self._offloaded_vision is not None or hasattr(self, "hf_device_map"):
+            raise ValueError("offload_vision is for a model on one device, and done once.")
+        parts = [self.model.vision_tower, self.model.multi_modal_projector]
+        self._offloaded_vision = OffloadedModules(parts, self.device)
+        return self._offloaded_vision.nbytes()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on, wherever its vision tower is kept."""
+        return super().device if self._offloaded_vision is None else self._offloaded_vision.device
 
     def place_features(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Return embeddings (B, N, D) of a prompt (B, N) with `features` (..., D) in the places of its image tokens."""

@@ -223,7 +223,8 @@ class QuantizedWeightsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
-        if (preset is None) == (formats is None) and formats != PRESETS.get(preset):
+        is_read = preset is not None and formats == PRESETS[preset]  # from a config.json, which says both
+        if (preset is None) == (formats is None) and not is_read:
             raise ValueError(f"Give one of preset and formats, got preset={preset!r}, formats={formats!r}.")
         self.preset = preset
         self.formats = dict(PRESETS[preset]) if formats is None else dict(formats)

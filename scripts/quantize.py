@@ -27,7 +27,47 @@ from minimonkey.scripts.repository import load_model, load_processor, reports_er
 INT8_CACHE = ("bluelm",)  # presets with keys and values in 8 bits
 
 
-def quantize(source: str, out: Path, config: QuantizedWeightsConfig, subfolder: str = "", dtype: str = "bfloat16"):
+def load_quantized(source: str, config: QuantizedWeightsConfig, **options):
+    """Load a model and store its weights as `config` says; see `repository.load_model`, which takes the same options.
+
+    Raises:
+        ValueError: The model is quantised already, or a name of a layer fits none.
+    """
+    folder = Path(source, options.get("subfolder", ""))
+    if folder.is_dir():
+        settings = read_json(folder / "config.json")
+    else:
+        settings, _ = MiniMonkeyConfig.get_config_dict(source, subfolder=options.get("subfolder", ""))
+    already = settings.get("quantization_config")
+    if already is not None:
+        how = already.get("preset") or already.get("quant_method")
+        raise ValueError(f"{source} is quantised already ({how}); quantise the model that it was made from.")
+    model = load_model(source, quantization_config=config, **options)
+    if config.preset in INT8_CACHE:
+        model.config.kv_cache_dtype = "int8"
+    return model
+
+
+def weights_config(texts: list[str]) -> QuantizedWeightsConfig:
+    """Return what a preset's name, or layers as REGEX=FORMAT, say.
+
+    Raises:
+        ValueError: They say neither.
+    """
+    if len(texts) == 1 and "=" not in texts[0]:
+        return QuantizedWeightsConfig(*texts)
+    formats = {}
+    for text in texts:
+        pattern, _, kind = text.rpartition("=")
+        if not pattern or kind not in FORMATS:
+            raise ValueError(
+                f"Weights are one of {', '.join(PRESETS)}, or REGEX=FORMAT for layers, with {', '.join(FORMATS)}, got {text!r}."
+            )
+        formats[pattern] = kind
+    return QuantizedWeightsConfig(formats=formats)
+
+
+def quantize(source: str, out: Path, config: QuantizedWeightsConfig, subfolder: str = "", dtype: str = "bfloat16") -> None:
     """Load a model, store its weights as `config` says, and write it with its processor to `out`.
 
     Args:
@@ -36,38 +76,14 @@ def quantize(source: str, out: Path, config: QuantizedWeightsConfig, subfolder: 
         dtype: Of what is not stored in a format: norms, embeddings, biases.
 
     Raises:
-        ValueError: The model is quantised already, a name of a layer fits none, or something is in the way of `out`.
+        ValueError: See `load_quantized`; or something is in the way of `out`.
     """
     check_free(out)
-    settings = read_json(Path(source, subfolder, "config.json")) if Path(source).is_dir() else {}
-    if not settings:
-        settings, _ = MiniMonkeyConfig.get_config_dict(source, subfolder=subfolder)
-    already = settings.get("quantization_config")
-    if already is not None:
-        how = already.get("preset") or already.get("quant_method")
-        raise ValueError(f"{source} is quantised already ({how}); quantise the model that it was made from.")
+    model = load_quantized(source, config, subfolder=subfolder, dtype=getattr(torch, dtype))
     processor = load_processor(source)
-    model = load_model(source, subfolder=subfolder, dtype=getattr(torch, dtype), quantization_config=config)
-    if config.preset in INT8_CACHE:
-        model.config.kv_cache_dtype = "int8"
     with new_folder(out, f"{source} {subfolder} {config.formats} {dtype}") as work:
         model.save_pretrained(work)
         processor.save_pretrained(work)
-
-
-def layer_formats(layers: list[str]) -> dict[str, str]:
-    """Return the formats by regular expressions of `--layer`.
-
-    Raises:
-        ValueError: One is not REGEX=FORMAT.
-    """
-    formats = {}
-    for text in layers:
-        pattern, equals, kind = text.rpartition("=")
-        if not equals or not pattern or kind not in FORMATS:
-            raise ValueError(f"--layer takes REGEX=FORMAT, with {', '.join(FORMATS)}, got {text!r}.")
-        formats[pattern] = kind
-    return formats
 
 
 @reports_errors
@@ -83,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of what stays as it is: norms, embeddings"
     )
     args = parser.parse_args(arguments)
-    config = QuantizedWeightsConfig(args.preset, layer_formats(args.layer) if args.layer else None)
+    config = weights_config([args.preset] if args.preset else args.layer)
     quantize(args.source, args.out, config, args.subfolder, args.dtype)
     before = file_bytes(Path(args.source, args.subfolder))
     after = f"{file_bytes(args.out) / 1e6:.4g} MB of weights"
