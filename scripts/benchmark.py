@@ -5,6 +5,8 @@
     python scripts/benchmark.py load                        a published 2B checkpoint, written to disk first (9 GB)
     python scripts/benchmark.py conversation --use-scm      the second turn about one image
     python scripts/benchmark.py serving --without-vllm      64 receipts one by one and in batches
+    python scripts/benchmark.py cpu --size 2B --depth 2     ways to store and compute weights, beside the machine's floor
+    python scripts/benchmark.py process --preset int4       peak memory and times of a process of its own
     python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
 
 Prints a table for people and one JSON line for machines. Runs anywhere: weights are random and nothing is downloaded.
@@ -17,9 +19,11 @@ from minimonkey.scripts.benchmarking import (
     blank,
     compression,
     conversation,
+    cpu,
     decode,
     load,
     preprocessing,
+    process,
     serving,
     stages,
     vision,
@@ -38,6 +42,8 @@ SUBJECTS = {
     "stages": stages,
     "serving": serving,
     "blank": blank,
+    "cpu": cpu,
+    "process": process,
 }
 
 

@@ -183,7 +183,7 @@ def test_layers_by_name(tmp_path, capsys):
     model = load_model(out, dtype=torch.float32)
     assert model.model.language_model.layers[0].mlp.up_proj.format == "int4"
     assert model.model.language_model.layers[0].self_attn.q_proj.format == "int8"
-    assert quantize.main([str(ROOT), str(tmp_path / "x"), "--layer", "int8"]) == 1
+    assert quantize.main([str(ROOT), str(tmp_path / "x"), "--layer", "mlp=int9"]) == 1
     assert "REGEX=FORMAT" in capsys.readouterr().err
 
 

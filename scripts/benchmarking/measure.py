@@ -55,12 +55,13 @@ def peak_extra_bytes(function: Callable, device: torch.device) -> int | None:
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed must not be counted as held
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     function()
-    return _resident_bytes("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """Return the resident memory of this process as Linux counts it: VmRSS now, VmHWM the most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
