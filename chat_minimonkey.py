@@ -364,7 +364,9 @@ class ChatMixin:
             ValueError: See `chat`; or the model remembers nothing (`remembered_conversations` is 0).
         """
         if self.remembered_conversations < 1:
-            raise ValueError("encode_ahead needs a model that remembers: set model.remembered_conversations to 1 or more.")
+            raise ValueError(
+                "encode_ahead needs a model that remembers: set model.remembered_conversations to 1 or more."
+            )
         if _check_media(processor, images, None, images_kwargs, None, tile_budget) is not None or images is None:
             raise ValueError("encode_ahead takes images, not tiles: encode those by model.encode_tiles.")
         conversation = _read(processor, "?", [], images, None, images_kwargs or {}, {}, tile_budget)

@@ -425,7 +425,9 @@ class GenerateMixin:
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral) or chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be a whole number of at least 1, got {chunk_size!r}.")
         if getattr(self.generation_config, "prefill_chunk_size", None) is not None:
-            raise ValueError("prefill_chunk_size of model.generation_config would be applied twice; pass it to generate.")
+            raise ValueError(
+                "prefill_chunk_size of model.generation_config would be applied twice; pass it to generate."
+            )
         if self._setting("cache_implementation", generation_config, options) is not None or (
             self._setting("use_cache", generation_config, options) is False
         ):
@@ -444,7 +446,9 @@ class GenerateMixin:
             routing = {"visual_token_mask": options["visual_token_mask"][:, part]} if self.config.visual_experts else {}
             reading = {CACHE_NAME: cache, "use_cache": True, "position_ids": places[:, part], **routing}
             self.model.language_model(inputs_embeds=embeddings[:, part], attention_mask=mask[:, :start], **reading)
-        copies = max(self._setting(name, generation_config, options) or 1 for name in ("num_beams", "num_return_sequences"))
+        copies = max(
+            self._setting(name, generation_config, options) or 1 for name in ("num_beams", "num_return_sequences")
+        )
         if start > past and is_fresh and copies > 1:
             cache.batch_repeat_interleave(copies)
         options |= {CACHE_NAME: cache}

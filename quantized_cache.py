@@ -2,9 +2,9 @@
 
     model.config.kv_cache_dtype = "int8"        chat and generate then use this cache; a config.json may say it too
 
-Each head's key and value of a token has a scale of its own, so that what is stored never changes afterwards: a cache can be cropped,
-repeated, selected from and appended to like any other, and it does not matter in which pieces a prompt was read. transformers'
-`QuantizedCache` can do none of the first three, and needs a package whose 8-bit form wants a GPU.
+Each head's key and value of a token has a scale of its own, so that what is stored never changes afterwards: a cache can be
+cropped, repeated, selected from and appended to like any other, and it does not matter in which pieces a prompt was read.
+transformers' `QuantizedCache` cannot be cropped, and needs a package whose 8-bit form wants a GPU.
 """
 
 import torch

@@ -30,8 +30,8 @@ PRESETS = {
     "bluelm": {TOWER: "int8", LANGUAGE_MODEL: "int4"},
     "bfloat16": {f"{TOWER}|{LANGUAGE_MODEL}|lm_head": "bfloat16"},
 }
-"""Which linear layers are stored how, by regular expressions of their names. Norms, embeddings and, but for "bfloat16", the head
-stay as they are. "bluelm" is BlueLM-V-3B's (arXiv 2411.10640), whose keys and values are 8-bit besides: `kv_cache_dtype`."""
+"""Which linear layers are stored how, by regular expressions of their names. Norms, embeddings and, but for "bfloat16", the
+head stay as they are. "bluelm" is BlueLM-V-3B's (arXiv 2411.10640); keys and values are 8-bit besides, by `kv_cache_dtype`."""
 
 GROUP = 32  # columns of a 4-bit weight that share a scale
 SCRATCH_NUMBERS = 2**18  # that are turned into floating point at a time on a CPU, for few rows of activations
@@ -287,4 +287,3 @@ def store_weights(model: nn.Module, config: QuantizedWeightsConfig) -> None:
         raise ValueError(f"No linear layer has a name that fits {', '.join(config.formats)}.")
     for parent, child, linear, kind in layers:
         setattr(parent, child, StoredLinear.of(linear, kind))
-

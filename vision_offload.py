@@ -2,9 +2,9 @@
 
     model.offload_vision()          from then on; chat, generate and forward bring it back for each new image
 
-On a GPU the weights of tower and projector live in the CPU's memory and are copied over while tiles are encoded. On a CPU they live
-in a temporary file that is mapped into memory: after use the system is told that their pages are not needed, and the next image
-reads them again, from its cache of files if there is room.
+On a GPU the weights of tower and projector live in the CPU's memory and are copied over while tiles are encoded. On a CPU they
+live in a temporary file that is mapped into memory: after use the system is told that their pages are not needed, and the next
+image reads them again, from its cache of files if there is room.
 """
 
 import mmap
@@ -61,7 +61,7 @@ class OffloadedModules:
         for parameter in self.parameters:
             offsets.append(size)
             size += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
-        self._file = tempfile.TemporaryFile(prefix="minimonkey-vision-")
+        self._file = tempfile.TemporaryFile(prefix="minimonkey-vision-")  # noqa: SIM115 - open as long as it is mapped
         for offset, parameter in zip(offsets, self.parameters):
             self._file.seek(offset)
             self._file.write(parameter.data.contiguous().flatten().view(torch.uint8).numpy())

@@ -81,7 +81,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_device_argument(parser)
     add_dtype_argument(parser)
     parser.add_argument(
-        "--quantize", action="append", default=None, metavar="PRESET", help="or REGEX=FORMAT; as quantize.py stores weights"
+        "--quantize",
+        action="append",
+        default=None,
+        metavar="PRESET",
+        help="or REGEX=FORMAT; as quantize.py stores weights",
     )
     parser.add_argument("--out", type=Path, default=None, help="JSONL file for the predictions")
     parser.add_argument("--resume", action="store_true", help="go on with the predictions in --out")

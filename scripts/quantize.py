@@ -4,10 +4,10 @@
     python scripts/quantize.py MiniMonkey-2B MiniMonkey-2B-bluelm --preset bluelm
     python scripts/quantize.py . OUT --layer ".*language_model.*mlp.*=int4" --layer ".*=int8"
 
-int8: all layers of vision tower, projector and language model. int4: the same, 32 numbers to a scale. bluelm: the language model in
-4 bits, vision tower and projector in 8, keys and values in 8 (BlueLM-V-3B). bfloat16: 16 bits, also where the model computes in
-float32. --layer names layers by regular expressions instead; the first that matches a layer's name counts, and layers that none
-matches stay as they are. Norms and embeddings always do, and the head but for bfloat16.
+int8: all layers of vision tower, projector and language model. int4: the same, 32 numbers to a scale. bluelm: the language
+model in 4 bits, vision tower and projector in 8, keys and values in 8 (BlueLM-V-3B). bfloat16: 16 bits, also where the model
+computes in float32. --layer names layers by regular expressions instead; the first that matches a layer's name counts, and
+layers that none matches stay as they are. Norms and embeddings always do, and the head but for bfloat16.
 """
 
 import argparse
@@ -67,7 +67,9 @@ def weights_config(texts: list[str]) -> QuantizedWeightsConfig:
     return QuantizedWeightsConfig(formats=formats)
 
 
-def quantize(source: str, out: Path, config: QuantizedWeightsConfig, subfolder: str = "", dtype: str = "bfloat16") -> None:
+def quantize(
+    source: str, out: Path, config: QuantizedWeightsConfig, subfolder: str = "", dtype: str = "bfloat16"
+) -> None:
     """Load a model, store its weights as `config` says, and write it with its processor to `out`.
 
     Args:

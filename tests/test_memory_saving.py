@@ -1,4 +1,4 @@
-"""Reading a prompt in chunks, encoding in chunks, the vision tower out of the way, and images encoded ahead: the same answers."""
+"""A prompt read in chunks, tiles encoded in chunks, the tower out of the way, images encoded ahead: the same answers."""
 
 import pytest
 import torch
@@ -42,7 +42,9 @@ def test_a_prompt_with_images_read_in_chunks(make, size):
     assert config.prefill_chunk_size == size
 
 
-@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{"num_beams": 3}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}], ids=str
+)
 def test_chunks_with_several_answers(mode):
     model, inputs, options = tiny_model(), prompt(2, 1), {**GREEDY, "pad_token_id": 0}
     expected = model.generate(**inputs, **options | mode)

@@ -70,7 +70,11 @@ def test_one_that_the_caller_gives_counts():
     assert not isinstance(cache.layers[0], Int8Layer) and cache.get_seq_length() == 13
 
 
-@pytest.mark.parametrize("options", [{}, SCM, {**SCM, "scm_select": {"stage": "layer", "positions": "original"}}], ids=["plain", "scm", "layer"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, SCM, {**SCM, "scm_select": {"stage": "layer", "positions": "original"}}],
+    ids=["plain", "scm", "layer"],
+)
 def test_conversations_go_on_from_it(processor, options):
     model, image = with_int8(tiny()), str(ROOT / "assets/example.png")
     _, history = model.chat(processor, image, QUESTION, return_history=True, **CHAT, **options)

@@ -1,4 +1,4 @@
-"""Weights in 4, 8 and 16 bits: what is stored, what is computed, loading, saving, adapters, and the command that writes them."""
+"""Weights in 4, 8 and 16 bits: what is stored and computed, loading, saving, adapters, and the command that writes them."""
 
 import copy
 
@@ -159,7 +159,9 @@ def test_adapters_learn_on_top(kind):
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
-    after = {name.replace("base_model.model.", "").replace(".base_layer", ""): v for name, v in adapted.state_dict().items()}
+    after = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): v for name, v in adapted.state_dict().items()
+    }
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 

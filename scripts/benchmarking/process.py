@@ -1,7 +1,7 @@
 """A whole process: a folder with random weights is written, then loaded and asked about an image in a process of its own.
 
-Gives the file's size, the seconds until it is loaded and until the first token, the tokens per second, and the most resident memory of
-the process, Python and torch included. 19 tiles are 12+6+1, a photograph or a page at the default preset.
+Gives the file's size, the seconds until it is loaded and until the first token, the tokens per second, and the most resident
+memory of the process, Python and torch included. 19 tiles are 12+6+1, a photograph or a page at the default preset.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import nn
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.quantized_weights import PRESETS, QuantizedWeightsConfig, QuantizedWeightsQuantizer
 from minimonkey.scripts.benchmarking.compression import TEXT_AFTER, TEXT_BEFORE, tile_counts
-from minimonkey.scripts.benchmarking.measure import report, resident_bytes
+from minimonkey.scripts.benchmarking.measure import megabytes, report, resident_bytes
 from minimonkey.scripts.benchmarking.models import SIZES, published_config, random_tiles
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
 from minimonkey.scripts.quantize import INT8_CACHE, file_bytes
@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiles", type=tile_counts, default="12+6+1", metavar="D+A+T")
     parser.add_argument("--tokens", type=whole_number(2), default=5, help="new tokens")
     parser.add_argument("--vision-chunk", type=whole_number(1), default=4, help="tiles encoded at a time")
-    parser.add_argument("--prefill-chunk", type=whole_number(1), default=None, help="tokens read at a time (default: all)")
+    parser.add_argument(
+        "--prefill-chunk", type=whole_number(1), default=None, help="tokens read at a time (default: all)"
+    )
     parser.add_argument("--offload-vision", action="store_true", help="free the vision tower before decoding")
     parser.add_argument("--folder", type=Path, default=None, help="where the weights are written (default: temporary)")
     add_dtype_argument(parser)
@@ -41,12 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_random(args.size, args.preset, Path(folder))
-        command = [sys.executable, "-c", f"from minimonkey.scripts.benchmarking.process import child; child({arguments(args, folder)!r})"]
-        found = subprocess.run(command, check=True, capture_output=True, text=True, env=None, cwd=ROOT / "scripts")
+        command = [
+            sys.executable,
+            "-c",
+            f"from minimonkey.scripts.benchmarking.process import child; child({arguments(args, folder)!r})",
+        ]
+        found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT / "scripts")
         size = file_bytes(Path(folder))
     names = ("load s", "first token s", "cpu s", "tokens / s", "peak MB", "MB after the first token")
     values = [float(word) for word in found.stdout.split()[-len(names) :]]
-    report("process", [{"size": args.size, "preset": args.preset, "file MB": size / 2**20, **dict(zip(names, values))}], torch.device("cpu"), args)
+    row = {"size": args.size, "preset": args.preset, "file MB": megabytes(size), **dict(zip(names, values))}
+    report("process", [row], torch.device("cpu"), args)
 
 
 def arguments(args: argparse.Namespace, folder: str) -> dict:

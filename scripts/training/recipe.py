@@ -80,6 +80,11 @@ class Recipe(TrainingArguments):
     lora_dropout: float = 0.0
     lora_merge: bool = True
     """Also write the whole model with the adapters added to its weights."""
+    lora_also: list[str] | None = None
+    """Under LoRA also train, whole and in float32, modules of projector and language model with one of these texts in their
+    name: `norm`, `multi_modal_projector`."""
+    frozen_weights: Literal["int8", "int4", "bluelm", "bfloat16"] | None = None
+    """Under LoRA store the weights that stay as they are in fewer bits, as quantize.py does."""
     letters_weight: float | None = None
     """Weight of an auxiliary loss on rendered documents: naming the character at every patch, see letters.py."""
     letters_only: bool = False
@@ -386,6 +391,10 @@ def _check_lora(recipe: Recipe) -> None:
     if recipe.lora_r is None:
         if recipe.lora_alpha is not None or recipe.lora_dropout or not recipe.lora_merge:
             raise ValueError("lora_alpha, lora_dropout and lora_merge belong to lora_r, the rank of the adapters.")
+        if recipe.lora_also is not None or recipe.frozen_weights is not None:
+            raise ValueError(
+                "lora_also and frozen_weights belong to lora_r: weights of few bits learn by adapters alone."
+            )
         return
     if recipe.train_only is not None or recipe.frozen is not None:
         raise ValueError("train_only and frozen choose among trained weights; LoRA trains none of the model's own.")
