@@ -263,11 +263,13 @@ class QuantizedWeightsQuantizer(HfQuantizer):
         return _layers(model, self.quantization_config)
 
 
-def _layers(model: nn.Module, config: QuantizedWeightsConfig) -> list[tuple[nn.Module, str, nn.Linear, str]]:
+def _layers(
+    model: nn.Module, config: QuantizedWeightsConfig, skipped: tuple[str, ...] = ()
+) -> list[tuple[nn.Module, str, nn.Linear, str]]:
     """Return parent, name in it, layer and format of all linear layers that are to be stored."""
     found = []
     for name, module in model.named_modules():
-        kind = config.format_of(name)
+        kind = None if f"{name}.".startswith(skipped) else config.format_of(name)
         if type(module) is nn.Linear and kind is not None:
             if name == "lm_head" and model.config.tie_word_embeddings:
                 continue  # the embeddings are the same tensor
@@ -276,13 +278,16 @@ def _layers(model: nn.Module, config: QuantizedWeightsConfig) -> list[tuple[nn.M
     return found
 
 
-def store_weights(model: nn.Module, config: QuantizedWeightsConfig) -> None:
+def store_weights(model: nn.Module, config: QuantizedWeightsConfig, skipped: list[str] = ()) -> None:
     """Store the weights of a loaded model as `config` says, layer by layer, in place.
+
+    Args:
+        skipped: Names of modules that stay as they are, with all that is in them.
 
     Raises:
         ValueError: No layer has a name that `config` knows, or a weight does not fit its format.
     """
-    layers = _layers(model, config)
+    layers = _layers(model, config, tuple(f"{name}." for name in skipped))
     if not layers:
         raise ValueError(f"No linear layer has a name that fits {', '.join(config.formats)}.")
     for parent, child, linear, kind in layers:

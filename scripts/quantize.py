@@ -16,11 +16,15 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.quantized_weights import FORMATS, PRESETS, QuantizedWeightsConfig
+from minimonkey.scripts.benchmarking.measure import free_bytes
 from minimonkey.scripts.importing.config import read_json
 from minimonkey.scripts.importing.folder import check_free, new_folder
+from minimonkey.scripts.precision import choose_storage
 from minimonkey.scripts.repository import load_model, load_processor, reports_errors
 
 
@@ -65,6 +69,20 @@ def weights_config(texts: list[str]) -> QuantizedWeightsConfig:
             )
         formats[pattern] = kind
     return QuantizedWeightsConfig(formats=formats)
+
+
+def storage_that_fits(source: str, subfolder: str, dtype: torch.dtype) -> str | None:
+    """Return the preset that a model's weights need to fit the memory that is free on this machine, and say so; or None."""
+    config = MiniMonkeyConfig.from_pretrained(source, subfolder=subfolder)
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    with init_empty_weights():
+        numbers = sum(parameter.numel() for parameter in MiniMonkeyForConditionalGeneration(config).parameters())
+    free = free_bytes(torch.device("cpu"))
+    preset = choose_storage(numbers, dtype, free)
+    if preset is not None:
+        print(f"Storing weights as {preset}: {free / 2**30:.1f} GiB are free.", file=sys.stderr)
+    return preset
 
 
 def quantize(

@@ -25,6 +25,7 @@ from training_helpers import (
 )
 from transformers import AutoModel, AutoProcessor, LlamaConfig, Qwen2Config
 
+from minimonkey.quantized_weights import StoredLinear
 from minimonkey.scripts import finetune as script
 from minimonkey.scripts.benchmarking.models import random_config, random_model
 from minimonkey.scripts.importing.folder import save_processor
@@ -356,8 +357,9 @@ def test_adapters_on_8_bit_weights_and_modules_beside_them(tmp_path):
     """TinyGPT-V's second stage: adapters, with norms and projector trained whole, on weights that stay in 8 bits."""
     options = {"lora_r": 4, "train": ["language_model"], "frozen_weights": "int8", "gradient_checkpointing": True}
     options |= {"lora_also": ["norm", "multi_modal_projector"], "learning_rate": 1e-2}
-    recipe = read_recipe(write_recipe(tmp_path, **options))
-    model = load_model(model_folder(recipe), recipe)
+    path = write_recipe(tmp_path, **options)
+    recipe = read_recipe(path)
+    model = load_model(str(ROOT), recipe)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(p.dtype == torch.float32 for p in trained.values())
     assert {"lora_A", "lora_B", "norm", "multi_modal_projector"} == {
@@ -365,6 +367,12 @@ def test_adapters_on_8_bit_weights_and_modules_beside_them(tmp_path):
     }
     frozen = model.get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer
     assert isinstance(frozen, StoredLinear) and frozen.weight.dtype == torch.int8
+    train_here(path)
+    merged = AutoModel.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True, dtype=torch.float32)
+    before = load_model(str(ROOT), read_recipe(write_recipe(tmp_path))).state_dict()
+    names = changed(before, merged.state_dict())
+    assert any("multi_modal_projector" in name for name in names) and any("_proj" in name for name in names)
+    assert not any("vision_tower" in name for name in names)
 
 
 def test_what_few_bits_cannot_do(tmp_path):
@@ -373,4 +381,4 @@ def test_what_few_bits_cannot_do(tmp_path):
             read_recipe(write_recipe(tmp_path, **options))
     recipe = read_recipe(write_recipe(tmp_path, lora_r=4, train=["language_model"], lora_also=["no_such"]))
     with pytest.raises(ValueError, match="no module of projector or language model has 'no_such'"):
-        load_model(model_folder(recipe), recipe)
+        load_model(str(ROOT), recipe)

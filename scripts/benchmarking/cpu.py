@@ -2,10 +2,10 @@
 
 Random weights. With --depth so many layers of tower and language model are measured, with --decode-depth so many of the
 language model for new tokens (more than the processor's cache holds), and the rest is taken to be like them; of the tiles
---encoded are encoded and the others taken to be like them. The first way is the baseline of the ratios; floors are the operations
-at the speed of a square product, and the bytes of the weights, as stored and as computed with, at that of a copy. Ratios are of the
-processor's seconds, which other processes of the machine hardly change. To see a processor without bfloat16 units, on one
-that has them: ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
+--encoded are encoded and the others taken to be like them. The first way is the baseline of the ratios; floors are the
+operations at the speed of a square product, and the bytes of the weights, as stored and as computed with, at that of a copy.
+Ratios are of the processor's seconds, which other processes of the machine hardly change. To see a processor without bfloat16
+units, on one that has them: ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
 """
 
 import argparse

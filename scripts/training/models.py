@@ -56,7 +56,8 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
     with readable(folder):
         model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
     if recipe.frozen_weights is not None:
-        store_weights(model, QuantizedWeightsConfig(recipe.frozen_weights))
+        trained = whole_modules(model, recipe.lora_also) if recipe.lora_also else []
+        store_weights(model, QuantizedWeightsConfig(recipe.frozen_weights), trained)
     if recipe.language_layers is not None:
         deepen(model, recipe.language_layers)
     model.config.text_config.use_cache = False  # useless in training
@@ -202,8 +203,8 @@ def whole_modules(model: nn.Module, texts: list[str]) -> list[str]:
         mine = [name for name in names if text in name.removeprefix("model.language_model").removeprefix("model.")]
         if not mine:
             raise ValueError(f"lora_also: no module of projector or language model has {text!r} in its name.")
-        found += [name for name in mine if not any(name.startswith(f"{other}.") for other in (*mine, *found))]
-    return list(dict.fromkeys(found))
+        found += mine
+    return [name for name in dict.fromkeys(found) if not any(name.startswith(f"{other}.") for other in found)]
 
 
 def save(trainer, base: str) -> Path:
