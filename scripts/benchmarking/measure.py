@@ -67,9 +67,14 @@ def resident_bytes(field: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of memory that are free on the device."""
+    """Return the bytes of memory that are free on the device, what the system holds for files among them where it tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    information = Path("/proc/meminfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    if available:
+        return available[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
