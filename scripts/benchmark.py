@@ -21,6 +21,7 @@ from minimonkey.scripts.benchmarking import (
     conversation,
     cpu,
     decode,
+    drift,
     load,
     preprocessing,
     process,
@@ -44,6 +45,7 @@ SUBJECTS = {
     "blank": blank,
     "cpu": cpu,
     "process": process,
+    "drift": drift,
 }
 
 

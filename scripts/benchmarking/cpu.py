@@ -106,12 +106,15 @@ class Shares:
         return seconds["decode"] * self.decode / tokens + seconds["head"]
 
 
-def shallow(config, args: argparse.Namespace):
-    """Return the configuration with the layers that are run, and next to no vocabulary: the head is measured by itself."""
+def shallow(config, args: argparse.Namespace, vocabulary: int = 8):
+    """Return the configuration with the layers that are run, and a small vocabulary: the head is measured by itself."""
     fields = {**config.to_dict(), "scm_layer": 0, "image_token_id": 3}
     vision, text = config.vision_config.to_dict(), config.text_config.to_dict()
     vision["num_hidden_layers"] = min(args.depth, vision["num_hidden_layers"])
-    text |= {"num_hidden_layers": min(max(args.depth, args.decode_depth), text["num_hidden_layers"]), "vocab_size": 8}
+    text |= {
+        "num_hidden_layers": min(max(args.depth, args.decode_depth), text["num_hidden_layers"]),
+        "vocab_size": vocabulary,
+    }
     text |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     text.pop("layer_types", None)
     return type(config)(**fields | {"vision_config": vision, "text_config": text})

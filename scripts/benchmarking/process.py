@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         ]
         found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT / "scripts")
         size = file_bytes(Path(folder))
-    names = ("load s", "first token s", "cpu s", "tokens / s", "peak MB", "MB after the first token")
+    names = ("load s", "first token s", "CPU s", "tokens / s", "tokens / CPU s", "MB then", "peak MB")
     values = [float(word) for word in found.stdout.split()[-len(names) :]]
     row = {"size": args.size, "preset": args.preset, "file MB": megabytes(size), **dict(zip(names, values))}
     report("process", [row], torch.device("cpu"), args)
@@ -114,8 +114,9 @@ def child(options: dict) -> None:
     clock = _Clock()
     model.generate(ids, pixel_values=random_tiles(count, model), streamer=clock, **settings)
     first, rest = clock.first, clock.last - clock.first
-    speed = (options["tokens"] - 1) / rest
-    print(load, first - clock.start, clock.processor, speed, resident_bytes("VmHWM") / 2**20, clock.resident / 2**20)
+    speeds = [(options["tokens"] - 1) / seconds for seconds in (rest, clock.rest)]
+    memory = [clock.resident / 2**20, resident_bytes("VmHWM") / 2**20]
+    print(load, first - clock.start, clock.processor, *speeds, *memory)
 
 
 class _Clock:
@@ -123,15 +124,17 @@ class _Clock:
 
     def __init__(self):
         self.start, self._processor = time.perf_counter(), time.process_time()
-        self.first = self.last = self.processor = self.resident = 0.0
+        self.first = self.last = self.processor = self.rest = self.resident = 0.0
         self._calls = 0
 
     def put(self, value) -> None:
         """Note the time; the first call is of the prompt."""
         self._calls += 1
         self.last = time.perf_counter()
+        processor = time.process_time() - self._processor
         if self._calls == 2:
-            self.first, self.processor = self.last, time.process_time() - self._processor
+            self.first, self.processor = self.last, processor
+        self.rest = processor - self.processor
         if self._calls == 3:
             self.resident = resident_bytes("VmRSS")
 
