@@ -133,6 +133,7 @@ def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+VISION_SHARE_TRANSFORMS = ("none", "heads", "heads+conv")
 SCM_QUERIES = ("all", "visual", "balanced", "question", "last")
 
 # Fields of language models whose head does more than multiply by its weight.
@@ -199,6 +200,9 @@ class MiniMonkeyConfig(InternVLConfig):
         vision_feature_layer (int): Index into the vision tower's hidden states, of which the first is the embeddings.
         visual_experts (bool): Whether image tokens have feed-forward blocks of their own in the language model, as in
             Mono-InternVL.
+        vision_share_layers (int): How many consecutive layers of the vision tower share their weights; 1 is the plain tower.
+        vision_share_transform (str): What each of them has of its own besides norms: "none", "heads" or "heads+conv", see
+            `shared_vision_layers.py`.
         template (str): Name of the chat template in `conversation.TEMPLATES`.
         system_message (str, *optional*): None is the template's, "" an empty one.
         scm_keep_ratio (float): Share of an image's detailed tokens that the scale compression mechanism keeps.
@@ -216,6 +220,8 @@ class MiniMonkeyConfig(InternVLConfig):
     tile_size: int | None = None
     pixel_shuffle_version: str = "v2"
     visual_experts: bool = False
+    vision_share_layers: int = 1
+    vision_share_transform: str = "none"
     template: str = "internlm2-chat"
     system_message: str | None = None
     scm_keep_ratio: float = 0.5
@@ -262,6 +268,11 @@ class MiniMonkeyConfig(InternVLConfig):
         length = getattr(self.text_config, "max_position_embeddings", None)
         factors = [rope.get("factor") or 1 for rope in self._ropes() if rope.get("rope_type") in ("dynamic", "linear")]
         return None if length is None else int(length * max(factors, default=1))
+
+    @property
+    def shares_vision_layers(self) -> bool:
+        """Whether the vision tower is another than transformers' own."""
+        return self.vision_share_layers > 1 or self.vision_share_transform != "none"
 
     @property
     def cacheable_length(self) -> float:
@@ -314,6 +325,16 @@ class MiniMonkeyConfig(InternVLConfig):
             raise ValueError(
                 f"vision_feature_layer {layer} does not exist; a vision tower of {vision.num_hidden_layers} layers has "
                 f"the hidden states 0 to {vision.num_hidden_layers} (or -1 to {-vision.num_hidden_layers - 1})."
+            )
+        if not 1 <= self.vision_share_layers <= max(1, vision.num_hidden_layers):
+            raise ValueError(
+                f"vision_share_layers must be 1 to {vision.num_hidden_layers}, the tower's layers, got "
+                f"{self.vision_share_layers}."
+            )
+        if self.vision_share_transform not in VISION_SHARE_TRANSFORMS:
+            raise ValueError(
+                f"vision_share_transform must be one of {', '.join(VISION_SHARE_TRANSFORMS)}, got "
+                f"{self.vision_share_transform!r}."
             )
         if not 0 < self.scm_keep_ratio <= 1:
             raise ValueError(f"scm_keep_ratio must be above 0 and at most 1, got {self.scm_keep_ratio}.")

@@ -22,6 +22,7 @@ from .checkpoint import weight_conversions
 from .configuration_minimonkey import MiniMonkeyConfig, head_scaling
 from .generation_minimonkey import GenerateMixin
 from .published_names import PublishedNamesMixin
+from .shared_vision_layers import SharedVisionModel
 from .transformers_bridge import (
     IS_CACHE_RENAMED,
     OTHER_CACHE_NAME,
@@ -48,10 +49,13 @@ class MiniMonkeyModel(InternVLModel):
         super().__init__(config)
         if config.visual_experts:
             add_visual_experts(self.language_model)
-        for layer in self.vision_tower.encoder.layer:
-            for norm in (layer.attention.q_norm, layer.attention.k_norm):
-                if not isinstance(norm, nn.Identity):
-                    norm.variance_epsilon = config.vision_config.layer_norm_eps
+        if config.shares_vision_layers:
+            self.vision_tower = SharedVisionModel(
+                config.vision_config, config.vision_share_layers, config.vision_share_transform
+            )
+        for name, norm in self.vision_tower.named_modules():
+            if name.endswith((".q_norm", ".k_norm")) and not isinstance(norm, nn.Identity):
+                norm.variance_epsilon = config.vision_config.layer_norm_eps
 
     @extends(InternVLModel.get_image_features)
     def get_image_features(self, pixel_values, vision_feature_layer: int | None = None, **kwargs):

@@ -26,6 +26,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+# A vision tower may share its layers' weights, and a layer is otherwise transformers' own.
+from transformers.models.internvl.modeling_internvl import InternVLVisionLayer  # noqa: F401
+
 # Visual experts are a second feed-forward block in a Llama layer, which is otherwise transformers' own.
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP  # noqa: F401
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "prepare": ("prepare", "turn a published data set into conversations to train on, or a benchmark"),
     "train": ("finetune", "train a model on data of your own, or by a recipe"),
     "self-train": ("self_train", "train a model on its own right answers, round after round"),
+    "distill-vision": ("distill_vision", "make a model's vision tower smaller, taught by the one it came from"),
     "average": ("average", "average the last checkpoints of a training run"),
     "read": ("read", "read documents to text or fields, one line of JSON a page"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
@@ -32,7 +33,7 @@ COMMANDS = {
 
 def usage() -> str:
     """List the sub-commands, one a line."""
-    lines = [f"    {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines = [f"    {name:<16}{purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(["usage: minimonkey COMMAND ...", "", *lines, "", "minimonkey COMMAND --help says more."])
 
 

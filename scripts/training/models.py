@@ -13,6 +13,7 @@ from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.scripts.importing.folder import new_folder
 from minimonkey.scripts.repository import readable
+from minimonkey.scripts.training.distillation import with_teacher
 from minimonkey.scripts.training.letters import with_letters
 from minimonkey.scripts.training.nano import write_untrained
 from minimonkey.scripts.training.recipe import UNTRAINED_NANO, Recipe
@@ -46,6 +47,8 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
     model_class = MiniMonkeyForConditionalGeneration
     if recipe.names_letters:
         model_class = with_letters(model_class, recipe.letters_weight)
+    if recipe.teacher is not None:
+        model_class = with_teacher(model_class, recipe)
     options = {} if recipe.depth is None else {"config": _config_of_depth(folder, recipe.depth)}
     if recipe.language_layers is not None:
         _check_language_layers(folder, recipe.language_layers)

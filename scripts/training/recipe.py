@@ -84,6 +84,12 @@ class Recipe(TrainingArguments):
     """Weight of an auxiliary loss on rendered documents: naming the character at every patch, see letters.py."""
     letters_only: bool = False
     """Use that loss alone, without answers, for the vision tower; for the first minutes of a fresh model."""
+    teacher: str | None = None
+    """A MiniMonkey folder or Hub id whose vision tower this one's learns from, without answers, see distillation.py."""
+    distillation: Literal["relations", "cosine"] = "relations"
+    """`relations`: between the queries, keys and values of all layers (MiniViT); `cosine`: the states of the last layers."""
+    distilled_layers: int | None = None
+    """Only the last so many layers of this vision tower."""
     depth: int | None = None
     """Keep this many layers of vision tower and language model, to try a large model on a small machine."""
     language_layers: int | None = None
@@ -326,6 +332,7 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
     _check_lora(recipe)
     _check_letters(recipe)
+    _check_distillation(recipe)
     _check_packing(recipe)
 
 
@@ -409,6 +416,23 @@ def _check_letters(recipe: Recipe) -> None:
             f"With letters_only nothing but the vision tower is trained, by one loss; train is {recipe.train}, "
             f"letters_weight {recipe.letters_weight}."
         )
+
+
+def _check_distillation(recipe: Recipe) -> None:
+    if recipe.teacher is None:
+        if recipe.distilled_layers is not None or recipe.distillation != "relations":
+            raise ValueError("distillation and distilled_layers belong to teacher, the model to learn from.")
+        return
+    if recipe.train != ["vision"] or recipe.names_letters or recipe.lora_r is not None:
+        raise ValueError(
+            f"A teacher teaches the vision tower alone (train: [vision], no letters, no LoRA); train is {recipe.train}."
+        )
+    if recipe.compile_layers or recipe.pack_tokens is not None or recipe.loss_reduction != "token":
+        raise ValueError(
+            "With a teacher the inside of the layers is read: leave out compile_layers, pack_tokens and loss_reduction."
+        )
+    if recipe.distilled_layers is not None and recipe.distilled_layers < 1:
+        raise ValueError(f"distilled_layers must be at least 1, got {recipe.distilled_layers}.")
 
 
 def check_ranges(ranges, where: str) -> None:
