@@ -135,6 +135,7 @@ def find_images(
     tokens_per_tile: int,
     settings: CompressionSettings,
     tile_grids: torch.Tensor | None = None,
+    is_whole: bool = True,
 ) -> list[list[ImageSpan]]:
     """Find the images of each row by the tokens that stand for them.
 
@@ -143,6 +144,7 @@ def find_images(
         tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image, in the order of the prompt.
         tile_grids: (I, 4) columns and rows of the detailed and of the adaptive grid of each image; only for selections
             that must know how tiles lie.
+        is_whole: Whether the tokens of an image stand together; those of slices have text between them.
 
     Raises:
         ValueError: Counts that do not fit the image tokens, or an image that is spread over rows or masked.
@@ -165,7 +167,8 @@ def find_images(
         if tokens.start == tokens.stop:
             continue
         row, first, last = int(rows[tokens.start]), int(columns[tokens.start]), int(columns[tokens.stop - 1])
-        if int(rows[tokens.stop - 1]) != row or last - first != tokens.stop - tokens.start - 1:
+        is_together = not is_whole or last - first == tokens.stop - tokens.start - 1
+        if int(rows[tokens.stop - 1]) != row or not is_together:
             raise ValueError(f"The tokens of image {number} do not stand together in one row; check tile_counts.")
         if not attention_mask[row, first : last + 1].bool().all():
             raise ValueError(f"attention_mask hides tokens of image {number}.")

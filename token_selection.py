@@ -263,6 +263,11 @@ class Selection:
         if self.stage == "layer" and self.positions != "original":
             raise ValueError("scm_select: the lower layers read every token in its place; add positions='original'.")
 
+    @property
+    def needs_places(self) -> bool:
+        """Whether it asks where in its tile a token is seen."""
+        return self.shape != "token" or self.budget == "tile" or bool(self.coordinates)
+
     def choose(
         self, scores: torch.Tensor, tile_map: TileMap, count: int, stays: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[Run]]:

@@ -111,18 +111,23 @@ def _finish(work: Path, out: Path) -> None:
         (out / name).unlink()
 
 
-def image_processor(config):
+def image_processor(config, **options):
     """Return the image processor of a model of this configuration."""
     size = {"height": config.tile_size, "width": config.tile_size}
-    return MiniMonkeyImageProcessor(size=size)
+    return MiniMonkeyImageProcessor(size=size, slice_multiple=config.view_multiple, **options)
 
 
-def save_processor(folder: Path, config, tokenizer, with_bos: bool) -> None:
+def save_processor(folder: Path, config, tokenizer, with_bos: bool, **options) -> None:
     """Save tokenizer, image processor and chat template as one processor."""
     template = get_template(config.template)
     jinja = chat_template_jinja(template, config.system_message, with_bos)
     MiniMonkeyProcessor(
-        image_processor(config), tokenizer, image_seq_length=config.image_seq_length, chat_template=jinja
+        image_processor(config, **options),
+        tokenizer,
+        image_seq_length=config.image_seq_length,
+        projector=config.projector,
+        mining=config.mining,
+        chat_template=jinja,
     ).save_pretrained(folder)
 
 
