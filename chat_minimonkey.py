@@ -37,7 +37,7 @@ from .conversation import (
 )
 from .generation_minimonkey import check_generation_options
 from .image_inputs import ImageInputs
-from .image_processing_minimonkey import list_images
+from .image_processing_minimonkey import expand_preset, list_images
 from .processing_minimonkey import (
     VIDEO_OPTIONS,
     cut_images,
@@ -50,10 +50,12 @@ from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, im
 from .published_calls import PUBLISHED_NAMES, name_arguments
 from .repetition import DEFAULTS, RepetitionGuard
 from .tiling import BUDGET_TILING, MOST_TILES, RANGE_NAMES, SINGLE_TILE, SLICES, share_tile_budget
+from .token_selection import asks_for_blank, read_selection
 from .transformers_bridge import CACHE_NAME
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
+SCM_OPTIONS = ("scm_keep_ratio", "scm_layer", "scm_queries", "scm_select")
 # What `generate` returns besides tokens.
 NOT_IN_ANSWERS = ("output_hidden_states", "output_attentions", "output_scores", "output_logits")
 
@@ -240,6 +242,7 @@ class ChatMixin:
         tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict)
+        self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
         request.guard = _guard(stop_repetition, request.decode)
         turns = [] if history is None else check_history(history)
         if tiles is None:
@@ -252,6 +255,10 @@ class ChatMixin:
             forget_the_oldest(self)
         elif is_listed or return_history or return_dict or stream or hasattr(history, "memory"):
             keys = _image_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
+            if use_scm and asks_for_blank(
+                request.options.get("scm_select")
+            ):  # which only pixels tell, and these are not kept
+                keys = [key + b" blank" for key in keys]  # told by the pixels, which are not kept
             beginning = _beginning(request.conversations[0], system_message, keys) if is_listed else None
             keeps_history = return_history or return_dict or stream
             request.memory = recall(self, getattr(history, "memory", None), beginning, keeps_history)
@@ -325,6 +332,7 @@ class ChatMixin:
         tokenizer = getattr(processor, "tokenizer", processor)
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict=False)
+        self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
         request.guard = _guard(stop_repetition, request.decode)
         if return_dict:
             request.probabilities = self._record_probabilities(request.options)
@@ -353,6 +361,30 @@ class ChatMixin:
         forget_all(self)
 
     # --- images ------------------------------------------------------------------------------------------------------
+
+    def _check_compression(
+        self, use_scm: bool, options: dict[str, Any], processor, images_kwargs: dict[str, Any] | None
+    ) -> None:
+        """Raise `ValueError` for settings of compression that `generate` would refuse, before an image is opened."""
+        given = {name: options[name] for name in SCM_OPTIONS if options.get(name) is not None}
+        if given and not use_scm:
+            raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
+        reader = getattr(processor, "image_processor", None)
+        is_sliced = reader is not None and reader.cuts_slices(images_kwargs)
+        if is_sliced and self.config.mining:
+            raise ValueError(
+                "Patch mining looks into square tiles of a grid; slices of their own size do not lie in one."
+            )
+        if not use_scm:
+            return
+        self._compression_settings(**given)
+        self._check_compressible(is_sliced)
+        drops = reader is not None and expand_preset(images_kwargs or {}).get("drop_blank", reader.drop_blank)
+        selection = given.get("scm_select")
+        if drops and selection is not None and not callable(selection) and read_selection(selection).needs_grid:
+            raise ValueError(
+                f"scm_select={selection!r} needs all tiles of a grid, of which drop_blank=True leaves some out; choose one."
+            )
 
     def _tiles_for(
         self, token_budget: int, tile_budget: int | None, images_kwargs: dict[str, Any] | None

@@ -28,8 +28,10 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .attention_probe import attention_inputs, read_dropping, rotary_means
+from .blank_tiles import blank_tokens
 from .compression import (
     AttentionInputs,
     CompressionSettings,
@@ -159,7 +161,7 @@ class GenerateMixin:
             ValueError: See `generate`.
         """
         images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
-        self._check_compressible(images)
+        self._check_compressible(images.are_slices)
         settings = self._compression_settings(**scm_options)
         return self._embed(input_ids, attention_mask, images, settings).kept
 
@@ -237,7 +239,7 @@ class GenerateMixin:
         images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
         settings = None
         if use_scm:
-            self._check_compressible(images)
+            self._check_compressible(images.are_slices)
             ends = self._setting("eos_token_id", generation_config, kwargs)
             settings = self._compression_settings(**scm_options, tile_order=tile_order, end_ids=ends)
         if inputs is not None:
@@ -383,15 +385,54 @@ class GenerateMixin:
                     for image in spans[0]
                 ]
             ]
+        blank = None
+        if settings.selection.blank != "scored" and settings.select is None and any(spans):
+            blank = self._blank_tokens(spans, images, turn)
         rotary = partial(rotary_means, self.model.language_model, like=embeddings[0])
         probe = partial(self._probe, settings.layer)
-        kept, runs = kept_positions(embeddings, mask, spans, settings, probe, rotary)
+        kept, runs = kept_positions(embeddings, mask, spans, settings, probe, rotary, blank)
         for row, row_runs in enumerate(runs):
             for place, first, stop in row_runs:
                 embeddings[row, place] = embeddings[row, first:stop].mean(dim=0)
         if recalled.start:
             kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
         return _Embedded(embeddings, mask, kept, settings, prompt, cache, spans, recalled.start)
+
+    def _blank_tokens(
+        self, spans: list[list[ImageSpan]], images: ImageInputs, turn: Turn | None
+    ) -> list[list[torch.Tensor]]:
+        """Return which detailed tokens of each image show nothing; of images that a turn remembers, what it knows."""
+        counts = torch.as_tensor(images.tile_counts).tolist()
+        numbers, flat = range(len(counts)), [span for row in spans for span in row]
+        known = {} if turn is None else turn.memory.blank
+        keys = [*numbers] if turn is None else turn.keys
+        if images.pixel_values is not None:
+            new = [number for number in numbers if keys[number] not in known and keys[number] not in keys[:number]]
+            tiles = images.pixel_values.split([sum(counts[number]) for number in new])
+            for number, own in zip(new, tiles):
+                adaptive = counts[number][1] if flat[number].detailed_start > flat[number].start else 0
+                known[keys[number]] = self._blank_cells(own[adaptive:][: counts[number][0]], flat[number])
+        if missing := [number for number in numbers if keys[number] not in known]:
+            raise ValueError(
+                f"scm_select with blank tokens needs the pixels of image {missing[0]}, which are not here."
+            )
+        remaining = iter(keys)
+        return [[known[next(remaining)] for _ in row] for row in spans]
+
+    def _blank_cells(self, tiles: torch.Tensor, span: ImageSpan) -> torch.Tensor:
+        if not len(tiles):
+            return torch.zeros(0, dtype=torch.bool)
+        if tiles.is_floating_point():
+            mean, std = (
+                torch.tensor(values, device=tiles.device).view(-1, 1, 1)
+                for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            )
+            tiles = ((tiles.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        grid = span.tile_map
+        blank = torch.from_numpy(blank_tokens(tiles.cpu().numpy(), (grid.columns, grid.rows), grid.side))
+        if self.config.pixel_shuffle_version == "v1":  # whose tokens of a tile are column by column
+            blank = blank.unflatten(0, (-1, grid.side, grid.side)).transpose(1, 2).flatten()
+        return blank
 
     def _probe(self, layer: int, sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
         routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
@@ -457,9 +498,9 @@ class GenerateMixin:
         turn.memory.remember_images({key: (count, grid, features[key]) for key, count, grid in tiles_and_features})
         return torch.cat([features[key] for key in turn.keys])
 
-    def _check_compressible(self, images: ImageInputs) -> None:
+    def _check_compressible(self, are_slices: bool) -> None:
         """Refuse scale compression of images that have no detailed tokens in the prompt."""
-        if images.are_slices:
+        if are_slices:
             raise ValueError(
                 "use_scm=True leaves out tokens of square tiles that an overview behind them asks about; slices of their own "
                 "size come after theirs. Have fewer of them (max_tiles), or a resampler of fewer queries."

@@ -111,8 +111,7 @@ def image_layouts(
         return [sum(tiles) for tiles in counts]
     if tile_grids is None:
         raise ValueError(
-            "Patch mining needs to know how tiles lie: pass tile_grids (images, 4), which the processor returns; chat needs "
-            "target_aspect_ratio for tiles that you cut yourself."
+            "Patch mining needs to know how tiles lie: pass tile_grids (images, 4), which the processor returns."
         )
     for number, (tiles, (columns, rows, *_)) in enumerate(zip(counts, torch.as_tensor(tile_grids).tolist())):
         detailed = columns * rows if columns * rows > 1 else 0
@@ -120,6 +119,6 @@ def image_layouts(
             raise ValueError(
                 f"Patch mining reads all tiles of a detailed grid and one thumbnail; image {number} has {tiles} detailed, "
                 f"adaptive and thumbnail tiles, and a grid of {columns} x {rows}. Cut with tiling='internvl' (or 'logscore', "
-                "'relaxed'), with the thumbnail and without drop_blank."
+                "'relaxed'), with the thumbnail and without drop_blank; chat needs target_aspect_ratio for tiles that you cut."
             )
     return [1] * len(counts)

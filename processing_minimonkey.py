@@ -39,6 +39,7 @@ from .conversation import (
     protect_messages,
 )
 from .grounding import draw_boxes, parse_boxes
+from .guided_generation import generation_prompt
 from .image_decoding import pages_of
 from .image_inputs import image_layouts
 from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, list_images
@@ -247,6 +248,7 @@ class MiniMonkeyProcessor(ProcessorMixin):
     parse_boxes = staticmethod(parse_boxes)
     draw_boxes = staticmethod(draw_boxes)
     stitch_views = staticmethod(stitch_views)
+    generation_prompt = staticmethod(generation_prompt)
 
     def __init__(
         self,

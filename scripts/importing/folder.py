@@ -112,7 +112,7 @@ def _finish(work: Path, out: Path) -> None:
 
 
 def image_processor(config, **options):
-    """Return the image processor of a model of this configuration."""
+    """Return the image processor of a model of this configuration; `options` are its own, a preset or tiling for example."""
     size = {"height": config.tile_size, "width": config.tile_size}
     return MiniMonkeyImageProcessor(size=size, slice_multiple=config.view_multiple, **options)
 
