@@ -330,15 +330,13 @@ def image_text(layout: ImageLayout, tokens_per_tile: int) -> str:
     an end, rows of slices as lines of text between `<slice>` and `</slice>`.
     """
 
-    def view(tokens: int) -> str:
-        return IMAGE_START + IMAGE_TOKEN * tokens + IMAGE_END
-
     if isinstance(layout, int):
-        return view(tokens_per_tile * layout)
-    if not layout.slice_tokens:
-        return view(layout.overview_tokens)
-    rows = "\n".join([view(layout.slice_tokens) * layout.columns] * layout.rows)
-    return view(layout.overview_tokens) + SLICES_START + rows + SLICES_END
+        return IMAGE_START + IMAGE_TOKEN * (tokens_per_tile * layout) + IMAGE_END
+    overview, part = (
+        IMAGE_START + IMAGE_TOKEN * tokens + IMAGE_END for tokens in (layout.overview_tokens, layout.slice_tokens)
+    )
+    rows = "\n".join([part * layout.columns] * layout.rows)
+    return overview + SLICES_START + rows + SLICES_END if layout.slice_tokens else overview
 
 
 def image_tokens(layout: ImageLayout, tokens_per_tile: int) -> int:

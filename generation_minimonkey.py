@@ -328,8 +328,7 @@ class GenerateMixin:
         """
         if settings is None and turn is None:
             kept = None if attention_mask is None else [row.nonzero().squeeze(1) for row in attention_mask]
-            self.check_images(images, input_ids)
-            embeddings = self.place_features(input_ids, self.image_features(images))
+            embeddings = self.place_features(input_ids, self.image_features(images, input_ids))
             return _Embedded(embeddings, attention_mask, kept)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
@@ -370,8 +369,7 @@ class GenerateMixin:
                 is_whole,
             )
             if not len(features):
-                self.check_images(images, input_ids)
-                features = self.image_features(images)
+                features = self.image_features(images, input_ids)
         embeddings = self.place_features(input_ids, features)
         prompt, recalled, cache = None, Recalled(), None
         if can_remember:

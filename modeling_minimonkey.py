@@ -244,23 +244,31 @@ class MiniMonkeyForConditionalGeneration(
         """
         pixel_values = pixel_values if image_flags is None else pixel_values[image_flags.flatten() == 1]
         images = ImageInputs(pixel_values, **image_inputs)
-        self.check_images(images, input_ids)
-        return self.place_features(input_ids, self.image_features(images))
+        return self.place_features(input_ids, self.image_features(images, input_ids))
 
-    def image_features(self, images: ImageInputs) -> torch.Tensor:
-        """Return what the language model sees of images that `check_images` has passed: (..., D) in the order of the prompt."""
-        if images.are_slices:
-            return self._encode_slices(images.views())
-        if self.config.mining:
-            return self._mine(images)
-        return self.encode_tiles(images.pixel_values)
+    def image_features(self, images: ImageInputs, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the language model sees of images: (..., D) in the order of the prompt.
+
+        Args:
+            input_ids: (B, N), a prompt that must have as many image tokens; None: it is not looked at.
+
+        Raises:
+            ValueError: See `encode_images`.
+        """
+        is_plain = images.slice_values is None and images.slice_sizes is None and not self.config.mining
+        if is_plain:
+            self.tokens_per_tile(images.pixel_values, input_ids)
+            return self.encode_tiles(images.pixel_values)
+        self._check_parts(images, input_ids)
+        return self._encode_slices(images.views()) if images.are_slices else self._mine(images)
 
     def encode_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return what the language model sees of tiles (T, 3, S, S): (T, K, D); for `pixel_values` see `encode_images`."""
         per_tile = self.tokens_per_tile(pixel_values)
         if not len(pixel_values):
             return pixel_values.new_empty(0, per_tile, self.config.text_config.hidden_size)
-        chunks = map(self._normalized, pixel_values.split(VISION_CHUNK_TILES))
+        chunks = pixel_values.split(VISION_CHUNK_TILES)
+        chunks = map(self._normalized, chunks) if pixel_values.dtype == torch.uint8 else chunks
         return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
 
     def _encode_slices(self, views: list[torch.Tensor]) -> torch.Tensor:
@@ -306,16 +314,9 @@ class MiniMonkeyForConditionalGeneration(
             is_mined=self.config.mining,
         )
 
-    def check_images(self, images: ImageInputs, input_ids: torch.Tensor) -> None:
-        """Raise `ValueError` for images that do not fit each other, the model or the image tokens of a prompt (B, N)."""
+    def _check_parts(self, images: ImageInputs, input_ids: torch.Tensor | None) -> None:
+        """Raise `ValueError` for slices, or tiles to be mined, that do not fit each other, the model or a prompt (B, N)."""
         images.check()
-        if not images.are_slices and not self.config.mining:
-            self.tokens_per_tile(images.pixel_values, input_ids)
-            return
-        if images.are_slices and self.config.mining:
-            raise ValueError(
-                "Patch mining looks into square tiles of a grid; slices of their own size do not lie in one."
-            )
         if images.tile_counts is None:
             raise ValueError("Patch mining needs tile_counts and tile_grids, which the processor returns.")
         layouts = self.image_layouts(images)
@@ -330,7 +331,8 @@ class MiniMonkeyForConditionalGeneration(
                 self.tokens_per_tile(images.pixel_values) * len(layouts),
                 f"{len(layouts)} mined thumbnails",
             )
-        self._check_tokens(input_ids, expected, what)
+        if input_ids is not None:
+            self._check_tokens(input_ids, expected, what)
 
     def _check_tokens(self, input_ids: torch.Tensor, expected: int, what: str, each: str = "") -> None:
         tokens = (input_ids == self.config.image_token_id).sum()
@@ -368,12 +370,10 @@ class MiniMonkeyForConditionalGeneration(
         Raises:
             ValueError: Shapes, types or devices that do not fit, or the numbers of image tokens and features differ.
         """
-        channels, patch_size = self.config.vision_config.num_channels, self.config.vision_config.patch_size[0]
+        channels = self.config.vision_config.num_channels
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3]:
             raise ValueError(f"pixel_values must be tiles of shape (tiles, {channels}, S, S), got {shape}.")
-        if shape[2] % self.config.view_multiple:
-            raise ValueError(f"Tiles of {shape[2]} px do not hold a whole number of {patch_size} px patch groups.")
         self._check_pixels(pixel_values)
         per_tile = self.config.view_tokens(shape[3], shape[2])
         if input_ids is not None:
@@ -427,8 +427,7 @@ class MiniMonkeyForConditionalGeneration(
                     "pixel_values need input_ids, whose image tokens say where the features belong, and no inputs_embeds."
                 )
             visual_token_mask = input_ids == self.config.image_token_id
-            self.check_images(images, input_ids)
-            features = self.image_features(images)
+            features = self.image_features(images, input_ids)
             inputs_embeds, input_ids = self.place_features(input_ids, features), None
         elif input_ids is not None and input_ids.shape[-1] > 1 and not torch.compiler.is_compiling():
             self._check_no_image_tokens(input_ids)  # no later step of a generation waits for the device here

@@ -344,6 +344,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
 
     def image_layouts(self, image_inputs: dict[str, Any]) -> list:
         """Return how each image of the image processor's output is written, see `image_inputs.image_layouts`."""
+        if image_inputs.get("slice_sizes") is None and not self.mining:
+            return [int(sum(counts)) for counts in image_inputs["tile_counts"]]
         given = [image_inputs.get(name) for name in ("tile_counts", "tile_grids", "slice_sizes")]
         return image_layouts(*given, view_tokens=self.view_tokens, is_mined=self.mining)
 
