@@ -233,9 +233,9 @@ class MiniMonkeyProcessor(ProcessorMixin):
         tokenizer: A tokenizer that has `<img>`, `</img>` and `<IMG_CONTEXT>`. It gets `padding_side` "left" unless it was
             loaded with one.
         image_seq_length (int): Image tokens of one tile.
+        chat_template (str, *optional*): A jinja template, see `conversation.chat_template_jinja`.
         projector (str): The model's, see `MiniMonkeyConfig`: with a "resampler" slices of any size have `image_seq_length`.
         mining (bool): Whether the model mines patches, so that an image has the tokens of its thumbnail alone.
-        chat_template (str, *optional*): A jinja template, see `conversation.chat_template_jinja`.
 
     Raises:
         ValueError: The tokenizer lacks an image token.
@@ -255,9 +255,9 @@ class MiniMonkeyProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         image_seq_length: int = 256,
+        chat_template=None,
         projector: str = "mlp",
         mining: bool = False,
-        chat_template=None,
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
