@@ -134,6 +134,7 @@ def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
 
 
 VISION_SHARE_TRANSFORMS = ("none", "heads", "heads+conv")
+PROJECTORS = ("mlp", "resampler")
 SCM_QUERIES = ("all", "visual", "balanced", "question", "last")
 
 # Fields of language models whose head does more than multiply by its weight.
@@ -198,6 +199,11 @@ class MiniMonkeyConfig(InternVLConfig):
         downsample_ratio (float): Side of the pixel-shuffled grid over that of the patch grid.
         pixel_shuffle_version (str): "v2", or "v1" for the transposed grid of the first InternVL models.
         vision_feature_layer (int): Index into the vision tower's hidden states, of which the first is the embeddings.
+        projector (str): "mlp", pixel shuffle and two layers, or "resampler", learned queries that give every tile or slice as
+            many tokens, see `projectors.Resampler`.
+        resampler_queries (int): Image tokens of a tile or slice, with a resampler.
+        mining (bool): Whether an image's thumbnail is all that is written of it, with what it finds in the detailed tiles, see
+            `projectors.PatchMining`.
         visual_experts (bool): Whether image tokens have feed-forward blocks of their own in the language model, as in
             Mono-InternVL.
         vision_share_layers (int): How many consecutive layers of the vision tower share their weights; 1 is the plain tower.
@@ -219,6 +225,9 @@ class MiniMonkeyConfig(InternVLConfig):
     image_token_id: int | None = None
     tile_size: int | None = None
     pixel_shuffle_version: str = "v2"
+    projector: str = "mlp"
+    resampler_queries: int = 64
+    mining: bool = False
     visual_experts: bool = False
     vision_share_layers: int = 1
     vision_share_transform: str = "none"
@@ -303,6 +312,8 @@ class MiniMonkeyConfig(InternVLConfig):
             if size < 1 or size % patch_size[0]:
                 raise ValueError(f"{name} {size} is not a multiple of the patch size {patch_size[0]}.")
         patches, factor = self.tile_size // patch_size[0], round(1 / self.downsample_ratio)
+        if self.projector == "resampler":
+            return self.resampler_queries
         if patches % factor:
             raise ValueError(
                 f"A tile of {self.tile_size} px has {patches} x {patches} patches of {patch_size[0]} px, which "
@@ -310,8 +321,34 @@ class MiniMonkeyConfig(InternVLConfig):
             )
         return (patches // factor) ** 2
 
+    def view_tokens(self, width: int, height: int) -> int:
+        """Count the image tokens of a view of this size in pixels.
+
+        Raises:
+            ValueError: Sides that are no multiples of a patch, or of the patches that become one token.
+        """
+        side = self.view_multiple
+        if width % side or height % side or not width * height:
+            raise ValueError(
+                f"A view of {width} x {height} pixels does not hold whole tokens of {side} x {side} pixels."
+            )
+        return self.resampler_queries if self.projector == "resampler" else width // side * (height // side)
+
+    @property
+    def view_multiple(self) -> int:
+        """What the sides of tiles and slices are multiples of, in pixels."""
+        patch = self.vision_config.patch_size[0]
+        return patch if self.projector == "resampler" else patch * round(1 / self.downsample_ratio)
+
     def _check_values(self) -> None:
         text, vision = self.text_config, self.vision_config
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"projector is one of {', '.join(PROJECTORS)}, got {self.projector!r}.")
+        if self.resampler_queries < 1 or (self.projector == "resampler" and text.hidden_size % 4):
+            raise ValueError(
+                f"A resampler needs resampler_queries of at least 1, got {self.resampler_queries}, and a language model whose "
+                f"width is a multiple of 4, got {text.hidden_size}."
+            )
         if vision.hidden_size % vision.num_attention_heads:
             raise ValueError(
                 f"vision hidden_size {vision.hidden_size} is not a multiple of its {vision.num_attention_heads} heads."

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor
+
+# Fresh weights of our own modules leave alone what was loaded, as transformers' do.
+from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor, initialization  # noqa: F401
 
 # Published weights load under their names on the fly; there is no documented way to rename, split and merge them.
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping  # noqa: F401
