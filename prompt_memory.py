@@ -143,6 +143,8 @@ class PromptMemory:
         if not len(kept):
             return Recalled()
         surplus = state.cache.get_seq_length() - len(kept)
+        if surplus < 0:  # emptied by an engine that holds another conversation now
+            return Recalled()
         if surplus:
             state.cache.crop(-surplus)
         return Recalled(state.cache, start, kept)

@@ -4,6 +4,7 @@
     python scripts/chat.py page-1.png page-2.png "Compare them." --model MiniMonkey-2B --preset docvqa
     python scripts/chat.py receipt.jpg                     no question: a conversation, with history
     python scripts/chat.py clip.mp4 "What happens?" --num-frames 8
+    python scripts/chat.py page.png "Read the text." --engine llama.cpp --gguf nano-q8.gguf      see docs/llamacpp.md
 
 The answer is printed as it is made; later questions of a conversation cost only what is new. In a conversation,
 `/add page-2.png` shows another image or video. Without --model, MiniMonkey-Nano of this repository answers.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import transformers
 
+from minimonkey.scripts.engines.options import add_engine_arguments, check_engine_arguments, load_engine
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
 from minimonkey.scripts.repository import (
     add_device_argument,
@@ -61,10 +63,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=512)
     parser.add_argument("--temperature", type=number_within(0, 1000), default=0.0, help="above 0: sample")
+    add_engine_arguments(parser)
     parser.add_argument("--interactive", action="store_true", help="go on asking after the first question")
     args = parser.parse_args(arguments)
     if "/" in (args.attn_implementation or ""):
         parser.error("--attn-implementation takes what is installed; code from the Hub is not run")
+    check_engine_arguments(parser, args)
     has_question = bool(args.inputs) and not is_medium(args.inputs[-1])
     args.question = args.inputs[-1] if has_question else None
     args.media = args.inputs[:-1] if has_question else args.inputs
@@ -80,6 +84,8 @@ def load(args: argparse.Namespace):
     processor = load_processor(args.model)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     dtype = choose_dtype(args.dtype, args.device)
+    if args.engine != "torch":
+        return processor, load_engine(args, dtype)
     return processor, load_model(args.model, subfolder=args.subfolder, dtype=dtype, **options).to(args.device)
 
 

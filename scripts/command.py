@@ -13,6 +13,8 @@ COMMANDS = {
     "chat": ("chat", "ask a model about images and videos"),
     "import": ("import_checkpoint", "turn a published checkpoint into a folder that loads with AutoModel"),
     "export": ("export_checkpoint", "write a model under the published names, for LMDeploy, llama.cpp and others"),
+    "export-gguf": ("export_gguf", "write the language model for llama.cpp"),
+    "export-onnx": ("export_onnx", "write a model as ONNX files, for onnxruntime and others"),
     "assemble": ("assemble", "join a vision tower and a language model into a new MiniMonkey"),
     "prepare": ("prepare", "turn a published data set into conversations to train on, or a benchmark"),
     "train": ("finetune", "train a model on data of your own, or by a recipe"),
