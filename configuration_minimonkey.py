@@ -279,6 +279,16 @@ class MiniMonkeyConfig(InternVLConfig):
         return None if length is None else int(length * max(factors, default=1))
 
     @property
+    def own_parts(self) -> list[str]:
+        """Name what this model has and no other format of the family has a place for."""
+        own = {
+            f"projector {self.projector!r}": self.projector != "mlp",
+            "mining": self.mining,
+            "shared vision layers": self.shares_vision_layers,
+        }
+        return [name for name, is_there in own.items() if is_there]
+
+    @property
     def shares_vision_layers(self) -> bool:
         """Whether the vision tower is another than transformers' own."""
         return self.vision_share_layers > 1 or self.vision_share_transform != "none"
