@@ -48,7 +48,7 @@ from .processing_minimonkey import (
 )
 from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, image_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
-from .repetition import DEFAULTS, RepetitionGuard
+from .repetition import RepetitionGuard, read_guard
 from .tiling import BUDGET_TILING, MOST_TILES, RANGE_NAMES, SINGLE_TILE, SLICES, share_tile_budget
 from .token_selection import asks_for_blank, read_selection
 from .transformers_bridge import CACHE_NAME
@@ -166,7 +166,7 @@ class ChatMixin:
         tile_order: str = "detailed_first",
         grounding_tokens: bool = False,
         skip_special_tokens: bool = True,
-        stop_repetition: bool | dict[str, int] = False,
+        stop_repetition: bool | dict[str, int] | None = None,
         remember: bool = True,
         **generation: Any,
     ) -> str | tuple[str, ChatHistory] | ChatAnswer | AnswerStream:
@@ -214,7 +214,7 @@ class ChatMixin:
                 that answer with boxes. By default they are plain text in questions and left out of answers.
             skip_special_tokens: False leaves all special tokens in the answer.
             stop_repetition: True ends an answer that repeats itself, with the `finish_reason` "repetition"; a dict does so with
-                settings of `repetition.RepetitionGuard`.
+                settings of `repetition.RepetitionGuard`. By default what the generation configuration says, or False.
             remember: False computes everything from the start and keeps nothing for the next turn.
             **generation: What `generate` takes: max_new_tokens, do_sample, num_beams, stop_strings, streamer, ... The answer
                 ends before a stop string, and with the template's separator besides any `eos_token_id`.
@@ -243,7 +243,7 @@ class ChatMixin:
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict)
         self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
-        request.guard = _guard(stop_repetition, request.decode)
+        self._set_guard(request, stop_repetition)
         turns = [] if history is None else check_history(history)
         if tiles is None:
             media = (images, videos, images_kwargs or {}, videos_kwargs or {}, tile_budget)
@@ -297,7 +297,7 @@ class ChatMixin:
         tile_order: str = "detailed_first",
         grounding_tokens: bool = False,
         skip_special_tokens: bool = True,
-        stop_repetition: bool | dict[str, int] = False,
+        stop_repetition: bool | dict[str, int] | None = None,
         **generation: Any,
     ) -> list[str] | list[ChatAnswer] | tuple[list[str], list[list[tuple[str, str]]]]:
         """Ask several questions at once, each about its own images.
@@ -333,7 +333,7 @@ class ChatMixin:
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict=False)
         self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
-        request.guard = _guard(stop_repetition, request.decode)
+        self._set_guard(request, stop_repetition)
         if return_dict:
             request.probabilities = self._record_probabilities(request.options)
         histories = [check_history(one) for one in _rows(history or None, count, "`history`", "history")]
@@ -489,6 +489,13 @@ class ChatMixin:
             options |= {"return_dict_in_generate": True, "output_logits": True}
         check_generation_options(self, None, options)
         return options
+
+    def _set_guard(self, request: _Request, stop_repetition: bool | dict[str, int] | None) -> None:
+        """Make the guard here, since it tells later on why an answer ended; `generate` is to make none."""
+        if stop_repetition is not None:
+            request.options["stop_repetition"] = stop_repetition
+        request.guard = read_guard(self._setting("stop_repetition", None, request.options), 0, request.decode)
+        request.options["stop_repetition"] = False
 
     def _record_probabilities(self, options: dict[str, Any]) -> TokenProbabilities:
         """Put what records the probabilities of tokens before the caller's logits processors in `options`."""
@@ -704,18 +711,6 @@ def _check_settings(
         raise ValueError(f"max_prompt_tokens must be a whole number of at least 1, got {longest!r}.")
     if system_message is not None and not isinstance(system_message, str):
         raise ValueError(f"system_message must be text, got {type(system_message).__name__}.")
-
-
-def _guard(stop_repetition: bool | dict[str, int], decode: Callable[[list[int]], str]) -> RepetitionGuard | None:
-    """Return what ends answers that repeat themselves, if that is wanted; `_prepare` says where the answers begin."""
-    if stop_repetition is False or stop_repetition is None:
-        return None
-    if stop_repetition is not True and not isinstance(stop_repetition, dict):
-        raise ValueError(f"stop_repetition is True, False or a dict of settings, got {stop_repetition!r}.")
-    settings = {} if stop_repetition is True else stop_repetition
-    if unknown := settings.keys() - DEFAULTS.keys():
-        raise ValueError(f"stop_repetition takes {', '.join(DEFAULTS)}, got {', '.join(map(str, unknown))}.")
-    return RepetitionGuard(0, **settings, decode=decode)
 
 
 def _rows(values, count: int, name: str, what: str) -> list:

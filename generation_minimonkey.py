@@ -23,6 +23,7 @@ from transformers import (
     MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -44,6 +45,7 @@ from .compression import (
 from .conversation import image_tokens
 from .image_inputs import ImageInputs
 from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, joined_caches, new_cache
+from .repetition import read_guard
 from .token_selection import PUBLISHED, read_selection
 from .transformers_bridge import (
     CACHE_NAME,
@@ -186,6 +188,7 @@ class GenerateMixin:
         scm_query_ends: list[int] | None = None,
         scm_select: str | dict[str, Any] | Select | None = None,
         tile_order: str = "detailed_first",
+        stop_repetition: bool | dict[str, int] | None = None,
         **kwargs: Any,
     ):
         """Generate as any transformers model does; return the prompt's ids and the new ones (B, N + new).
@@ -215,6 +218,9 @@ class GenerateMixin:
             scm_select: How the detailed tokens that stay are chosen: a name of `token_selection.SELECTIONS` ("smooth",
                 "block", "tile", ...), or a dict of what `token_selection.Selection` takes. A function chooses instead of
                 attention, see `compression.CompressionSettings`.
+            stop_repetition: True ends rows that repeat themselves; a dict does so with settings of
+                `repetition.RepetitionGuard`, which sees letters if `tokenizer` is given. By default what the generation
+                configuration says (`"stop_repetition": true` in generation_config.json, for servers).
             **kwargs: Everything `GenerationMixin.generate` takes. A cache may also be a `Turn` of prompt_memory.py, as `chat`
                 hands it over; `pixel_values` are then only the tiles of the images whose features it does not hold, and
                 `tile_counts` those of all; one row without padding.
@@ -254,6 +260,7 @@ class GenerateMixin:
         if OTHER_CACHE_NAME in kwargs:
             kwargs = with_one_cache_name(kwargs)
         check_generation_options(self, generation_config, kwargs)
+        self._guard_against_loops(stop_repetition, generation_config, kwargs)
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
         input_ids = kwargs.get("input_ids")
         if not (has_images or can_remember or (use_scm and input_ids is not None)):
@@ -602,6 +609,20 @@ class GenerateMixin:
                 raise ValueError(
                     f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."
                 )
+
+    def _guard_against_loops(
+        self,
+        stop_repetition: bool | dict[str, int] | None,
+        generation_config: GenerationConfig | None,
+        options: dict[str, Any],
+    ) -> None:
+        """Put what ends rows that repeat themselves among the stopping criteria of `options`, if that is wanted."""
+        wanted = self._setting("stop_repetition", generation_config, {"stop_repetition": stop_repetition})
+        prompt, tokenizer = options.get("input_ids"), options.get("tokenizer")
+        guard = read_guard(wanted, 0 if prompt is None else prompt.shape[1], getattr(tokenizer, "decode", None))
+        if guard is not None:
+            criteria = [*(options.get("stopping_criteria") or []), guard]
+            options["stopping_criteria"] = StoppingCriteriaList(criteria)
 
     def _setting(self, name: str, generation_config: GenerationConfig | None, options: dict[str, Any]):
         """Return a setting from the options of a generation, its configuration or the model's own, in this order."""

@@ -169,7 +169,10 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
     if args.questions != "any":
         settings["questions"] = args.questions
     if args.engine != "torch":
-        settings["engine"] = [args.engine, None if args.gguf is None else hashlib.sha256(args.gguf.read_bytes()).hexdigest()]
+        settings["engine"] = [
+            args.engine,
+            None if args.gguf is None else hashlib.sha256(args.gguf.read_bytes()).hexdigest(),
+        ]
     if args.stop_repetition:
         settings["stop_repetition"] = True
     if args.benchmark is not None:
