@@ -339,9 +339,7 @@ class MiniMonkeyConfig(InternVLConfig):
         """
         side = self.view_multiple
         if width % side or height % side or not width * height:
-            raise ValueError(
-                f"A view of {width} x {height} pixels does not hold whole tokens of {side} x {side} pixels."
-            )
+            raise ValueError(f"{width} x {height} px do not hold a whole number of {side} px patch groups.")
         return self.resampler_queries if self.projector == "resampler" else width // side * (height // side)
 
     @property

@@ -16,6 +16,9 @@ from minimonkey.image_inputs import ImageInputs
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.projectors import PatchMining, Resampler, plane_sinusoids
 from minimonkey.scripts import assemble, export_checkpoint, finetune
+from minimonkey.scripts.training.collator import Collator
+from minimonkey.scripts.training.encode import Conversation, Encoder
+from minimonkey.scripts.training.grafting import graft_processor, grafted_config
 from minimonkey.scripts.training.recipe import read_recipe
 
 
@@ -325,3 +328,40 @@ def test_what_the_published_layout_has_no_place_for_is_not_exported(tmp_path, op
     tiny(**options).save_pretrained(tmp_path / "model")
     assert export_checkpoint.main([str(tmp_path / "model"), str(tmp_path / "out")]) == 1
     assert "no place for" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# --- training data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiling", ["slices", "internvl"])
+def test_lengths_are_known_from_sizes_and_batches_join(tiling, pictures, tmp_path):
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    config = MiniMonkeyConfig.from_pretrained(ROOT)
+    is_mined = tiling == "internvl"
+    recipe = read_recipe(write_recipe(tmp_path, train=["projector"], tiling=tiling, mining=is_mined, depth=None))
+    config = grafted_config(config, recipe)
+    graft_processor(processor, config, recipe)
+    encoder, samples = Encoder(processor, config), []
+    for image in pictures:
+        talk = Conversation((("<image>\nRead.", "A word"), ("Again.", "A word")))
+        sample = encoder(talk, [image], (1, 6, 1, 1))
+        tokens, tiles = encoder.image_size([(image.height, image.width)], (1, 6, 1, 1))
+        assert encoder.text_length(talk, 1) + tokens == len(sample["input_ids"])
+        assert tiles == int(sample["tile_counts"].sum())
+        samples.append(sample)
+    collator = Collator(0, config.image_token_id, 49, 112, True, is_mined=is_mined)
+    batch = collator(samples)
+    names = {"pixel_values"} if is_mined else {"slice_values", "slice_sizes"}
+    assert names | {"tile_counts", "tile_grids", "input_ids", "labels", "redrawn"} == set(batch)
+    batch.pop("redrawn")
+    model = MiniMonkeyForConditionalGeneration.from_pretrained(ROOT, config=config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        together = model(**batch).logits
+        collated = collator(samples[1:2])
+        collated.pop("redrawn")
+        alone = model(**collated).logits
+    assert torch.allclose(together[1, : alone.shape[1]], alone[0], atol=1e-4)
+    text = {"input_ids": torch.tensor([1, 5, 6]), "labels": torch.tensor([-100, 5, 6])}
+    only_text = collator([text])
+    only_text.pop("redrawn")
+    assert model(**only_text).loss.isfinite()  # with a black tile behind its end, for sharded runs
