@@ -83,7 +83,8 @@ class PromptMemory:
     Training, replacing or moving weights or buffers, or changing the model's configuration, makes it void; a
     change through `parameter.data` in place is not noticed, so call `forget` after one.
 
-    `tile_counts`, `tile_grids` and `features` are those of its images, by their key (see `image_key`).
+    `tile_counts`, `tile_grids`, `features` and, where compression asked, `blank` tokens are those of its images, by their key
+    (see `image_key`).
     """
 
     def __init__(self, model: nn.Module):
@@ -92,6 +93,7 @@ class PromptMemory:
         self.tile_counts: dict[bytes, list[int]] = {}
         self.tile_grids: dict[bytes, list[int]] = {}
         self.features: dict[bytes, torch.Tensor] = {}
+        self.blank: dict[bytes, torch.Tensor] = {}
         self._state: _State | None = None
         self._lock = threading.Lock()
         self._beginning: list[tuple] = []
@@ -102,7 +104,7 @@ class PromptMemory:
 
     def forget(self) -> None:
         """Free everything; the next turn is computed from the start."""
-        self._state, self.tile_counts, self.tile_grids, self.features = None, {}, {}, {}
+        self._state, self.tile_counts, self.tile_grids, self.features, self.blank = None, {}, {}, {}, {}
 
     def extend_beginning(self, answer: str) -> None:
         """Note what was answered to the messages by which this memory was found; nothing for any other."""
@@ -124,6 +126,7 @@ class PromptMemory:
         self.tile_counts = {key: counts for key, (counts, _, _) in images.items()}
         self.tile_grids = {key: grids for key, (_, grids, _) in images.items()}
         self.features = {key: features for key, (_, _, features) in images.items()}
+        self.blank = {key: blank for key, blank in self.blank.items() if key in images}
         forget_the_oldest(self._model(), self)
 
     def take_cache(self, prompt: Prompt) -> Recalled:
@@ -141,6 +144,8 @@ class PromptMemory:
         if not len(kept):
             return Recalled()
         surplus = state.cache.get_seq_length() - len(kept)
+        if surplus < 0:  # emptied by an engine that holds another conversation now
+            return Recalled()
         if surplus:
             state.cache.crop(-surplus)
         return Recalled(state.cache, start, kept)

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor
+
+# Fresh weights of our own modules leave alone what was loaded, as transformers' do.
+from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor, initialization  # noqa: F401
 
 # Published weights load under their names on the fly; there is no documented way to rename, split and merge them.
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping  # noqa: F401
@@ -25,6 +27,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
+
+# A vision tower may share its layers' weights, and a layer is otherwise transformers' own.
+from transformers.models.internvl.modeling_internvl import InternVLVisionLayer  # noqa: F401
 
 # Visual experts are a second feed-forward block in a Llama layer, which is otherwise transformers' own.
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP  # noqa: F401

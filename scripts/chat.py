@@ -5,6 +5,7 @@
     python scripts/chat.py receipt.jpg                     no question: a conversation, with history
     python scripts/chat.py page.png "What is it?" --model MiniMonkey-2B --quantize auto --offload-vision    little memory
     python scripts/chat.py clip.mp4 "What happens?" --num-frames 8
+    python scripts/chat.py page.png "Read the text." --engine llama.cpp --gguf nano-q8.gguf      see docs/llamacpp.md
 
 The answer is printed as it is made; later questions of a conversation cost only what is new. In a conversation,
 `/add page-2.png` shows another image or video. Without --model, MiniMonkey-Nano of this repository answers.
@@ -17,6 +18,7 @@ from pathlib import Path
 import transformers
 
 from minimonkey.quantized_weights import PRESETS, QuantizedWeightsConfig
+from minimonkey.scripts.engines.options import add_engine_arguments, check_engine_arguments, load_engine
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
 from minimonkey.scripts.quantize import load_quantized, storage_that_fits
 from minimonkey.scripts.repository import (
@@ -72,10 +74,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=512)
     parser.add_argument("--temperature", type=number_within(0, 1000), default=0.0, help="above 0: sample")
+    add_engine_arguments(parser)
     parser.add_argument("--interactive", action="store_true", help="go on asking after the first question")
     args = parser.parse_args(arguments)
+    if args.engine != "torch" and (args.quantize or args.offload_vision or args.prefill_chunk):
+        parser.error("--quantize, --offload-vision and --prefill-chunk go with --engine torch")
     if "/" in (args.attn_implementation or ""):
         parser.error("--attn-implementation takes what is installed; code from the Hub is not run")
+    check_engine_arguments(parser, args)
     has_question = bool(args.inputs) and not is_medium(args.inputs[-1])
     args.question = args.inputs[-1] if has_question else None
     args.media = args.inputs[:-1] if has_question else args.inputs
@@ -91,6 +97,8 @@ def load(args: argparse.Namespace):
     processor = load_processor(args.model)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     options |= {"subfolder": args.subfolder, "dtype": choose_dtype(args.dtype, args.device)}
+    if args.engine != "torch":
+        return processor, load_engine(args, options["dtype"])
     preset = args.quantize
     if preset == "auto":
         preset = storage_that_fits(args.model, args.subfolder, options["dtype"])
@@ -107,6 +115,8 @@ def load(args: argparse.Namespace):
 def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:
     """Print the answer while it is made; return the history with this turn."""
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    if args.prefill_chunk is not None:
+        sampling["prefill_chunk_size"] = args.prefill_chunk
     images = [medium for medium in args.media if not is_video(medium)]
     answer = model.chat(
         processor,
@@ -121,7 +131,6 @@ def ask(processor, model, args: argparse.Namespace, question: str, history: list
         use_scm=args.use_scm,
         scm_keep_ratio=args.scm_keep_ratio,
         max_new_tokens=args.max_new_tokens,
-        prefill_chunk_size=args.prefill_chunk,
         **sampling,
     )
     for text in answer:

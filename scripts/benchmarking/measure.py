@@ -27,16 +27,24 @@ def synchronize(device: torch.device) -> None:
 
 def median_seconds(functions: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, float]:
     """Return the median seconds of each function, after one warm-up each, all run in turns."""
-    seconds = {name: [] for name in functions}
+    return {name: wall for name, (wall, _) in median_times(functions, device, repeats).items()}
+
+
+def median_times(functions: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, tuple[float, float]]:
+    """Return the median seconds of each function, and those that all processors spent on it in this process.
+
+    The second tell what a function costs where other programs take the processors from it.
+    """
+    times = {name: [] for name in functions}
     for number in range(repeats + 1):
         for name, function in functions.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             function()
             synchronize(device)
             if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return {name: tuple(map(statistics.median, zip(*values))) for name, values in times.items()}
 
 
 def peak_extra_bytes(function: Callable, device: torch.device) -> int | None:

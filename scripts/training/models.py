@@ -14,6 +14,8 @@ from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.quantized_weights import QuantizedWeightsConfig, store_weights
 from minimonkey.scripts.importing.folder import new_folder
 from minimonkey.scripts.repository import readable
+from minimonkey.scripts.training.distillation import with_teacher
+from minimonkey.scripts.training.grafting import grafted_config
 from minimonkey.scripts.training.letters import with_letters
 from minimonkey.scripts.training.nano import write_untrained
 from minimonkey.scripts.training.recipe import UNTRAINED_NANO, Recipe
@@ -47,7 +49,13 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
     model_class = MiniMonkeyForConditionalGeneration
     if recipe.names_letters:
         model_class = with_letters(model_class, recipe.letters_weight)
-    options = {} if recipe.depth is None else {"config": _config_of_depth(folder, recipe.depth)}
+    if recipe.teacher is not None:
+        model_class = with_teacher(model_class, recipe)
+    options = {}
+    with readable(folder):
+        config = run_config(folder, recipe)
+    if recipe.depth is not None or recipe.projector is not None or recipe.mining:
+        options["config"] = config
     if recipe.language_layers is not None:
         _check_language_layers(folder, recipe.language_layers)
     if recipe.attn_implementation is not None:
@@ -67,6 +75,14 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         for layer in (*model.model.vision_tower.encoder.layer, *model.model.language_model.layers):
             layer.compile(dynamic=True)  # in place: weights keep their names
     return model if recipe.lora_r is None else _with_adapters(model, recipe)
+
+
+def run_config(folder: str, recipe: Recipe) -> MiniMonkeyConfig:
+    """Return the configuration of the model that is trained: the folder's, as deep and with what the recipe says."""
+    config = (
+        MiniMonkeyConfig.from_pretrained(folder) if recipe.depth is None else _config_of_depth(folder, recipe.depth)
+    )
+    return grafted_config(config, recipe)
 
 
 def _config_of_depth(folder: str, depth: int):
@@ -147,7 +163,7 @@ def freeze(model: nn.Module, train: list[str]) -> None:
     """Freeze all but these parts."""
     modules = {
         "vision": [model.model.vision_tower],
-        "projector": [model.model.multi_modal_projector],
+        "projector": [model.model.multi_modal_projector, *([model.model.mining] if model.config.mining else [])],
         "language_model": [model.model.language_model, model.lm_head],
     }
     for part, members in modules.items():
