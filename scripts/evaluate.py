@@ -37,6 +37,7 @@ from minimonkey.scripts.evaluation.suites import (
     synthetic_suite,
 )
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
+from minimonkey.scripts.quantize import load_quantized, weights_config
 from minimonkey.scripts.repository import (
     add_device_argument,
     add_model_arguments,
@@ -82,6 +83,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_engine_arguments(parser)
     add_device_argument(parser)
     add_dtype_argument(parser)
+    parser.add_argument(
+        "--quantize",
+        action="append",
+        default=None,
+        metavar="PRESET",
+        help="or REGEX=FORMAT; as quantize.py stores weights",
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSONL file for the predictions")
     parser.add_argument("--resume", action="store_true", help="go on with the predictions in --out")
     parser.add_argument("--sheet", type=Path, default=None, help="PNG of the first items with question and answers")
@@ -101,6 +109,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.engine != "torch" and args.batch_size != 1:
         parser.error(f"--engine {args.engine} reads one prompt at a time: --batch-size 1")
+    if args.quantize is not None and args.engine != "torch":
+        parser.error("--quantize goes with --engine torch")
     if args.resume and args.out is None:
         parser.error("--resume needs --out, the predictions to go on with")
     if not args.use_scm and any(value is not None for value in (args.scm_keep_ratio, args.scm_layer, args.drop)):
@@ -137,10 +147,13 @@ def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     tiles = image_options(args)
     processor = load_processor(args.model)
     processor.image_processor.get_number_of_image_patches(100, 100, tiles)
-    if args.engine == "torch":
-        model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
-    else:
+    options = {"subfolder": args.subfolder, "dtype": args.dtype}
+    if args.engine != "torch":
         model = load_engine(args, getattr(torch, args.dtype))
+    elif args.quantize is None:
+        model = load_model(args.model, **options).to(args.device)
+    else:
+        model = load_quantized(args.model, weights_config(args.quantize), **options).to(args.device)
     keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
     compression = (keep_ratio, args.drop, args.scm_layer)
     return Answering(model, processor, max_new_tokens, tiles, *compression, stop_repetition=args.stop_repetition)
@@ -166,6 +179,8 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
     settings["weights"] = weights_digest(args.model, args.subfolder)
     if args.benchmark is None:
         settings["materials"] = materials()
+    if args.quantize is not None:
+        settings["quantize"] = args.quantize
     if args.questions != "any":
         settings["questions"] = args.questions
     if args.engine != "torch":

@@ -95,8 +95,8 @@ class Samples(torch.utils.data.Dataset):
 
     def _size(self, row: dict, ranges: tuple[int, int, int, int], use_thumbnail: bool) -> tuple[int, int]:
         """Return tokens and tiles of an example."""
-        image_tokens = self.encoder.image_length(row["sizes"], ranges, use_thumbnail)
-        return row["text_tokens"] + image_tokens, image_tokens // self.encoder.tokens_per_tile
+        image_tokens, tiles = self.encoder.image_size(row["sizes"], ranges, use_thumbnail)
+        return row["text_tokens"] + image_tokens, tiles
 
     def _lay_out(self, total: int) -> np.ndarray:
         """Return (total, 3), source, index and round of every slot: epoch after epoch, the last one cut off."""
@@ -175,6 +175,8 @@ class Samples(torch.utils.data.Dataset):
         return self._size(source.rows[slot.index], ranges, source.use_thumbnail)[0]
 
     def _with_letters(self, sample: dict, example: Example, use_thumbnail: bool) -> dict:
+        if "tile_counts" in sample:  # which the model needs, and letters do not go with
+            return sample
         grids = sample.pop("tile_grids", None)
         if not self.recipe.names_letters or not example.characters:
             return sample
