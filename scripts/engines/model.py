@@ -4,6 +4,7 @@ The program reads embeddings, one sequence at a time, and gives logits. Of the l
 embeddings and, for scale compression, the first layers.
 """
 
+import copy
 import weakref
 from typing import Any, Protocol
 
@@ -47,6 +48,8 @@ class EngineModel(MiniMonkeyForConditionalGeneration):
     _tied_weights_keys = None
 
     def __init__(self, config, scored_layers: int = 0):
+        config = copy.deepcopy(config)
+        config.kv_cache_dtype = None  # keys and values are the engine's; the cache here only counts tokens
         super().__init__(config)
         language_model = self.model.language_model
         language_model.layers = language_model.layers[:scored_layers]
@@ -87,10 +90,10 @@ class EngineModel(MiniMonkeyForConditionalGeneration):
         if ids is not None and len(ids) != 1:
             raise ValueError(f"An engine reads one prompt at a time, got {len(ids)}; ask one after the other.")
         if kwargs.get("use_scm"):
-            self._check_compression(kwargs)
+            self._check_what_engine_scores(kwargs)
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
-    def _check_compression(self, options: dict[str, Any]) -> None:
+    def _check_what_engine_scores(self, options: dict[str, Any]) -> None:
         layer = self.config.scm_layer if options.get("scm_layer") is None else options["scm_layer"]
         layers = self.scored_layers()
         if layer >= layers:

@@ -48,6 +48,8 @@ def check_vision(config) -> None:
     wrong = [
         (not vision.num_hidden_layers, "has no layers (Mono-InternVL)"),
         (config.vision_feature_layer != -1, f"gives features of layer {config.vision_feature_layer}, not of the last"),
+        (config.projector != "mlp" or config.mining, "has another projector than a perceptron of two layers"),
+        (config.vision_share_layers > 1, "has layers that share their weights"),
         (config.pixel_shuffle_version != "v2", f"has pixel shuffle {config.pixel_shuffle_version}, not v2"),
         (vision.hidden_act not in ("gelu", "silu"), f"has the activation {vision.hidden_act}, not gelu or silu"),
         (config.projector_hidden_act != "gelu", f"has a projector with {config.projector_hidden_act}, not gelu"),

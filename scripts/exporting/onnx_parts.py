@@ -111,6 +111,10 @@ def check_onnx(config) -> None:
             f"A language model {text.model_type!r}{' with visual experts' if config.visual_experts else ''} is not written as "
             f"ONNX; {', '.join(LANGUAGE_MODELS)} are."
         )
+    if config.projector != "mlp" or config.mining:
+        raise ValueError(
+            "Of projectors the perceptron of two layers is written as ONNX, no resampler and no patch mining."
+        )
     kinds = {*(getattr(text, "layer_types", None) or []), "full_attention"}
     if getattr(text, "use_sliding_window", False) or kinds != {"full_attention"}:
         raise ValueError("A language model whose layers see a window of the tokens is not written as ONNX.")
