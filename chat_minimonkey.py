@@ -254,10 +254,9 @@ class ChatMixin:
         if not remember or self.remembered_conversations < 1:
             forget_the_oldest(self)
         elif is_listed or return_history or return_dict or stream or hasattr(history, "memory"):
-            keys = _image_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
-            if use_scm and asks_for_blank(
-                request.options.get("scm_select")
-            ):  # which only pixels tell, and these are not kept
+            knows_grids = use_scm or self.config.mining
+            keys = _image_keys(processor, request.conversations[0], tile_order, knows_grids, target_aspect_ratio)
+            if use_scm and asks_for_blank(request.options.get("scm_select")):
                 keys = [key + b" blank" for key in keys]  # told by the pixels, which are not kept
             beginning = _beginning(request.conversations[0], system_message, keys) if is_listed else None
             keeps_history = return_history or return_dict or stream
@@ -887,11 +886,11 @@ def _tile_layout(grids, tiles: list[int]) -> torch.Tensor:
     return torch.tensor(counts)
 
 
-def _image_keys(processor, conversation: Conversation, tile_order: str, use_scm: bool, grids) -> list[bytes]:
+def _image_keys(processor, conversation: Conversation, tile_order: str, knows_grids: bool, grids) -> list[bytes]:
     """Return what tells the images of a conversation apart, with how they are cut."""
     images = conversation.images
     if images and images[0][1] is None:
-        counts = _tile_layout(grids if use_scm else None, [len(tiles) for tiles, _ in images]).tolist()
+        counts = _tile_layout(grids if knows_grids else None, [len(tiles) for tiles, _ in images]).tolist()
         return [image_key(tiles, (tile_order, count)) for (tiles, _), count in zip(images, counts)]
     settings = processor.image_processor.to_json_string() if images else ""
     return [image_key(source, (settings, options)) for source, options in images]

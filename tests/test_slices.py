@@ -10,6 +10,8 @@ from PIL import Image
 
 from minimonkey.conversation import SlicedImage, expand_placeholders
 from minimonkey.image_inputs import ImageInputs
+from minimonkey.scripts.evaluation.runner import Answering
+from minimonkey.scripts.evaluation.ways import tilings
 from minimonkey.tiling import choose_grids, slice_sizes
 
 
@@ -223,3 +225,11 @@ def test_where_an_image_stands_is_told(processor, pictures):
 def test_the_square_path_carries_nothing_more(processor, pictures):
     inputs = processor(pictures[0], "<image>\nRead.")
     assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "tile_counts", "tile_grids"}
+
+
+def test_an_ablation_counts_the_tokens_of_slices(nano, processor, pictures):
+    (way,) = tilings((1, 9, 1, 1), ["slices"])
+    answering = Answering(nano, processor, 4, way.images_kwargs, None, None, None)
+    inputs = processor(pictures[0], "<image>", images_kwargs=way.images_kwargs)
+    tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+    assert answering.count_tokens([pictures[0]]) == (tokens, tokens)
