@@ -8,6 +8,7 @@ another --size than Nano weights are random and both towers have --layers layers
 import argparse
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from minimonkey.scripts.repository import ROOT, load_model, load_processor, whol
 
 QUESTION = "Read the text."
 WARM_UP_IMAGES = 4
+STAGES = ("vision", "prompts", "answers")  # of transformers; the rest is cutting images, choosing tokens, and Python
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +46,13 @@ def run(args: argparse.Namespace) -> None:
     rounds = [receipts(WARM_UP_IMAGES, 0), *(receipts(args.images, seed + 1) for seed in range(args.repeats))]
     with tempfile.TemporaryDirectory() as folder:
         model = ROOT if args.size == "Nano" else write_random_model(args.size, args.layers, Path(folder))
-        ways = transformers_ways(model, args)
+        spent: dict[str, float] = {}
+        ways = transformers_ways(model, args, spent)
         if not args.without_vllm:
             ways["vllm"] = vllm_way(model, args)
-    times = median_times(
-        {name: in_rounds(way, rounds) for name, way in ways.items()}, torch.device("cpu"), args.repeats
-    )
+        stages: dict[str, dict[str, float]] = {}
+        functions = {name: with_stages(in_rounds(way, rounds), spent, stages, name) for name, way in ways.items()}
+        times = median_times(functions, torch.device("cpu"), args.repeats)
     first, first_cpu = times["one by one"]
     rows = [
         {
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
             "CPU s": cpu,
             "images/CPU s": args.images / cpu,
             "times in CPU s": first_cpu / cpu,
+            **{f"{stage} CPU s": stages[name].get(stage) for stage in STAGES},
         }
         for name, (wall, cpu) in times.items()
     ]
@@ -93,9 +97,42 @@ def in_rounds(way: Callable[[list], None], rounds: list[list]) -> Callable[[], N
     return lambda: way(next(remaining))
 
 
-def transformers_ways(folder: Path, args: argparse.Namespace) -> dict[str, Callable[[list], None]]:
-    """Return how transformers answers: with `chat` and with `batch_chat`, in float32."""
+def count_cpu(module: torch.nn.Module, spent: dict[str, float], name: str) -> None:
+    """Add what a module's `forward` costs in seconds of all processors to `spent`, apart for prompts and answers."""
+    started = []
+
+    def begin(*_) -> None:
+        started.append(time.process_time())
+
+    def end(module, args, kwargs, output) -> None:
+        stage = name
+        if name == "language":
+            stage = "answers" if output.last_hidden_state.shape[1] == 1 else "prompts"
+        spent[stage] = spent.get(stage, 0.0) + time.process_time() - started.pop()
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end, with_kwargs=True)
+
+
+def with_stages(function: Callable[[], None], spent: dict[str, float], stages: dict, name: str) -> Callable[[], None]:
+    """Return a function that leaves in `stages` under its name what was `spent` at its last call."""
+
+    def watched() -> None:
+        spent.clear()
+        function()
+        stages[name] = dict(spent)
+
+    return watched
+
+
+def transformers_ways(
+    folder: Path, args: argparse.Namespace, spent: dict[str, float]
+) -> dict[str, Callable[[list], None]]:
+    """Return how transformers answers, with `chat` and with `batch_chat`, in float32; `spent` is what `count_cpu` adds to."""
     model, processor = load_model(folder, dtype=torch.float32), load_processor(folder)
+    watched = ("vision", model.model.vision_tower), ("language", model.model.language_model)
+    for name, module in watched:
+        count_cpu(module, spent, name)
     options = {
         "images_kwargs": {"preset": args.preset},
         "max_new_tokens": args.new_tokens,

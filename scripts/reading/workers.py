@@ -67,7 +67,7 @@ def spread(
         path = os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])
         options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
         if not os.environ.get("RAY_ADDRESS"):
-            options["num_cpus"] = max(LEAST_CPUS, workers + 2, os.cpu_count() or 1)
+            options |= {"num_cpus": max(LEAST_CPUS, workers + 2, os.cpu_count() or 1), "include_dashboard": False}
         ray.init(**options)
     try:
         context = ray.data.DataContext.get_current()
