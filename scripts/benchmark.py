@@ -7,6 +7,7 @@
     python scripts/benchmark.py serving --without-vllm      64 receipts one by one and in batches
     python scripts/benchmark.py cpu --size 2B --depth 2     ways to store and compute weights, beside the machine's floor
     python scripts/benchmark.py process --preset int4       peak memory and times of a process of its own
+    python scripts/benchmark.py engines --size 1B           torch, llama.cpp and onnxruntime in turns
     python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
 
 Prints a table for people and one JSON line for machines. Runs anywhere: weights are random and nothing is downloaded.
@@ -22,7 +23,9 @@ from minimonkey.scripts.benchmarking import (
     cpu,
     decode,
     drift,
+    engines,
     load,
+    plain,
     preprocessing,
     process,
     serving,
@@ -39,6 +42,8 @@ SUBJECTS = {
     "vision": vision,
     "compression": compression,
     "decode": decode,
+    "engines": engines,
+    "plain": plain,
     "conversation": conversation,
     "stages": stages,
     "serving": serving,

@@ -70,7 +70,11 @@ def test_scale_compression_keeps_the_same_tokens(nano):
     ours, theirs, processor = load_model(ROOT, dtype=torch.float32), opened(nano), load_processor(ROOT)
     content = [{"type": "image", "path": str(ROOT / "assets" / "receipt.png")}, {"type": "text", "text": "The total?"}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"images_kwargs": {"preset": "default"}},
     )
     for queries in ("all", "visual"):
         (expected,), (kept,) = (model.kept_positions(**inputs, scm_queries=queries) for model in (ours, theirs))
