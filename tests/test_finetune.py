@@ -376,9 +376,32 @@ def test_adapters_on_8_bit_weights_and_modules_beside_them(tmp_path):
 
 
 def test_what_few_bits_cannot_do(tmp_path):
+    with pytest.raises(ValueError, match="A fresh_projector has to be trained, but train is .'language_model'"):
+        read_recipe(write_recipe(tmp_path, train=["language_model"], fresh_projector=True))
     for options in ({"frozen_weights": "int8"}, {"lora_also": ["norm"]}):
         with pytest.raises(ValueError, match="lora_also and frozen_weights belong to lora_r"):
             read_recipe(write_recipe(tmp_path, **options))
     recipe = read_recipe(write_recipe(tmp_path, lora_r=4, train=["language_model"], lora_also=["no_such"]))
     with pytest.raises(ValueError, match="no module of projector or language model has 'no_such'"):
         load_model(str(ROOT), recipe)
+
+
+def test_the_four_stages_of_tinygpt_v(tmp_path):
+    """Each goes on from the one before; the warm-up trains norms and a fresh projector and nothing else."""
+    model = str(ROOT)
+    for stage in range(1, 5):
+        recipe = ROOT / "scripts/training/recipes" / f"tinygpt-v-{stage}.yaml"
+        out = tmp_path / str(stage)
+        changes = [
+            f"output_dir={out}",
+            f"data={json.dumps(write_words(tmp_path))}",
+            "max_steps=1",
+            "max_seq_length=2048",
+        ]
+        changes += [f"model={model}", "batch_size=2", "per_device_train_batch_size=2", "dataloader_num_workers=0"]
+        train_here(recipe, *(part for change in changes for part in ("--set", change)))
+        model = str(out / "model")
+    before, after = load_file(ROOT / "model.safetensors"), load_file(tmp_path / "1" / "model" / "model.safetensors")
+    names = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert names and all("norm" in name or "multi_modal_projector" in name for name in names)
+    assert torch.equal(before["lm_head.weight"].bfloat16(), after["lm_head.weight"])

@@ -1,7 +1,6 @@
 """The model beyond parity: generation modes, precision, memory options, saving, inputs that do not fit."""
 
 import copy
-import sys
 import threading
 
 import pytest
@@ -193,10 +192,10 @@ def test_whole_numbers_are_normalised_by_the_model(nano, processor):
     )
 
 
-def test_many_tiles_go_through_in_chunks(monkeypatch):
+def test_many_tiles_go_through_in_chunks():
     model, batch, calls = tiny_model(), prompt(5), []
     whole = model.encode_images(batch["input_ids"], batch["pixel_values"])
-    monkeypatch.setattr(sys.modules[type(model).__module__], "VISION_CHUNK_TILES", 2)
+    model.vision_chunk_tiles = 2
     model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
     assert torch.allclose(model.encode_images(batch["input_ids"], batch["pixel_values"]), whole, atol=1e-5)
     assert len(calls) == 3

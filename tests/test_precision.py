@@ -120,5 +120,5 @@ def test_weights_take_half_of_the_memory_that_is_free():
     assert storage(torch.float32, 5 * 10**9) == "bfloat16"
     assert storage(torch.bfloat16, 3 * 10**9) == "int8"
     assert storage(torch.float32, 1.5 * 10**9) == "int4"
-    with pytest.raises(ValueError, match=r"1 billion weights takes 0.6 GiB in 4 bits .* 0.9 GiB are free"):
+    with pytest.raises(ValueError, match=r"1 billion weights takes 0.6 GiB in 4 bits.* 0.9 GiB are free"):
         storage(torch.bfloat16, 10**9)

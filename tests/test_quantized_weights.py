@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, enable_activation_checkpointing
 from model_helpers import GENERATION_MODES, prompt, tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel
+from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
 
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.quantized_weights import (
@@ -19,7 +19,7 @@ from minimonkey.quantized_weights import (
     store_weights,
 )
 from minimonkey.scripts import chat, quantize
-from minimonkey.scripts.repository import load_model
+from minimonkey.scripts.repository import load_model, load_processor
 
 
 # How far two neighbouring values of a format are apart at most, as a share of the largest weight; an error is half of that.
@@ -192,3 +192,30 @@ def test_layers_by_name(tmp_path, capsys):
 def test_bluelm_keeps_its_cache_in_8_bits(tmp_path):
     quantize.main([str(ROOT), str(tmp_path / "out"), "--preset", "bluelm"])
     assert load_model(tmp_path / "out", dtype=torch.float32).config.kv_cache_dtype == "int8"
+
+
+# --- other packages' ways, through transformers -----------------------------------------------------------------------
+
+
+def torchao_8_bit():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+def bitsandbytes_4_bit():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("config", [torchao_8_bit, bitsandbytes_4_bit])
+def test_models_quantised_by_other_packages(config, tmp_path):
+    model = load_model(ROOT, dtype=torch.float32, quantization_config=config())
+    model.save_pretrained(tmp_path)  # at once: bitsandbytes lays weights out anew for the CPU when it first computes
+    processor = load_processor(ROOT)
+    question = (str(ROOT / "assets/example.png"), "Read the text.")
+    answer, history = model.chat(processor, *question, return_history=True)
+    assert answer and model.chat(processor, question[0], "And?", history=history)
+    again = load_model(tmp_path, dtype=torch.float32)
+    assert again.chat(processor, *question) == answer
+    assert quantize.main([str(tmp_path), str(tmp_path / "out"), "--preset", "int8"]) == 1

@@ -66,6 +66,10 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
     if recipe.frozen_weights is not None:
         trained = whole_modules(model, recipe.lora_also) if recipe.lora_also else []
         store_weights(model, QuantizedWeightsConfig(recipe.frozen_weights), trained)
+    if recipe.fresh_projector:
+        torch.manual_seed(recipe.seed)
+        for module in model.model.multi_modal_projector.modules():
+            getattr(module, "reset_parameters", lambda: None)()
     if recipe.language_layers is not None:
         deepen(model, recipe.language_layers)
     model.config.text_config.use_cache = False  # useless in training

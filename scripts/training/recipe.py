@@ -73,6 +73,8 @@ class Recipe(TrainingArguments):
     """Of these parts only parameters with one of these texts in their name, as `visual_mlp` for visual experts."""
     frozen: list[str] | None = None
     """Parameters with one of these texts in their name stay as they are."""
+    fresh_projector: bool = False
+    """Begin with a projector that has learned nothing, as where a tower meets a language model for the first time."""
     lora_r: int | None = None
     """Train instead adapters of this rank on every attention and MLP projection of the language model."""
     lora_alpha: int | None = None
@@ -345,6 +347,8 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("language_layers adds layers that have to be trained: train the language_model, without LoRA.")
     if recipe.language_layers is not None and recipe.depth is not None:
         raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
+    if recipe.fresh_projector and "projector" not in recipe.train:
+        raise ValueError(f"A fresh_projector has to be trained, but train is {recipe.train}; add projector.")
     _check_lora(recipe)
     _check_grafts(recipe)
     _check_letters(recipe)
