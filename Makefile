@@ -13,7 +13,9 @@ LOWEST = requirements/floor.txt
 
 OVERLAYS = .overlays
 FLOOR_TRANSFORMERS = $(shell grep '^transformers==' $(LOWEST))
-CORE = -m pytest -q -m core
+# A file of tests to each free processor; four processes at most, since each loads torch.
+PYTEST = -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+CORE = $(PYTEST) -m core
 PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
 VERSION = import importlib.metadata; print(importlib.metadata.version('transformers'))
 
@@ -41,7 +43,7 @@ train-nano-smoke: setup
 	$(BIN)/python scripts/evaluate.py --model $(NANO_SMOKE)/model --items 4
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(PYTEST)
 
 $(NEWEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(NEWEST)
@@ -50,7 +52,7 @@ $(NEWEST)/.ready: pyproject.toml
 	touch $@
 
 test-newest: $(NEWEST)/.ready
-	$(NEWEST)/bin/python -m pytest -q
+	$(NEWEST)/bin/python $(PYTEST)
 
 # vLLM for CPUs wants a build of torch that is not on PyPI; without access to its index, but with that build at hand, TORCH_INDEX=.
 # What it brings for audio, video and GPUs cannot be imported beside that torch, nor can a torchvision built for CUDA as it is.
@@ -80,7 +82,7 @@ $(FLOOR)/.ready: pyproject.toml $(LOWEST)
 	touch $@
 
 test-floor: $(FLOOR)/.ready
-	$(FLOOR)/bin/python -m pytest -q
+	$(FLOOR)/bin/python $(PYTEST)
 
 # The core tests beside another transformers than the locked one: laid, with what it needs, over the locked
 # set, so that torch need not come again.
@@ -116,7 +118,7 @@ test-ray: $(RAY)/.ready
 	$(RAY)/bin/python -m pytest -q -m ray tests/test_reading_engines.py
 
 test-all: setup
-	$(BIN)/python -m pytest -q -m "not gpu and not browser and not ray and not vllm"
+	$(BIN)/python $(PYTEST) -m "not gpu and not browser and not ray and not vllm"
 
 lint: setup
 	$(BIN)/ruff check .
