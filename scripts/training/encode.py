@@ -39,7 +39,7 @@ class Encoder:
     def __init__(self, processor, config, grounding_tokens: bool = False):
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
-        self.tokens_per_tile = processor.image_seq_length
+        self.tokens_per_tile, self.image_token_id = processor.image_seq_length, config.image_token_id
         self.template = get_template(config.template)
         self.system_message = config.system_message
         self.patches_per_side = config.tile_size // config.vision_config.patch_size[0]
@@ -79,12 +79,14 @@ class Encoder:
         ranges: tuple[int, int, int, int],
         use_thumbnail: bool | None = None,
     ) -> dict:
-        """Return a sample: input_ids, labels (N) and, with images, uint8 pixel_values (T, 3, S, S), tile_grids (images, 4)."""
+        """Return a sample: input_ids, labels (N) and, with images, uint8 pixel_values (T, 3, S, S), tile_counts (images, 3),
+        tile_grids (images, 4).
+        """
         sample, tiles = {}, []
         if pictures:
             options = {**self._tile_options(ranges, len(pictures), use_thumbnail), **AS_BYTES}
             cut = self.image_processor(pictures, return_tensors="pt", **options)
-            tiles = cut.pop("tile_counts").sum(dim=1).tolist()
+            tiles = cut["tile_counts"].sum(dim=1).tolist()
             sample = dict(cut)
         ids, labels = self.ids_and_labels(conversation, tiles)
         return {**sample, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}

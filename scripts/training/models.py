@@ -13,6 +13,7 @@ from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.scripts.importing.folder import new_folder
 from minimonkey.scripts.repository import readable
+from minimonkey.scripts.training.dropping import with_dropping
 from minimonkey.scripts.training.letters import with_letters
 from minimonkey.scripts.training.nano import write_untrained
 from minimonkey.scripts.training.recipe import UNTRAINED_NANO, Recipe
@@ -44,6 +45,8 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         ValueError: The model has fewer layers than the depth asked for, or more language layers than asked for.
     """
     model_class = MiniMonkeyForConditionalGeneration
+    if recipe.dropping is not None:
+        model_class = with_dropping(model_class)
     if recipe.names_letters:
         model_class = with_letters(model_class, recipe.letters_weight)
     options = {} if recipe.depth is None else {"config": _config_of_depth(folder, recipe.depth)}
