@@ -32,6 +32,7 @@ from minimonkey.scripts.importing.folder import (
     new_folder,
     save_processor,
 )
+from minimonkey.scripts.importing.published import published_preset
 from minimonkey.scripts.importing.tokenizer import convert_tokenizer, has_tokenizer
 from minimonkey.scripts.importing.weights import Shard, check_against_model, convert_shards, read_shards
 from minimonkey.scripts.repository import ROOT, reports_errors
@@ -66,7 +67,7 @@ def import_checkpoint(source: str, out: Path, image_token_id: int | None = None)
     check_against_model(shards, expected_shapes(config), convert, config.tie_word_embeddings)
     with new_folder(out, fingerprint(config, shards)) as work:
         convert_shards(shards, work, convert)
-        write_settings(work, config, tokenizer, with_bos)
+        write_settings(work, config, tokenizer, with_bos, published_preset(source))
 
 
 def resolve_source(source: str) -> Path:
@@ -158,14 +159,14 @@ def fingerprint(config, shards: list[Shard]) -> str:
     return hashlib.sha256(json.dumps([config.to_dict(), files], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def write_settings(work: Path, config, tokenizer, with_bos: bool) -> None:
+def write_settings(work: Path, config, tokenizer, with_bos: bool, preset: str | None) -> None:
     """Write everything but the weights: configuration, tokenizer, processor and the code that loads them."""
     config.architectures = ["MiniMonkeyForConditionalGeneration"]
     config.save_pretrained(work)
     if tokenizer is None:
-        image_processor(config).save_pretrained(work)
+        image_processor(config, preset).save_pretrained(work)
     else:
-        save_processor(work, config, tokenizer, with_bos)
+        save_processor(work, config, tokenizer, with_bos, preset)
         generation_config(config, tokenizer).save_pretrained(work)
     for code in ROOT.glob("*.py"):
         shutil.copy(code, work)

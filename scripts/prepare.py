@@ -4,7 +4,7 @@
     python scripts/prepare.py drivelm downloads/drivelm data/drivelm --split eval           the questions that are scored
     python scripts/prepare.py remote-sensing downloads data/remote --general data/playground/meta.json --general-share 0.2
     python scripts/prepare.py playground playground data/playground                       what Mini-Monkey was trained on
-    python scripts/prepare.py chartqa ChartQA_TEST.tsv data/chartqa                        one of the thirteen benchmarks
+    python scripts/prepare.py chartqa ChartQA_TEST.tsv data/chartqa                        one of the benchmarks
     python scripts/prepare.py meta train_meta/internvl_1_2_finetune_medical.json data/medical
 
 Writes into OUT: NAME.jsonl, meta.json for `data` of a recipe (data sets prepared before stay in it), NAME.refused.jsonl with a

@@ -52,8 +52,10 @@ SCORERS: dict[str, Callable[[domains.Rows], dict]] = {
     "mme": domains.score_mme,
     "hallusionbench": domains.score_hallusionbench,
     "pope": domains.score_pope,
+    "mmbench": domains.score_mmbench,
     "scenes": score_items,
 }
+SERVER_ONLY = ("mmvet",)  # scored by a large language model of its authors
 
 
 def read_items(path: Path) -> dict[str, dict]:
@@ -96,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.submission is not None and args.name not in SUBMISSIONS:
         parser.error(f"--submission is for {', '.join(SUBMISSIONS)}")
+    if args.submission is None and args.name in SERVER_ONLY:
+        parser.error(f"{args.name} is scored by its server; give --submission FILE")
     items, predictions = read_items(args.benchmark), read_predictions(args.predictions)
     check_whole(items, predictions)
     if args.submission is not None:

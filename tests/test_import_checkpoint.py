@@ -11,7 +11,7 @@ import torch
 from conftest import FIXTURES, ROOT
 from safetensors.torch import load_file, save_file
 from sentencepiece_helpers import write_internlm2_folder
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 from minimonkey.scripts.import_checkpoint import import_checkpoint, main
 from minimonkey.scripts.importing import weights
@@ -81,6 +81,15 @@ def test_checkpoint_with_its_tokenizer_chats(published, tmp_path):
     assert prompt.startswith("<s><|im_start|>system\n你是由上海人工智能实验室")
     picture = torch.zeros(3, 40, 60, dtype=torch.uint8)
     assert isinstance(model.chat(processor, picture, "Read.", max_new_tokens=3), str)
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles"), [("Mini-InternVL2-2B-DA-Drivelm", (1, 12, 1, 1)), ("InternVL2-2B", (4, 12, 3, 7))]
+)
+def test_adapted_models_keep_the_tile_ranges_they_were_trained_with(published, tmp_path, name, tiles):
+    import_checkpoint(str(published.rename(tmp_path / name)), tmp_path / "out", IMAGE_TOKEN)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert (loaded.min_tiles, loaded.max_tiles, loaded.adaptive_min_tiles, loaded.adaptive_max_tiles) == tiles
 
 
 def test_interrupted_import_goes_on(published, tmp_path, monkeypatch):

@@ -190,6 +190,16 @@ def score_hallusionbench(rows: Rows) -> dict[str, float]:
     return result | {"mean": (result["aAcc"] + result["fAcc"] + result["qAcc"]) / 3}
 
 
+def score_mmbench(rows: Rows) -> dict[str, float]:
+    """Return MMBench's accuracy: a question counts if it is answered right in every order of its options.
+
+    Rows have `group`, the question. Source: MMBench's circular evaluation (arXiv 2307.06281).
+    """
+    return share([all(row["score"] for row in turned) for turned in _by(rows, "group").values()], "circular") | share(
+        [bool(row["score"]) for row in rows], "vanilla"
+    )
+
+
 def score_pope(rows: Rows) -> dict[str, float]:
     """Return POPE's accuracy, precision, recall and F1 of saying yes, in each category and over all.
 

@@ -1,6 +1,6 @@
 """Files for the servers that score what has no public answers.
 
-Source: the Robust Reading Competition's DocVQA and InfographicVQA tasks; DriveLM's challenge.
+Source: the Robust Reading Competition's DocVQA and InfographicVQA tasks; DriveLM's challenge; MM-Vet's evaluator.
 """
 
 from minimonkey.scripts.preparing.drivelm import to_cameras
@@ -33,4 +33,9 @@ def for_drivelm(benchmark: dict[str, dict], predictions: dict[str, dict]) -> dic
     return dict.fromkeys(DRIVELM_FIELDS, "") | {"results": results}
 
 
-SUBMISSIONS = {"docvqa": for_docvqa, "infovqa": for_docvqa, "drivelm": for_drivelm}
+def for_mmvet(benchmark: dict[str, dict], predictions: dict[str, dict]) -> dict[str, str]:
+    """Return what MM-Vet's evaluator takes: the answer to each question, under the names v1_0, v1_1 ..."""
+    return {f"v1_{name.removeprefix('v1_')}": predictions[name]["answer"] for name in benchmark}
+
+
+SUBMISSIONS = {"mmvet": for_mmvet, "docvqa": for_docvqa, "infovqa": for_docvqa, "drivelm": for_drivelm}

@@ -111,18 +111,18 @@ def _finish(work: Path, out: Path) -> None:
         (out / name).unlink()
 
 
-def image_processor(config):
-    """Return the image processor of a model of this configuration."""
+def image_processor(config, preset: str | None = None):
+    """Return the image processor of a model of this configuration, with the tile ranges of a preset if one is named."""
     size = {"height": config.tile_size, "width": config.tile_size}
-    return MiniMonkeyImageProcessor(size=size)
+    return MiniMonkeyImageProcessor(size=size, preset=preset)
 
 
-def save_processor(folder: Path, config, tokenizer, with_bos: bool) -> None:
+def save_processor(folder: Path, config, tokenizer, with_bos: bool, preset: str | None = None) -> None:
     """Save tokenizer, image processor and chat template as one processor."""
     template = get_template(config.template)
     jinja = chat_template_jinja(template, config.system_message, with_bos)
     MiniMonkeyProcessor(
-        image_processor(config), tokenizer, image_seq_length=config.image_seq_length, chat_template=jinja
+        image_processor(config, preset), tokenizer, image_seq_length=config.image_seq_length, chat_template=jinja
     ).save_pretrained(folder)
 
 

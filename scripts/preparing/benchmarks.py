@@ -1,4 +1,4 @@
-"""Mini-Monkey's thirteen benchmarks in their published files: VLMEvalKit's TSV with images in base64, or InternVL's JSONL.
+"""The benchmarks of Mini-Monkey and Mono-InternVL in their published files: VLMEvalKit's TSV, or InternVL's JSONL.
 
     python scripts/prepare.py chartqa ChartQA_TEST.tsv data/chartqa
     python scripts/evaluate.py --benchmark data/chartqa/chartqa.jsonl --preset chartqa --out chartqa.predictions.jsonl
@@ -24,8 +24,10 @@ from minimonkey.scripts.preparing.records import Record, Refusal, with_image
 UNKNOWN = "unknown"
 ONE_WORD = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+DIRECTLY = "Answer the question directly."
 YES_OR_NO = "Please answer yes or no. " + ONE_WORD
 LETTERS = "ABCDEFGH"
+CIRCULAR = 1_000_000  # MMBench asks a question again with its options turned, under an index that is so much higher
 REFERRING = 64  # characters: a shorter image is the index of a row that has it
 
 
@@ -44,7 +46,7 @@ class Benchmark:
     preset: str
 
 
-BENCHMARKS = {
+MINI_MONKEY = {
     "mme": Benchmark("yes_no", ONE_WORD, "mme"),
     "realworldqa": Benchmark("choice", ONE_WORD, "realworldqa"),
     "ai2d": Benchmark("choice", ONE_WORD, "others"),
@@ -59,6 +61,15 @@ BENCHMARKS = {
     "textvqa": Benchmark("vqa_accuracy", ONE_WORD, "others"),
     "ocrbench": Benchmark("ocrbench", ONE_WORD, "ocrbench"),
 }
+# What Mono-InternVL reports besides; it knows no adaptive tiles.
+MONO_INTERNVL = {
+    "mmvet": Benchmark("exact_match", "", "internvl"),  # a server scores it: score.py --submission
+    "mmmu": Benchmark("choice", DIRECTLY, "internvl"),
+    "mmbench": Benchmark("choice", ONE_WORD, "internvl"),
+    "scienceqa": Benchmark("choice", ONE_WORD, "internvl"),
+    "gqa": Benchmark("exact_match", ONE_WORD, "internvl"),
+}
+BENCHMARKS = MINI_MONKEY | MONO_INTERNVL
 FORMULAS = "Handwritten Mathematical Expression Recognition"  # of OCRBench, whose spaces do not count
 
 
@@ -130,6 +141,8 @@ def _record(name: str, row: dict, images: list[Path]) -> Record:
     scoring = {"answers": answers, "metric": metric} | {
         ours: row[theirs] for ours, theirs in (("category", "category"), ("kind", "split")) if row.get(theirs)
     }
+    if name == "mmbench":
+        scoring["group"] = str(int(row["index"]) % CIRCULAR)
     if name == "mme":
         scoring["group"] = row.get("image_path") or images[0].name
     if name == "hallusionbench":
