@@ -217,6 +217,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
         first, token = shares.first_token(way.processor), shares.next_token(way.processor, args.tokens)
         speed = 2 * SQUARE**3 / machine.processor[str(way.dtype)]
         row = {
+            "size": size,
             "way": name,
             "read MB": megabytes(way.stored),
             "first token: s": shares.first_token(way.clock),
