@@ -88,8 +88,8 @@ def _page():
 def test_what_vllm_cannot_do_is_refused(vllm):
     with pytest.raises(ValueError, match="no scale compression"):
         vllm.answer([Image.open(EXAMPLE)], Question("Read.", scm_keep_ratio=0.5))
-    with pytest.raises(ValueError, match="subfolder 'nano-documents'"):
-        VllmEngine(Weights(str(ROOT), subfolder="nano-documents"))
+    with pytest.raises(ValueError, match="subfolder 'weights'"):
+        VllmEngine(Weights(str(ROOT), subfolder="weights"))
 
 
 def test_vllm_that_is_not_installed_is_said(monkeypatch):

@@ -112,7 +112,11 @@ def test_frames_of_videos_follow_the_tiling(processor):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tiling": "square"}, "tiling is one of"), ({"relaxed_alpha": 2.0}, "relaxed_alpha is a share")],
+    [
+        ({"tiling": "square"}, "tiling is one of"),
+        ({"relaxed_alpha": 2.0}, "relaxed_alpha is a share"),
+        ({"max_scale": 0.5}, "max_scale is how much"),
+    ],
 )
 def test_options_that_cannot_work_are_refused(either, nano, processor, options, message):
     with pytest.raises(ValueError, match=message):
@@ -134,3 +138,48 @@ def test_compression_takes_the_detailed_tiles_of_any_tiling(nano, processor):
     detailed = 49 * int(inputs["tile_counts"][0, 0])
     assert detailed and len(kept) == inputs["input_ids"].shape[1] - detailed + detailed // 2
     assert isinstance(kept, torch.Tensor)
+
+
+# --- small images ----------------------------------------------------------------------------------------------------
+
+
+def test_a_small_image_has_few_tiles():
+    """By hand, in tiles of 112 px that enlarge at most 1.5 times: a side has 1.5 * side / 112 of them, and one at least."""
+    ranges = PRESETS["default"]
+    assert choose_grids(100, 50, ranges, 112, max_scale=1.5) == ((1, 1), (1, 1))  # one tile across, one down
+    assert choose_grids(250, 60, ranges, 112, max_scale=1.5) == ((3, 1), (1, 1))  # the only adaptive one divides it
+    assert choose_grids(250, 60, ranges, 112) == ((4, 1), (3, 1))
+    assert choose_grids(448, 30, ranges, 112, max_scale=1.5) == ((6, 1), (5, 1))  # published: 12 tiles across
+    assert choose_grids(448, 30, ranges, 112)[0] == (12, 1)
+
+
+@pytest.mark.parametrize("tiling", ["msac", "internvl"])
+def test_a_scale_bounds_both_grids_and_changes_no_large_image(tiling):
+    for width in range(20, 900, 37):
+        for height in range(20, 900, 41):
+            grids = choose_grids(width, height, PRESETS["default"], 112, tiling, max_scale=1.5)
+            for columns, rows in grids:
+                assert columns == 1 or columns * 112 <= 1.5 * width
+                assert rows == 1 or rows * 112 <= 1.5 * height
+            if min(width, height) >= 12 * 112 / 1.5:
+                assert grids == choose_grids(width, height, PRESETS["default"], 112, tiling)
+
+
+def test_a_scale_is_an_option_like_any_other(either, tmp_path):
+    options = {"preset": "default", "size": square(112), "max_scale": 1.5}
+    inputs = either(Image.new("RGB", (250, 60)), **options)
+    assert [*inputs["tile_grids"][0]] == [3, 1, 1, 1] and len(inputs["pixel_values"]) == 4
+    assert either.get_number_of_image_patches(60, 250, options) == 4
+    height, width = either.largest_image(**options)
+    unbounded = either.largest_image(**{**options, "max_scale": None})
+    counts = either.get_number_of_image_patches
+    assert counts(height, width, options) == counts(*unbounded, {**options, "max_scale": None})
+    type(either)(max_scale=2).save_pretrained(tmp_path)
+    assert type(either).from_pretrained(tmp_path).max_scale == 2
+    assert type(either)().max_scale is None  # as published
+
+
+def test_what_nano_ships_gives_a_word_fewer_tiles_than_a_page(shipped_processor):
+    count = shipped_processor.image_processor.get_number_of_image_patches
+    assert 1 < count(60, 250) < 8 < count(400, 300)
+    assert count(60, 250) == count(60, 250, {"preset": "default"})
