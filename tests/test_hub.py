@@ -15,7 +15,6 @@ import pytest
 from conftest import ROOT
 from hub_server import HubServer
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoModel
 
 
 REPO_ID = "minimonkey/MiniMonkey-Nano"
