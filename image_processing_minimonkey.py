@@ -91,8 +91,8 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     relaxed_alpha (`float`, *optional*, defaults to `self.relaxed_alpha`):
         Share of useful pixels that "relaxed" gives up for less waste; 0 is the rule of LLaVA-NeXT.
     max_scale (`float`, *optional*, defaults to `self.max_scale`):
-        How many times tiles may enlarge an image in either direction, at least 1, so that a small image has few tiles. None,
-        as published: however much it takes to have `min_tiles`.
+        How many times tiles may enlarge an image, at least 1, so that a small image has few tiles; one that is narrower than a
+        tile is enlarged to that. None, as published: however much it takes to have `min_tiles`.
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
         Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
         only in parts, which is useful for comparisons.

@@ -116,14 +116,16 @@ def check_tiling(
 def grids_within(
     width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int, max_scale: float | None
 ) -> tuple[Grid, ...]:
-    """Return the grids of a range that enlarge an image at most `max_scale` times in either direction.
+    """Return the grids of a range that enlarge an image at most `max_scale` times, or as much as fills one tile.
 
-    A side that is shorter than a tile is one tile. Where a small image leaves no grid of `min_tiles`, it has all the smaller.
+    The longer side may grow as much as the shorter one must, so that a line of text keeps its shape. Where a small image leaves
+    no grid of `min_tiles`, it has all the smaller.
     """
     grids = grids_in_range(min_tiles, max_tiles)
     if max_scale is None:
         return grids
-    columns, rows = (max(1, int(max_scale * side / tile_size)) for side in (width, height))
+    scale = max(max_scale, tile_size / min(width, height))
+    columns, rows = (max(1, int(scale * side / tile_size + 1e-6)) for side in (width, height))
     fitting = tuple(grid for grid in grids if grid[0] <= columns and grid[1] <= rows)
     if fitting or min_tiles == 1:
         return fitting
@@ -189,8 +191,8 @@ def choose_grids(
             grid and no adaptive one; "logscore" (MiniCPM-V) and "relaxed" (BlueLM-V-3B) choose the detailed grid by their
             own rules, and "msac-logscore" and "msac-relaxed" add the adaptive grid to these.
         relaxed_alpha: Share of useful pixels that "relaxed" gives up for less waste.
-        max_scale: How many times tiles may enlarge an image in either direction, so that a small one has few; None: however
-            much it takes, as published. "logscore" and "relaxed" have rules of their own for small images.
+        max_scale: How many times tiles may enlarge an image whose sides are longer than a tile, so that a small one has few;
+            None: however much it takes, as published. "logscore" and "relaxed" have rules of their own for small images.
 
     Raises:
         ValueError: A size below 1, an empty range, an unknown tiling, an alpha that is no share, or a scale below 1.

@@ -144,13 +144,18 @@ def test_compression_takes_the_detailed_tiles_of_any_tiling(nano, processor):
 
 
 def test_a_small_image_has_few_tiles():
-    """By hand, in tiles of 112 px that enlarge at most 1.5 times: a side has 1.5 * side / 112 of them, and one at least."""
+    """By hand, in tiles of 112 px: what is lower than a tile is enlarged to one, and as much across."""
     ranges = PRESETS["default"]
-    assert choose_grids(100, 50, ranges, 112, max_scale=1.5) == ((1, 1), (1, 1))  # one tile across, one down
-    assert choose_grids(250, 60, ranges, 112, max_scale=1.5) == ((3, 1), (1, 1))  # the adaptive (3, 1) divides it
-    assert choose_grids(250, 60, ranges, 112) == ((4, 1), (5, 1))
-    assert choose_grids(448, 30, ranges, 112, max_scale=1.5) == ((6, 1), (5, 1))  # published: 12 tiles across
-    assert choose_grids(448, 30, ranges, 112)[0] == (12, 1)
+
+    def grids(width: int, height: int, max_scale: float | None = 1.5):
+        return choose_grids(width, height, ranges, 112, max_scale=max_scale)
+
+    assert grids(100, 80) == ((1, 1), (1, 1))  # 1.4 times: 1.25 tiles across
+    assert grids(100, 50) == ((2, 1), (1, 1))  # 2.24 times: two across
+    assert grids(250, 60) == ((4, 1), (3, 1))  # 1.87 times: 4.2 across; published (5, 1)
+    assert grids(448, 30) == ((12, 1), (7, 1)) == grids(448, 30, None)  # a line has as many as it is long
+    assert grids(100, 50, None) == ((4, 2), (3, 2))  # published: four at least
+    assert grids(160, 160) == ((2, 2), (1, 1)) and grids(300, 290) == grids(300, 290, None)
 
 
 @pytest.mark.parametrize("tiling", ["msac", "internvl"])
@@ -158,9 +163,10 @@ def test_a_scale_bounds_both_grids_and_changes_no_large_image(tiling):
     for width in range(20, 900, 37):
         for height in range(20, 900, 41):
             grids = choose_grids(width, height, PRESETS["default"], 112, tiling, max_scale=1.5)
+            scale = max(1.5, 112 / min(width, height))
             for columns, rows in grids:
-                assert columns == 1 or columns * 112 <= 1.5 * width
-                assert rows == 1 or rows * 112 <= 1.5 * height
+                assert columns == 1 or columns * 112 <= scale * width + 1
+                assert rows == 1 or rows * 112 <= scale * height + 1
             if min(width, height) >= 12 * 112 / 1.5:
                 assert grids == choose_grids(width, height, PRESETS["default"], 112, tiling)
 
@@ -168,8 +174,8 @@ def test_a_scale_bounds_both_grids_and_changes_no_large_image(tiling):
 def test_a_scale_is_an_option_like_any_other(either, tmp_path):
     options = {"preset": "default", "size": square(112), "max_scale": 1.5}
     inputs = either(Image.new("RGB", (250, 60)), **options)
-    assert [*inputs["tile_grids"][0]] == [3, 1, 1, 1] and len(inputs["pixel_values"]) == 4
-    assert either.get_number_of_image_patches(60, 250, options) == 4
+    assert [*inputs["tile_grids"][0]] == [4, 1, 3, 1] and len(inputs["pixel_values"]) == 8
+    assert either.get_number_of_image_patches(60, 250, options) == 8
     height, width = either.largest_image(**options)
     unbounded = either.largest_image(**{**options, "max_scale": None})
     counts = either.get_number_of_image_patches
@@ -181,5 +187,5 @@ def test_a_scale_is_an_option_like_any_other(either, tmp_path):
 
 def test_what_nano_ships_gives_a_word_fewer_tiles_than_a_page(shipped_processor):
     count = shipped_processor.image_processor.get_number_of_image_patches
-    assert 1 < count(60, 250) < 8 < count(400, 300)
+    assert count(80, 100) == 1 < count(50, 100) < count(60, 250) < count(400, 300)
     assert count(60, 250) == count(60, 250, {"preset": "default"})
