@@ -1,6 +1,7 @@
 """A guard against loops: when the end of an answer repeats a period too often, the answer ends.
 
     model.chat(processor, "page.png", "Read the text.", stop_repetition=True, return_dict=True).finish_reason   "repetition"
+    model.generate(**inputs, stop_repetition=True, tokenizer=tokenizer)      or with it in generation_config.json
     guard = RepetitionGuard(prompt_length, decode=tokenizer.decode)          for any model.generate(stopping_criteria=[guard])
 
 Small models that read long texts fall into loops: a line, or a few words, again and again until the limit of tokens. Documents
@@ -87,4 +88,22 @@ class RepetitionGuard(StoppingCriteria):
         return next((end for end in range(2, len(ids) + 1) if self.is_loop(ids[max(0, end - self.window) : end])), None)
 
 
-__all__ = ["RepetitionGuard"]
+def read_guard(
+    stop_repetition: bool | dict[str, int] | None, prompt_length: int, decode: Callable[[list[int]], str] | None
+) -> RepetitionGuard | None:
+    """Return the guard that an argument `stop_repetition` asks for: None for False, a dict for other settings than the default.
+
+    Raises:
+        ValueError: It is something else, or its settings cannot be.
+    """
+    if stop_repetition is False or stop_repetition is None:
+        return None
+    if stop_repetition is not True and not isinstance(stop_repetition, dict):
+        raise ValueError(f"stop_repetition is True, False or a dict of settings, got {stop_repetition!r}.")
+    settings = {} if stop_repetition is True else stop_repetition
+    if unknown := settings.keys() - DEFAULTS.keys():
+        raise ValueError(f"stop_repetition takes {', '.join(DEFAULTS)}, got {', '.join(map(str, unknown))}.")
+    return RepetitionGuard(prompt_length, **settings, decode=decode)
+
+
+__all__ = ["RepetitionGuard", "read_guard"]

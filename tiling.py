@@ -49,7 +49,8 @@ PRESETS: dict[str, TileRanges] = {
 # The tiling of presets that are not "msac", see `choose_grids`.
 PRESET_TILINGS = {"internvl": "internvl", "minicpm_v": "logscore", "bluelm_v": "relaxed"}
 
-TILINGS = ("msac", "internvl", "logscore", "relaxed", "msac-logscore", "msac-relaxed")
+TILINGS = ("msac", "internvl", "logscore", "relaxed", "msac-logscore", "msac-relaxed")  # into square tiles
+SLICES = "slices"  # MiniCPM-V's grid, cut into slices of their own size, see `slice_sizes`
 
 BUDGET_TILING = "internvl"  # of an image that is given so many tokens: what reads most, see docs/compression.md
 
@@ -93,7 +94,7 @@ def check_tiling(
 
     Args:
         ranges: As `TileRanges`, 1 <= minimum <= maximum <= `MOST_TILES`.
-        tiling: Of TILINGS.
+        tiling: Of TILINGS, or SLICES.
         relaxed_alpha: From 0 to below 1.
         max_scale: None, or at least 1.
     """
@@ -104,8 +105,8 @@ def check_tiling(
             raise ValueError(f"The {name} range {least} to {most} holds no grid; it needs 1 <= minimum <= maximum.")
         if most > MOST_TILES:
             raise ValueError(f"The {name} range {least} to {most} is too wide: a grid has at most {MOST_TILES} tiles.")
-    if tiling not in TILINGS:
-        raise ValueError(f"tiling is one of {', '.join(TILINGS)}, got {tiling!r}.")
+    if tiling not in (*TILINGS, SLICES):
+        raise ValueError(f"tiling is one of {', '.join((*TILINGS, SLICES))}, got {tiling!r}.")
     if isinstance(relaxed_alpha, bool) or not isinstance(relaxed_alpha, (int, float)) or not 0 <= relaxed_alpha < 1:
         raise ValueError(f"relaxed_alpha is a share from 0 to below 1 (0.1 in BlueLM-V-3B), got {relaxed_alpha!r}.")
     is_scale = isinstance(max_scale, (int, float)) and not isinstance(max_scale, bool) and max_scale >= 1
@@ -189,7 +190,8 @@ def choose_grids(
         tiling: Of TILINGS. "msac" takes the detailed grid that is closest in shape, and among those that do not divide it in
             both directions the closest adaptive one, so that its seams fall elsewhere. "internvl" has the same detailed
             grid and no adaptive one; "logscore" (MiniCPM-V) and "relaxed" (BlueLM-V-3B) choose the detailed grid by their
-            own rules, and "msac-logscore" and "msac-relaxed" add the adaptive grid to these.
+            own rules, and "msac-logscore" and "msac-relaxed" add the adaptive grid to these. "slices" has the grid of
+            "logscore".
         relaxed_alpha: Share of useful pixels that "relaxed" gives up for less waste.
         max_scale: How many times tiles may enlarge an image whose sides are longer than a tile, so that a small one has few;
             None: however much it takes, as published. "logscore" and "relaxed" have rules of their own for small images.
@@ -201,7 +203,7 @@ def choose_grids(
         raise ValueError(f"Sizes must be at least 1 pixel, got a {width} x {height} image, tile size {tile_size}.")
     check_tiling(*ranges, tiling=tiling, relaxed_alpha=relaxed_alpha, max_scale=max_scale)
     rule = tiling.removeprefix("msac-")
-    if rule == "logscore":
+    if rule in ("logscore", SLICES):
         detailed = logscore_grid(width, height, *ranges[:2], tile_size)
     elif rule == "relaxed":
         detailed = relaxed_grid(width, height, *ranges[:2], tile_size, relaxed_alpha)
@@ -227,6 +229,46 @@ def msac_grids(
 ) -> tuple[Grid, Grid]:
     """Return the two grids of Mini-Monkey, see `choose_grids`."""
     return choose_grids(width, height, (min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles), tile_size)
+
+
+def _to_multiple(length: float, multiple: int) -> int:
+    return max(round(length / multiple) * multiple, multiple)
+
+
+def fitted_size(width: float, height: float, side: int, multiple: int, enlarge: bool) -> tuple[int, int]:
+    """Return the (width, height) of an image with the area of a square of this `side`, in whole multiples of some pixels.
+
+    Args:
+        enlarge: Whether an image that has fewer pixels gets that area too, instead of the multiples next to its own sides.
+    """
+    if enlarge or width * height > side**2:
+        shape = width / height
+        height = int(side / shape**0.5)
+        width = int(height * shape)
+    return _to_multiple(width, multiple), _to_multiple(height, multiple)
+
+
+def slice_sizes(
+    width: int, height: int, grid: Grid, side: int = 448, multiple: int = 14
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the (width, height) of an image's overview and of each of its slices in a grid, MiniCPM-V's.
+
+    Both have about the area of a square tile and the shape of the image and its parts, so that nothing is stretched but to
+    whole multiples. Slices of the grid (1, 1) are none, and (0, 0).
+
+    Args:
+        width, height: Of the image in pixels.
+        side: Of the square in pixels.
+        multiple: What the sides are multiples of: the vision tower's patch, 14, as published.
+
+    Source: MiniCPM-V (arXiv 2408.01800), section 3.2, and its published code.
+    """
+    if grid == SINGLE_TILE:
+        return fitted_size(width, height, side, multiple, enlarge=True), (0, 0)
+    overview = fitted_size(width, height, side, multiple, enlarge=False)
+    columns, rows = grid
+    part = (_to_multiple(width, columns) / columns, _to_multiple(height, rows) / rows)
+    return overview, fitted_size(*part, side, multiple, enlarge=True)
 
 
 def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> tuple[int, int, int]:

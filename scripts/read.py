@@ -13,6 +13,7 @@ twice. A file or page that cannot be read has a line that says why, and the exit
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,17 @@ def retry_options(args: argparse.Namespace) -> dict[str, Any] | None:
     return None if args.retry_preset is None else {"preset": args.retry_preset}
 
 
+def questions_of(args: argparse.Namespace, question: Question) -> list[Question]:
+    """Return all that a page may be asked: for its fields, and once more with other tiles."""
+    texts = (field_questions(args) or {"": question.text}).values()
+    tiles = [one for one in (question.images_kwargs, retry_options(args)) if one is not None]
+    return [replace(question, text=text, images_kwargs=one) for text in texts for one in tiles]
+
+
 def load_reader(args: argparse.Namespace, question: Question) -> Reader:
     weights = Weights(args.model, args.subfolder, args.device, args.dtype)
-    return Reader(ENGINES[args.engine](weights), question, field_questions(args), retry_options(args), args.words)
+    engine = ENGINES[args.engine](weights, questions_of(args, question))
+    return Reader(engine, question, field_questions(args), retry_options(args), args.words)
 
 
 def read_batches(args: argparse.Namespace, question: Question, batches: Iterator[list[Page]]) -> Iterator[list[dict]]:

@@ -88,7 +88,7 @@ class Echo:
 class Looping:
     """An engine to which large images loop, until they are shown as another preset says."""
 
-    def __init__(self, weights):
+    def __init__(self, weights, questions):
         self.tokenizer = None
 
     def count_tokens(self, width, height, question) -> int:

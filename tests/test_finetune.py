@@ -25,6 +25,7 @@ from training_helpers import (
 )
 from transformers import AutoModel, AutoProcessor, LlamaConfig, Qwen2Config
 
+from minimonkey.quantized_weights import StoredLinear
 from minimonkey.scripts import finetune as script
 from minimonkey.scripts.benchmarking.models import random_config, random_model
 from minimonkey.scripts.importing.folder import save_processor
@@ -348,3 +349,37 @@ def test_train_nano_smoke(tmp_path):
     arguments = ["scripts/evaluate.py", "--model", tmp_path / "out" / "model", "--items", "2"]
     result = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+# --- weights in few bits under adapters ------------------------------------------------------------------------------
+
+
+def test_adapters_on_8_bit_weights_and_modules_beside_them(tmp_path):
+    """TinyGPT-V's second stage: adapters, with norms and projector trained whole, on weights that stay in 8 bits."""
+    options = {"lora_r": 4, "train": ["language_model"], "frozen_weights": "int8", "gradient_checkpointing": True}
+    options |= {"lora_also": ["norm", "multi_modal_projector"], "learning_rate": 1e-2}
+    path = write_recipe(tmp_path, **options)
+    recipe = read_recipe(path)
+    model = load_model(str(ROOT), recipe)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    assert {"lora_A", "lora_B", "norm", "multi_modal_projector"} == {
+        next(part for part in ("lora_A", "lora_B", "multi_modal_projector", "norm") if part in name) for name in trained
+    }
+    frozen = model.get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer
+    assert isinstance(frozen, StoredLinear) and frozen.weight.dtype == torch.int8
+    train_here(path)
+    merged = AutoModel.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True, dtype=torch.float32)
+    before = load_model(str(ROOT), read_recipe(write_recipe(tmp_path))).state_dict()
+    names = changed(before, merged.state_dict())
+    assert any("multi_modal_projector" in name for name in names) and any("_proj" in name for name in names)
+    assert not any("vision_tower" in name for name in names)
+
+
+def test_what_few_bits_cannot_do(tmp_path):
+    for options in ({"frozen_weights": "int8"}, {"lora_also": ["norm"]}):
+        with pytest.raises(ValueError, match="lora_also and frozen_weights belong to lora_r"):
+            read_recipe(write_recipe(tmp_path, **options))
+    recipe = read_recipe(write_recipe(tmp_path, lora_r=4, train=["language_model"], lora_also=["no_such"]))
+    with pytest.raises(ValueError, match="no module of projector or language model has 'no_such'"):
+        load_model(str(ROOT), recipe)

@@ -217,7 +217,7 @@ def test_prompts_that_contradict_themselves():
         model(**batch, inputs_embeds=torch.zeros(1, 24, 32))
 
 
-@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
+@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}])
 def test_modes_that_would_lose_the_images_are_refused(option):
     model, batch = tiny_model(), prompt(1)
     with pytest.raises(ValueError, match="does not work with images"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from conftest import ROOT
 from PIL import Image
 from reading_helpers import write_pages
 
+from minimonkey.repetition import RepetitionGuard
 from minimonkey.scripts.reading.engines import Question, VllmEngine, Weights, count_page_tokens
 from minimonkey.scripts.reading.reader import Reader
 
@@ -31,13 +33,26 @@ class FakeLlm:
     says = "Mini\nMonkey"
 
     def __init__(self, **options):
-        FakeLlm.options, self.tokenizer = options, None
+        FakeLlm.options, FakeLlm.asked, self.tokenizer = options, [], None
 
     def chat(self, messages, sampling, use_tqdm, mm_processor_kwargs):
-        FakeLlm.asked = (messages, sampling, mm_processor_kwargs)
-        ids = FakeLlm.tokenizer(self.says, add_special_tokens=False)["input_ids"]
+        FakeLlm.asked.append((messages, sampling, mm_processor_kwargs))
+        ids, reason = FakeLlm.tokenizer(self.says, add_special_tokens=False)["input_ids"], "stop"
+        detection = getattr(sampling, "repetition_detection", None)
+        if detection is not None:
+            sizes, count = range(detection.min_pattern_size, detection.max_pattern_size + 1), detection.min_count
+
+            def has_run(end: int) -> bool:
+                return any(
+                    end >= size * count and ids[end - size * count : end - size] == ids[end - size * (count - 1) : end]
+                    for size in sizes
+                )
+
+            end = next((end for end in range(len(ids)) if has_run(end)), None)
+            ids, reason = (ids, reason) if end is None else (ids[:end], "repetition")
         steps = [{token: SimpleNamespace(logprob=-0.1)} for token in ids]
-        output = SimpleNamespace(token_ids=ids, text=self.says, finish_reason="stop", logprobs=steps)
+        text = FakeLlm.tokenizer.decode(ids)
+        output = SimpleNamespace(token_ids=ids, text=text, finish_reason=reason, logprobs=steps)
         return [SimpleNamespace(outputs=[output]) for _ in messages]
 
 
@@ -45,31 +60,49 @@ class FakeLlm:
 def vllm(monkeypatch, processor):
     module, sampling = ModuleType("vllm"), ModuleType("vllm.sampling_params")
     module.LLM, module.SamplingParams = FakeLlm, SimpleNamespace
-    sampling.StructuredOutputsParams = SimpleNamespace
+    module.ModelRegistry = SimpleNamespace(get_supported_archs=lambda: ["MiniMonkeyForConditionalGeneration"])
+    sampling.StructuredOutputsParams = sampling.RepetitionDetectionParams = SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling)
     monkeypatch.setattr(FakeLlm, "says", "Mini\nMonkey")
     FakeLlm.tokenizer = processor.tokenizer
-    return VllmEngine(Weights(str(ROOT), dtype="float32"), enforce_eager=True)
+    asked = [Question("Read.", 64, {"preset": "default"}), Question("Read.", 64, {"max_tiles": 30})]
+    return VllmEngine(Weights(str(ROOT), dtype="float32"), asked, kv_cache_memory_bytes=2**27)
 
 
 def test_vllm_is_asked_for_all_pages_at_once_and_its_answer_is_described_as_ours(vllm):
-    assert FakeLlm.options["dtype"] == "float32" and FakeLlm.options["enforce_eager"]
+    assert FakeLlm.options["dtype"] == "float32" and FakeLlm.options["kv_cache_memory_bytes"] == 2**27
     images = [Image.open(EXAMPLE)] * 2
     first, second = vllm.answer(images, Question("Read.", 64, {"max_tiles": 6}))
-    messages, sampling, options = FakeLlm.asked
+    ((messages, sampling, options),) = FakeLlm.asked
     assert len(messages) == 2 and messages[0][0]["content"][0]["image_pil"] is images[0]
     assert (sampling.temperature, sampling.max_tokens, options) == (0.0, 64, {"max_tiles": 6})
     assert first == second and (first.text, first.finish_reason) == ("Mini\nMonkey", "stop")
     assert first.confidence == pytest.approx(math.exp(-0.1))
 
 
-def test_vllm_cuts_an_answer_that_repeats_itself(vllm, monkeypatch):
-    monkeypatch.setattr(FakeLlm, "says", "the bow of the ship " * 20)
+def test_vllm_has_room_for_the_largest_page_of_all_questions(vllm):
+    tokens = FakeLlm.options["max_model_len"] - 64
+    assert 49 * (30 + 1) < tokens < 49 * (30 + 6 + 1) + 200
+    assert FakeLlm.options["max_num_batched_tokens"] >= FakeLlm.options["max_model_len"]
+
+
+def test_vllm_ends_an_answer_that_repeats_itself_where_we_do(vllm, monkeypatch, processor):
+    """vLLM finds runs of 32 tokens or more, four times: a period of 20 ends it at 160, and is cut where the guard does."""
+    monkeypatch.setattr(FakeLlm, "says", "the bow of the ship " * 40)
     (looped,) = vllm.answer([Image.open(EXAMPLE)], Question("Read."))
-    assert looped.finish_reason == "repetition" and len(looped.token_ids) == len(looped.log_probabilities) < 160
+    end = RepetitionGuard(0).find(processor.tokenizer(FakeLlm.says, add_special_tokens=False)["input_ids"])
+    assert looped.finish_reason == "repetition" and len(looped.token_ids) == len(looped.log_probabilities) == end
+    assert len(FakeLlm.asked) == 1
     (free,) = vllm.answer([Image.open(EXAMPLE)], Question("Read.", stop_repetition=False))
-    assert free.finish_reason == "stop" and len(free.token_ids) == 400
+    assert free.finish_reason == "stop" and free.text.count("ship") == 40
+
+
+def test_what_vllm_took_for_a_loop_is_asked_again(vllm, monkeypatch):
+    monkeypatch.setattr(FakeLlm, "says", "0.00 0.00 0.00\n" * 60)
+    (column,) = vllm.answer([Image.open(EXAMPLE)], Question("Read."))
+    assert (column.finish_reason, column.text) == ("stop", FakeLlm.says.strip())
+    assert [one[1].repetition_detection.min_count for one in FakeLlm.asked] == [4, 32]
 
 
 def test_vllm_holds_answers_to_a_schema_by_itself(vllm, monkeypatch):
@@ -77,7 +110,7 @@ def test_vllm_holds_answers_to_a_schema_by_itself(vllm, monkeypatch):
     schema = {"type": "object", "properties": {"total": {"type": "string"}}}
     reader = Reader(vllm, Question("Read.", schema=schema))
     ((line, _),) = [(reader._described(*one), one) for one in reader._ask([_page()], reader.question)]
-    assert FakeLlm.asked[1].structured_outputs.json == schema
+    assert FakeLlm.asked[0][1].structured_outputs.json == schema
     assert line["fields"] == {"total": "2.38"} and line["field_confidence"]["total"] < 1
 
 
@@ -85,9 +118,15 @@ def _page():
     return SimpleNamespace(image=Image.open(EXAMPLE))
 
 
-def test_what_vllm_cannot_do_is_refused(vllm):
-    with pytest.raises(ValueError, match="no scale compression"):
+def test_scale_compression_is_asked_of_the_plugin(vllm):
+    vllm.answer([Image.open(EXAMPLE)], Question("Read.", 64, {"max_tiles": 6}, scm_keep_ratio=0.25))
+    assert FakeLlm.asked[0][2] == {"max_tiles": 6, "use_scm": True, "scm_keep_ratio": 0.25}
+    vllm.has_scm = False
+    with pytest.raises(ValueError, match="did not find this package's plugin"):
         vllm.answer([Image.open(EXAMPLE)], Question("Read.", scm_keep_ratio=0.5))
+
+
+def test_what_vllm_cannot_do_is_refused(vllm):
     with pytest.raises(ValueError, match="subfolder 'weights'"):
         VllmEngine(Weights(str(ROOT), subfolder="weights"))
 
@@ -114,16 +153,36 @@ def test_tokens_are_counted_without_pixels_and_never_too_few(nano, processor):
 
 
 @pytest.mark.vllm
-def test_vllm_reads_as_transformers_does(tmp_path):
-    """Run by `make test-vllm`, in an environment with vLLM."""
-    lines = {}
+@pytest.mark.parametrize("scm", [[], ["--use-scm", "--scm-keep-ratio", "0.5"]], ids=["whole", "scm"])
+def test_vllm_reads_as_transformers_does(tmp_path, scm):
+    """Run by `make test-vllm`, in an environment with vLLM; with SCM it scores as `scm_queries` of "visual" does."""
+    lines, pages = {}, [str(EXAMPLE), str(ROOT / "assets" / "receipt.png")]
+    model = shutil.copytree(
+        ROOT, tmp_path / "model", ignore=shutil.ignore_patterns(".*", "build", "tests", "docs", "runs")
+    )
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"scm_queries": "visual"}))
     for engine in ("transformers", "vllm"):
         out = tmp_path / f"{engine}.jsonl"
-        command = [sys.executable, "scripts/read.py", str(EXAMPLE), "--engine", engine, "--out", str(out)]
-        subprocess.run([*command, "--dtype", "float32", "--max-new-tokens", "32"], cwd=ROOT, check=True)
-        (lines[engine],) = map(json.loads, out.read_text().splitlines())
-    assert lines["vllm"]["answer"] == lines["transformers"]["answer"] == "Mini\nMonkey"
-    assert lines["vllm"]["confidence"] == pytest.approx(lines["transformers"]["confidence"], abs=1e-3)
+        command = [
+            sys.executable,
+            "scripts/read.py",
+            *pages,
+            "--model",
+            str(model),
+            "--engine",
+            engine,
+            "--out",
+            str(out),
+        ]
+        options = ["--preset", "default", "--dtype", "float32", "--max-new-tokens", "32", *scm]
+        subprocess.run([*command, *options], cwd=ROOT, check=True)
+        lines[engine] = list(map(json.loads, out.read_text().splitlines()))
+    for ours, theirs in zip(lines["transformers"], lines["vllm"]):
+        told = ("file", "page", "answer", "finish_reason", "tokens", "image_tokens")
+        assert {name: theirs[name] for name in told} == {name: ours[name] for name in told}
+        assert theirs["confidence"] == pytest.approx(ours["confidence"], abs=1e-3)
+    assert len(lines["vllm"]) == 2
 
 
 # --- Ray -------------------------------------------------------------------------------------------------------------

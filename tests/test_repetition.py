@@ -4,6 +4,8 @@ import pytest
 import torch
 from chat_helpers import QUESTION, forced, spelled
 from conftest import ROOT
+from PIL import Image
+from transformers import GenerationConfig
 
 from minimonkey.repetition import RepetitionGuard
 
@@ -101,6 +103,42 @@ def test_chat_ends_a_loop_and_says_so(nano, processor):
         **forced(spelled(processor.tokenizer, LOOP * 20)),
     )
     assert own.finish_reason == "repetition" and len(own.token_ids) >= 300
+
+
+@pytest.mark.parametrize("scm", [{}, {"use_scm": True}], ids=["whole", "scm"])
+def test_generate_ends_a_loop_where_the_generation_configuration_says_so(nano, processor, tmp_path, scm):
+    """As `transformers serve` asks: by a configuration, of a folder or of the request, and with the processor as tokenizer."""
+    GenerationConfig(max_new_tokens=400, eos_token_id=375, pad_token_id=0, stop_repetition=True).save_pretrained(
+        tmp_path
+    )
+    config = GenerationConfig.from_pretrained(tmp_path)
+    inputs = processor(Image.open(PAGE).convert("RGB"), "<image>Read.", return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+
+    def new_ids(text: str, **options) -> list[int]:
+        forced_ids = forced(spelled(processor.tokenizer, text))["logits_processor"]
+        return nano.generate(**inputs, logits_processor=forced_ids, **scm, **options)[0, length:].tolist()
+
+    asked = {"generation_config": config, "tokenizer": processor}
+    looped = new_ids(LOOP * 20, **asked)
+    assert len(looped) == RepetitionGuard(0).find(spelled(processor.tokenizer, LOOP * 20)) < 160
+    assert len(new_ids("-" * 400, **asked)) == 400 > len(new_ids("-" * 400, generation_config=config))
+    assert len(new_ids(LOOP * 20, **asked, stop_repetition=False)) == 400
+    assert len(new_ids(LOOP * 20, max_new_tokens=400, stop_repetition={"min_tokens": 300})) >= 300
+    with pytest.raises(ValueError, match="True, False or a dict"):
+        new_ids(LOOP, stop_repetition="yes")
+
+
+def test_chat_obeys_the_generation_configuration_and_the_argument_before_it(nano, processor):
+    def reason(**options) -> str:
+        answer = nano.chat(
+            processor, PAGE, QUESTION, return_dict=True, **options, **forced(spelled(processor.tokenizer, LOOP * 20))
+        )
+        return answer.finish_reason
+
+    config = {"stop_repetition": True}
+    assert reason(generation_config=config) == "repetition"
+    assert reason(generation_config=config, stop_repetition=False) == reason() == "length"
 
 
 def test_a_stream_ends_with_a_loop(nano, processor):

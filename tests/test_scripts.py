@@ -117,7 +117,7 @@ def test_benchmark_of_compression():
         ["vision", "--size", "Nano", "--tiles", 4, "--chunks", 2, "--repeats", 1],
         ["decode", "--size", "Nano", "--tokens", 2, "--repeats", 1],
         ["load", "--size", "Nano", "--repeats", 1],
-        ["blank", "--width", 300, "--height", 400, "--repeats", 1],
+        ["blank", "--width", 300, "--height", 400, "--repeats", 1, "--pages", 1],
         ["stages", "--size", "Nano", "--width", 400, "--height", 300, "--picture", "stages.png"],
     ],
     ids=lambda arguments: arguments[0],

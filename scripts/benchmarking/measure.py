@@ -27,16 +27,24 @@ def synchronize(device: torch.device) -> None:
 
 def median_seconds(functions: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, float]:
     """Return the median seconds of each function, after one warm-up each, all run in turns."""
-    seconds = {name: [] for name in functions}
+    return {name: wall for name, (wall, _) in median_times(functions, device, repeats).items()}
+
+
+def median_times(functions: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, tuple[float, float]]:
+    """Return the median seconds of each function, and those that all processors spent on it in this process.
+
+    The second tell what a function costs where other programs take the processors from it.
+    """
+    times = {name: [] for name in functions}
     for number in range(repeats + 1):
         for name, function in functions.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             function()
             synchronize(device)
             if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return {name: tuple(map(statistics.median, zip(*values))) for name, values in times.items()}
 
 
 def peak_extra_bytes(function: Callable, device: torch.device) -> int | None:
@@ -55,20 +63,26 @@ def peak_extra_bytes(function: Callable, device: torch.device) -> int | None:
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed must not be counted as held
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     function()
-    return _resident_bytes("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """Return the resident memory of this process as Linux counts it: VmRSS now, VmHWM the most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of memory that are free on the device."""
+    """Return the bytes of memory that are free on the device, what the system holds for files among them where it tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    information = Path("/proc/meminfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    if available:
+        return available[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -1,21 +1,28 @@
 """Many images: one by one, in batches, and in vLLM (in its environment: make benchmark-vllm).
 
 Rendered receipts, other ones in every round, so that no cache knows them; every answer has the same number of tokens. The ways
-take turns, so their ratio holds on a machine that does other things too.
+take turns, so their ratio holds on a machine that does other things too; so do the seconds that its processors spent. With
+another --size than Nano weights are random and both towers have --layers layers.
 """
 
 import argparse
 import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
-from minimonkey.scripts.benchmarking.measure import median_seconds, report
+from minimonkey.configuration_minimonkey import MiniMonkeyConfig
+from minimonkey.scripts.benchmarking.measure import median_times, report
+from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
 from minimonkey.scripts.repository import ROOT, load_model, load_processor, whole_number
 
 
 QUESTION = "Read the text."
+WARM_UP_IMAGES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,23 +30,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=whole_number(1), default=16, help="images in a batch of batch_chat")
     parser.add_argument("--new-tokens", type=whole_number(1), default=32, help="of every answer")
     parser.add_argument("--preset", default="default", help="tile ranges")
+    parser.add_argument("--size", default="Nano", choices=("Nano", *SIZES), help="dimensions; Nano has its own weights")
+    parser.add_argument("--layers", type=whole_number(1), default=2, help="of both towers of another size than Nano")
+    parser.add_argument("--threads", type=whole_number(1), default=None, help="of a processor (default: all)")
     parser.add_argument("--repeats", type=whole_number(1), default=1, help="rounds after a warm-up")
     parser.add_argument("--without-vllm", action="store_true", help="measure transformers alone")
 
 
 def run(args: argparse.Namespace) -> None:
-    ways = transformers_ways(args)
-    if not args.without_vllm:
-        ways["vllm"] = vllm_way(args)
-    rounds = [receipts(args.images, seed) for seed in range(args.repeats + 1)]
-    functions = {name: in_rounds(way, rounds) for name, way in ways.items()}
-    seconds = median_seconds(functions, torch.device("cpu"), args.repeats)
-    first = seconds["one by one"]
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+        os.environ |= {"OMP_NUM_THREADS": str(args.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    rounds = [receipts(WARM_UP_IMAGES, 0), *(receipts(args.images, seed + 1) for seed in range(args.repeats))]
+    with tempfile.TemporaryDirectory() as folder:
+        model = ROOT if args.size == "Nano" else write_random_model(args.size, args.layers, Path(folder))
+        ways = transformers_ways(model, args)
+        if not args.without_vllm:
+            ways["vllm"] = vllm_way(model, args)
+    times = median_times(
+        {name: in_rounds(way, rounds) for name, way in ways.items()}, torch.device("cpu"), args.repeats
+    )
+    first, first_cpu = times["one by one"]
     rows = [
-        {"way": name, "seconds": value, "images/s": args.images / value, "times": first / value}
-        for name, value in seconds.items()
+        {
+            "way": name,
+            "seconds": wall,
+            "images/s": args.images / wall,
+            "times": first / wall,
+            "CPU s": cpu,
+            "images/CPU s": args.images / cpu,
+            "times in CPU s": first_cpu / cpu,
+        }
+        for name, (wall, cpu) in times.items()
     ]
     report("serving", rows, torch.device("cpu"), args)
+
+
+def write_random_model(size: str, layers: int, folder: Path) -> Path:
+    """Write a model of a published size with random weights and few layers, with Nano's tokenizer; return the folder."""
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)  # which saves its code too
+    config = random_config(size, layers)
+    fields = {**config.to_dict(), "image_token_id": processor.image_token_id}
+    fields["vision_config"] = {**config.vision_config.to_dict(), "num_hidden_layers": layers}
+    config = MiniMonkeyConfig(**fields)
+    random_model(config, torch.device("cpu"), torch.float32).save_pretrained(folder)
+    processor.image_processor.size = {"height": config.tile_size, "width": config.tile_size}
+    processor.image_seq_length = config.image_seq_length
+    processor.save_pretrained(folder)
+    return folder
 
 
 def receipts(count: int, seed: int) -> list[Image.Image]:
@@ -55,9 +93,9 @@ def in_rounds(way: Callable[[list], None], rounds: list[list]) -> Callable[[], N
     return lambda: way(next(remaining))
 
 
-def transformers_ways(args: argparse.Namespace) -> dict[str, Callable[[list], None]]:
+def transformers_ways(folder: Path, args: argparse.Namespace) -> dict[str, Callable[[list], None]]:
     """Return how transformers answers: with `chat` and with `batch_chat`, in float32."""
-    model, processor = load_model(ROOT, dtype=torch.float32), load_processor(ROOT)
+    model, processor = load_model(folder, dtype=torch.float32), load_processor(folder)
     options = {
         "images_kwargs": {"preset": args.preset},
         "max_new_tokens": args.new_tokens,
@@ -77,29 +115,31 @@ def transformers_ways(args: argparse.Namespace) -> dict[str, Callable[[list], No
     return {"one by one": one_by_one, f"batches of {args.batch}": in_batches}
 
 
-def vllm_way(args: argparse.Namespace) -> Callable[[list], None]:
+def vllm_way(folder: Path, args: argparse.Namespace) -> Callable[[list], None]:
     """Return how vLLM answers: all images at once, in float32.
 
     Raises:
         ValueError: vLLM is not installed.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # whose seconds are to be counted
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise ValueError(f"vLLM cannot be imported ({error}); pass --without-vllm, or make benchmark-vllm.") from error
     engine = LLM(
-        str(ROOT),
+        str(folder),
         trust_remote_code=True,
         dtype="float32",
         enforce_eager=True,
-        max_model_len=4096,
+        max_model_len=4096 if args.size == "Nano" else 8192,
         max_num_batched_tokens=8192,
+        limit_mm_per_prompt={"image": 1},
         kv_cache_memory_bytes=2**29,
         gpu_memory_utilization=0.3,
         mm_processor_kwargs={"preset": args.preset},
     )
-    sampling = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True, detokenize=False)
 
     def at_once(images: list) -> None:
         asked = {"type": "text", "text": QUESTION}

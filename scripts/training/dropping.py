@@ -23,11 +23,11 @@ from minimonkey.token_selection import SELECTIONS, TileMap, best_blocks, highest
 
 
 RANDOM, BLOCKS, SCM = "random", "blocks", "scm"
-# Those whose tokens close up and which keep as many as they are told to.
+# Those whose tokens close up, which keep as many as they are told to, by scores alone.
 SCORED = tuple(
     name
     for name, selection in SELECTIONS.items()
-    if selection.positions == "renumbered" and selection.mass is None and not selection.markers
+    if selection.positions == "renumbered" and selection.mass is None and selection.blank == "scored"
 )
 WAYS = (RANDOM, BLOCKS, SCM, *SCORED)
 WINDOWS = ((1, 4), (2, 2), (2, 4), (3, 3), (1, 7), (7, 7))  # tokens, (height, width) of blocks

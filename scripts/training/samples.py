@@ -96,8 +96,8 @@ class Samples(torch.utils.data.Dataset):
 
     def _size(self, row: dict, ranges: tuple[int, int, int, int], use_thumbnail: bool) -> tuple[int, int]:
         """Return tokens and tiles of an example."""
-        image_tokens = self.encoder.image_length(row["sizes"], ranges, use_thumbnail)
-        return row["text_tokens"] + image_tokens, image_tokens // self.encoder.tokens_per_tile
+        image_tokens, tiles = self.encoder.image_size(row["sizes"], ranges, use_thumbnail)
+        return row["text_tokens"] + image_tokens, tiles
 
     def _lay_out(self, total: int) -> np.ndarray:
         """Return (total, 3), source, index and round of every slot: epoch after epoch, the last one cut off."""
@@ -176,7 +176,9 @@ class Samples(torch.utils.data.Dataset):
         return self._size(source.rows[slot.index], ranges, source.use_thumbnail)[0]
 
     def _with_letters(self, sample: dict, example: Example, use_thumbnail: bool) -> dict:
-        grids = sample.get("tile_grids")
+        if "tile_counts" in sample:  # which the model needs, and letters do not go with
+            return sample
+        grids = sample.pop("tile_grids", None)
         if not self.recipe.names_letters or not example.characters:
             return sample
         columns, rows, adaptive_columns, adaptive_rows = grids[0].tolist()
@@ -185,12 +187,11 @@ class Samples(torch.utils.data.Dataset):
         return {**sample, "cell_labels": cell_labels(example.pictures[0], example.characters, layers, patches)}
 
     def _shortened(self, sample: dict, position: int, step: int) -> dict:
-        """Return the sample, fewer of its image tokens where the recipe says so, without what is known of its tiles."""
-        if self.recipe.dropping is not None and not self.is_evaluation:
-            place = (self.recipe.seed, step, position)
-            encoder = self.encoder
+        """Return the sample, fewer of its image tokens where step and seed say so, without its counts of tiles."""
+        if not self.is_evaluation:
+            place, encoder = (self.recipe.seed, step, position), self.encoder
             sample = shorten(sample, self.recipe.dropping, place, encoder.image_token_id, encoder.tokens_per_tile)
-        return {name: value for name, value in sample.items() if name not in ("tile_counts", "tile_grids")}
+        return {name: value for name, value in sample.items() if name != "tile_counts"}
 
     @property
     def shown(self) -> int:
@@ -222,10 +223,11 @@ class Samples(torch.utils.data.Dataset):
         attempts = getattr(source, "MOST_ATTEMPTS", 1) if self.recipe.too_long == "skip" else 1
         for attempt in range(attempts):
             example = source.example(slot.index, slot.round, attempt)
-            sample = self.encoder(example.conversation, example.pictures, ranges, source.use_thumbnail)
+            drops = self.recipe.dropping is not None
+            sample = self.encoder(example.conversation, example.pictures, ranges, source.use_thumbnail, drops)
             if len(sample["input_ids"]) <= limit:
-                sample = self._with_letters(sample, example, source.use_thumbnail)
-                return {**self._shortened(sample, position, step), "redrawn": attempt}
+                sample = self._shortened(sample, position, step) if drops else sample
+                return {**self._with_letters(sample, example, source.use_thumbnail), "redrawn": attempt}
         raise ValueError(
             f"Dataset {source.name}, example {slot.index}: {len(sample['input_ids'])} tokens do not fit max_seq_length "
             f"{limit} ({attempts} drawn). Raise it, use fewer tiles (tile_ranges), or too_long: skip."

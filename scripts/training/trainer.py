@@ -54,6 +54,11 @@ class FineTuner(Trainer):
         most = max(r[1] + r[3] + 1 for source in self.train_dataset.sources for r in source.ranges)
         most = self.args.pack_tiles if self.args.pack_tokens else most
         at_once = self.args.per_device_train_batch_size
+        if is_sharded and self.processor.image_processor.cuts_slices():
+            raise ValueError(
+                "Slices go through the vision tower once for each of their sizes, in one process oftener than in another, "
+                "which FSDP and ZeRO-3 cannot wait for. Take DDP or ZeRO-2, or another tiling."
+            )
         if is_sharded and at_once * most > VISION_CHUNK_TILES:
             raise ValueError(
                 f"Micro batches of {at_once} with up to {most} tiles each go through the vision tower in parts of "
@@ -70,6 +75,10 @@ class FineTuner(Trainer):
             raise ValueError(
                 "drop_tokens by scm reads the first layers by themselves, whose weights FSDP and ZeRO-3 split; take by: "
                 "[random, blocks], or DDP."
+            )
+        if self.train_dataset.encoder.has_layouts or self.model.config.projector != "mlp":
+            raise ValueError(
+                "drop_tokens needs tiles whose tokens lie in rows and columns; leave out slices, mining and a resampler."
             )
         if all(most == 1 for source in self.train_dataset.sources for _, most, _, _ in source.ranges):
             raise ValueError("drop_tokens has nothing to leave out: all tile_ranges have one detailed tile at most.")

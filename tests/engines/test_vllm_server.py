@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from minimonkey.scripts.repository import load_processor
 
 
 pytestmark = pytest.mark.vllm
-START_SECONDS = 600
+START_SECONDS, ANSWER_SECONDS = 1200, 600
 DEFAULT = {"preset": "default"}
 
 
@@ -46,7 +47,7 @@ def server(tmp_path_factory):
     """The command of docs/serving.md for a CPU, on a free port."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
     options = "--trust-remote-code --dtype float32 --enforce-eager --max-model-len 4096 --gpu-memory-utilization 0.3"
-    options += " --kv-cache-memory-bytes 134217728 --allowed-media-domains 127.0.0.1"
+    options += " --kv-cache-memory-bytes 134217728 --allowed-media-domains 127.0.0.1 --trust-request-mm-kwargs"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT), *options.split()]
     with log.open("w") as file:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=file, stderr=file, cwd=log.parent)
@@ -81,12 +82,12 @@ def as_data(name: str) -> str:
 
 def ask(server: str, url: str, options: dict = DEFAULT, **more):
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Read the text."}]
-    body = {"model": str(ROOT), "messages": [{"role": "user", "content": content}], "temperature": 0, **more}
-    body |= {"max_tokens": NEW_TOKENS, "mm_processor_kwargs": options}
+    body = {"model": str(ROOT), "messages": [{"role": "user", "content": content}], "temperature": 0}
+    body |= {"max_tokens": NEW_TOKENS, "mm_processor_kwargs": options} | more
     request = urllib.request.Request(
         f"{server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    return urllib.request.urlopen(request, timeout=300)
+    return urllib.request.urlopen(request, timeout=ANSWER_SECONDS)
 
 
 def answer(server: str, url: str, options: dict = DEFAULT) -> str:
@@ -112,6 +113,21 @@ def test_a_stream_brings_the_same_text(server, expected):
     assert sum(map(bool, pieces)) > 2
 
 
+def test_an_answer_that_repeats_itself_ends_as_the_page_says(server):
+    """A letter that is always the likeliest: after four times 32 of it the answer ends, or after as many as are asked for."""
+    (letter,) = load_processor(ROOT).tokenizer("a", add_special_tokens=False)["input_ids"]
+    page = (ROOT / "docs" / "serving.md").read_text()
+    detection = json.loads(re.search(r'"repetition_detection": ({.*?})', page)[1])
+    for more, reason, tokens in (
+        ({"repetition_detection": detection}, "repetition", 128),
+        ({"repetition_detection": {**detection, "min_count": 5}}, "repetition", 160),
+        ({}, "length", 200),
+    ):
+        asked = ask(server, as_data("example"), logit_bias={str(letter): 100}, max_tokens=200, **more)
+        said = json.load(asked)
+        assert (said["choices"][0]["finish_reason"], said["usage"]["completion_tokens"]) == (reason, tokens)
+
+
 def test_thirty_two_at_once(server, expected):
     names = ["example", "receipt"] * 16
     with ThreadPoolExecutor(32) as threads:
@@ -127,18 +143,19 @@ def test_compression_is_an_option_of_a_request(server, expected):
 
 
 @pytest.mark.parametrize(
-    ("url", "options"),
+    ("url", "options", "message"),
     [
-        ("file:///etc/hostname", DEFAULT),
-        ("http://localhost/picture.png", DEFAULT),
-        ("data:image/png;base64,AAAA", DEFAULT),
-        (None, {"preset": "none"}),
-        (None, {"use_scm": True, "scm_keep_ratio": 7}),
+        ("file:///etc/hostname", DEFAULT, "local"),
+        ("http://localhost/picture.png", DEFAULT, "domain"),
+        ("data:image/png;base64,AAAA", DEFAULT, "image"),
+        (None, {"preset": "none"}, "Unknown preset"),
+        (None, {"use_scm": True, "scm_keep_ratio": 7}, "at most 1, got 7"),
     ],
     ids=["path", "domain", "no-image", "preset", "ratio"],
 )
-def test_what_cannot_be_is_refused_and_the_server_lives(server, expected, url, options):
+def test_what_cannot_be_is_refused_and_the_server_lives(server, expected, url, options, message):
     with pytest.raises(urllib.error.HTTPError) as error:
         ask(server, url or as_data("example"), options)
-    assert 400 <= error.value.code < 500, error.value.read()
+    said = error.value.read().decode()
+    assert 400 <= error.value.code < 500 and re.search(message, said), said
     assert answer(server, as_data("example")) == expected["example"]
