@@ -26,8 +26,7 @@ NANO_SMOKE = runs/nano-smoke
 .PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-demo test-ray test-engines test-vllm benchmark-vllm test-all lint lock clean
 
 quickstart: setup
-	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
-	$(BIN)/python scripts/chat.py assets/receipt.png "What is the total?" --subfolder nano-documents --preset default
+	$(BIN)/python scripts/quickstart.py
 
 setup: $(VENV)/.ready
 
