@@ -30,12 +30,14 @@ from .conversation import (
     check_history,
     check_placeholders,
     get_template,
+    image_tokens,
     read_messages,
     render,
     unprotect,
 )
 from .generation_minimonkey import check_generation_options
-from .image_processing_minimonkey import list_images
+from .image_inputs import ImageInputs
+from .image_processing_minimonkey import expand_preset, list_images
 from .processing_minimonkey import (
     VIDEO_OPTIONS,
     cut_images,
@@ -47,11 +49,13 @@ from .processing_minimonkey import (
 from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, image_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
 from .repetition import RepetitionGuard, read_guard
-from .tiling import BUDGET_TILING, MOST_TILES, RANGE_NAMES, SINGLE_TILE, share_tile_budget
+from .tiling import BUDGET_TILING, MOST_TILES, RANGE_NAMES, SINGLE_TILE, SLICES, share_tile_budget
+from .token_selection import asks_for_blank, read_selection
 from .transformers_bridge import CACHE_NAME
 
 
 DEFAULT_MAX_NEW_TOKENS = 1024
+SCM_OPTIONS = ("scm_keep_ratio", "scm_layer", "scm_queries", "scm_select")
 # What `generate` returns besides tokens.
 NOT_IN_ANSWERS = ("output_hidden_states", "output_attentions", "output_scores", "output_logits")
 
@@ -71,17 +75,21 @@ class Conversation:
 
 @dataclass
 class _Cut:
-    """The tiles (T, 3, S, S) of all images of a call, how many of each image's are detailed, adaptive and thumbnail tiles
-    (images, 3), and the columns and rows of its two grids (images, 4).
+    """The tiles or slices of all images of a call.
 
-    With a memory there is a `turn`, and `pixel_values` hold only the images that are new to it.
+    With a memory there is a `turn`, and the pixels are only those of the images that are new to it.
     """
 
-    pixel_values: torch.Tensor | None = None
-    tile_counts: torch.Tensor | None = None
-    tile_grids: torch.Tensor | None = None
+    images: ImageInputs = ImageInputs()
     tokens_per_tile: int = 0
     turn: Turn | None = None
+
+    @staticmethod
+    def of(pixels: dict[str, torch.Tensor], layout: torch.Tensor, *others) -> "_Cut":
+        """Return a cut with `layout` (images, 7), counts and grids, or (images, 11) with the sizes of slices behind them."""
+        known = {"tile_counts": layout[:, :3], "tile_grids": layout[:, 3:7]}
+        known |= {"slice_sizes": layout[:, 7:]} if layout.shape[1] > 7 else {}
+        return _Cut(ImageInputs(**pixels, **known), *others)
 
 
 @dataclass
@@ -234,6 +242,7 @@ class ChatMixin:
         tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict)
+        self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
         self._set_guard(request, stop_repetition)
         turns = [] if history is None else check_history(history)
         if tiles is None:
@@ -245,11 +254,14 @@ class ChatMixin:
         if not remember or self.remembered_conversations < 1:
             forget_the_oldest(self)
         elif is_listed or return_history or return_dict or stream or hasattr(history, "memory"):
-            keys = _image_keys(processor, request.conversations[0], tile_order, use_scm, target_aspect_ratio)
+            knows_grids = use_scm or self.config.mining
+            keys = _image_keys(processor, request.conversations[0], tile_order, knows_grids, target_aspect_ratio)
+            if use_scm and asks_for_blank(request.options.get("scm_select")):
+                keys = [key + b" blank" for key in keys]  # told by the pixels, which are not kept
             beginning = _beginning(request.conversations[0], system_message, keys) if is_listed else None
             keeps_history = return_history or return_dict or stream
             request.memory = recall(self, getattr(history, "memory", None), beginning, keeps_history)
-        cut = self._cut(processor, request, target_aspect_ratio if use_scm else None, keys)
+        cut = self._cut(processor, request, target_aspect_ratio if use_scm or self.config.mining else None, keys)
         self._prepare(
             request, cut, system_message, max_prompt_tokens, tile_order if use_scm else None, videos is not None
         )
@@ -319,6 +331,7 @@ class ChatMixin:
         tokenizer = getattr(processor, "tokenizer", processor)
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, return_dict=False)
+        self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
         self._set_guard(request, stop_repetition)
         if return_dict:
             request.probabilities = self._record_probabilities(request.options)
@@ -332,7 +345,7 @@ class ChatMixin:
             ]
         else:
             request.conversations = _read_tiles(tiles, num_patches_list, questions, histories, is_batch=True)
-        cut = self._cut(processor, request, target_aspect_ratio if use_scm else None)
+        cut = self._cut(processor, request, target_aspect_ratio if use_scm or self.config.mining else None)
         self._prepare(
             request, cut, system_message, max_prompt_tokens, tile_order if use_scm else None, videos is not None
         )
@@ -342,11 +355,73 @@ class ChatMixin:
         texts = [answer.text for answer in answers]
         return (texts, [list(answer.history) for answer in answers]) if return_history else texts
 
+    def encode_ahead(
+        self,
+        processor,
+        images,
+        images_kwargs: dict[str, Any] | None = None,
+        tile_budget: int | None = None,
+    ) -> ChatHistory:
+        """Encode images while their question is still being typed; `chat` about them then begins with the language model.
+
+            history = model.encode_ahead(processor, "page.png")
+            answer, history = model.chat(processor, "page.png", question, history=history, return_history=True)
+
+        Args:
+            processor, images, images_kwargs, tile_budget: As `chat` will be given them; no tiles that the caller cut.
+
+        Returns:
+            The history of a conversation that has not begun, which remembers the images' features.
+
+        Raises:
+            ValueError: See `chat`; or the model remembers nothing (`remembered_conversations` is 0).
+        """
+        if self.remembered_conversations < 1:
+            raise ValueError(
+                "encode_ahead needs a model that remembers: set model.remembered_conversations to 1 or more."
+            )
+        if _check_media(processor, images, None, images_kwargs, None, tile_budget) is not None or images is None:
+            raise ValueError("encode_ahead takes images, not tiles: encode those by model.encode_tiles.")
+        conversation = _read(processor, "?", [], images, None, images_kwargs or {}, {}, tile_budget)
+        request = _Request(processor.tokenizer, get_template(self.config.template), False, True)
+        request.conversations, request.memory = [conversation], PromptMemory(self)
+        keys = _image_keys(processor, conversation, "detailed_first", False, None)
+        cut = self._cut(processor, request, None, keys)
+        with torch.no_grad():
+            self._recall_features(cut.turn, cut.images)
+        history = ChatHistory([])
+        history.memory = request.memory
+        return history
+
     def forget_conversations(self) -> None:
         """Free the key/value caches and image features of all conversations that are remembered."""
         forget_all(self)
 
     # --- images ------------------------------------------------------------------------------------------------------
+
+    def _check_compression(
+        self, use_scm: bool, options: dict[str, Any], processor, images_kwargs: dict[str, Any] | None
+    ) -> None:
+        """Raise `ValueError` for settings of compression that `generate` would refuse, before an image is opened."""
+        given = {name: options[name] for name in SCM_OPTIONS if options.get(name) is not None}
+        if given and not use_scm:
+            raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
+        reader = getattr(processor, "image_processor", None)
+        is_sliced = reader is not None and reader.cuts_slices(images_kwargs)
+        if is_sliced and self.config.mining:
+            raise ValueError(
+                "Patch mining looks into square tiles of a grid; slices of their own size do not lie in one."
+            )
+        if not use_scm:
+            return
+        self._compression_settings(**given)
+        self._check_compressible(is_sliced)
+        drops = reader is not None and expand_preset(images_kwargs or {}).get("drop_blank", reader.drop_blank)
+        selection = given.get("scm_select")
+        if drops and selection is not None and not callable(selection) and read_selection(selection).needs_grid:
+            raise ValueError(
+                f"scm_select={selection!r} needs all tiles of a grid, of which drop_blank=True leaves some out; choose one."
+            )
 
     def _tiles_for(
         self, token_budget: int, tile_budget: int | None, images_kwargs: dict[str, Any] | None
@@ -355,6 +430,11 @@ class ChatMixin:
         if isinstance(token_budget, bool) or not isinstance(token_budget, int) or token_budget < 1:
             raise ValueError(f"token_budget must be a whole number of at least 1, got {token_budget!r}.")
         options = dict(images_kwargs or {})
+        if self.config.mining or options.get("tiling") == SLICES:
+            raise ValueError(
+                "token_budget counts square tiles; an image of patch mining has the tokens of one, and slices have tokens of "
+                "their own. Choose max_tiles in images_kwargs, or tile_budget."
+            )
         if tile_budget is not None or "size" in options:
             raise ValueError(
                 "token_budget goes neither with tile_budget nor with a tile size of your own; pass one of them."
@@ -381,27 +461,29 @@ class ChatMixin:
         if turn is not None:
             known = {key: [*counts, *turn.tile_grids[key]] for key, counts in turn.tile_counts.items()}
             new = sorted({key: i for i, key in reversed([*enumerate(keys)]) if key not in turn.features}.values())
-        pixel_values = None
+        pixels: dict[str, torch.Tensor] = {}
         if new:
             wanted = [images[i] for i in new]
             if isinstance(wanted[0][0], torch.Tensor) and wanted[0][1] is None:
                 layout = _tile_layout(grids, [len(tiles) for tiles, _ in images])[list(new)]
-                pixel_values = torch.cat([tiles for tiles, _ in wanted]).to(self.device, self.dtype)
+                pixels = {"pixel_values": torch.cat([tiles for tiles, _ in wanted]).to(self.device, self.dtype)}
             else:
                 cut = cut_images(processor.image_processor, wanted, return_tensors="pt")
-                pixel_values, layout = cut["pixel_values"], torch.cat([cut["tile_counts"], cut["tile_grids"]], dim=1)
+                (name,) = cut.keys() & {"pixel_values", "slice_values"}
+                sizes = [cut["slice_sizes"]] if name == "slice_values" else []
+                layout = torch.cat([cut["tile_counts"], cut["tile_grids"], *sizes], dim=1)
                 # uint8 tiles are normalised by the model, see encode_images.
-                dtype = self.dtype if pixel_values.is_floating_point() else pixel_values.dtype
-                pixel_values = pixel_values.to(self.device, dtype)
-            is_usual = pixel_values.shape[-1] == self.config.tile_size
-            tokens_per_tile = self.config.image_seq_length if is_usual else self.tokens_per_tile(pixel_values)
+                dtype = self.dtype if cut[name].is_floating_point() else cut[name].dtype
+                pixels = {name: cut[name].to(self.device, dtype)}
+            is_usual = "slice_values" in pixels or pixels["pixel_values"].shape[-1] == self.config.tile_size
+            tokens_per_tile = self.config.image_seq_length if is_usual else self.tokens_per_tile(pixels["pixel_values"])
             if turn is None:
-                return _Cut(pixel_values, layout[:, :3], layout[:, 3:], tokens_per_tile)
+                return _Cut.of(pixels, layout, tokens_per_tile)
             known |= {keys[i]: own for i, own in zip(new, layout.tolist())}
         else:
-            tokens_per_tile = len(turn.features[keys[0]]) // sum(turn.tile_counts[keys[0]])
-        layout = torch.tensor([known[key] for key in keys])
-        return _Cut(pixel_values, layout[:, :3], layout[:, 3:], tokens_per_tile, turn)
+            written = 1 if self.config.mining else sum(turn.tile_counts[keys[0]])
+            tokens_per_tile = len(turn.features[keys[0]]) // written  # of slices this is not used
+        return _Cut.of(pixels, torch.tensor([known[key] for key in keys]), tokens_per_tile, turn)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -472,9 +554,10 @@ class ChatMixin:
     ) -> None:
         """Render the prompts into the request's options for `generate`, and what its answers end with."""
         tokenizer, template, options = request.tokenizer, request.template, request.options
-        tiles = iter([] if cut.tile_counts is None else cut.tile_counts.sum(dim=1).tolist())
+        has_images = cut.images.tile_counts is not None
+        tiles = iter(self.image_layouts(cut.images) if has_images else [])
         known = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if cut.tile_counts is not None and known != self.config.image_token_id:
+        if has_images and known != self.config.image_token_id:
             raise ValueError(
                 f"{IMAGE_TOKEN} has id {known} in the tokenizer, but the model's image_token_id is "
                 f"{self.config.image_token_id}; they belong to different checkpoints."
@@ -494,13 +577,20 @@ class ChatMixin:
         rows = {"input_ids": [prompt.token_ids for prompt in prompts]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.device)
         options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        options |= {"pixel_values": cut.pixel_values, "use_scm": scm_tile_order is not None}
-        if cut.turn is not None:
-            options |= {CACHE_NAME: cut.turn, "tile_counts": cut.tile_counts, "tile_grids": cut.tile_grids}
-        if scm_tile_order is not None and cut.tile_counts is not None:
+        images = vars(cut.images)
+        options |= {"pixel_values": images["pixel_values"], "use_scm": scm_tile_order is not None}
+        if scm_tile_order is not None and has_images:
             ends = _query_ends(request.conversations, prompts)
             options |= {"tile_order": scm_tile_order, "scm_query_ends": ends}
-            options |= {"tile_counts": cut.tile_counts, "tile_grids": cut.tile_grids}
+        if cut.turn is not None:
+            options[CACHE_NAME] = cut.turn
+        if (
+            cut.turn is not None
+            or (has_images and scm_tile_order is not None)
+            or self.config.mining
+            or cut.images.are_slices
+        ):
+            options |= {name: value for name, value in images.items() if name != "pixel_values" and value is not None}
         if request.guard is not None:
             request.guard.prompt_length = options["input_ids"].shape[1]
             criteria = [*(options.get("stopping_criteria") or []), request.guard]
@@ -512,13 +602,19 @@ class ChatMixin:
             request.ends += tokenizer.convert_ids_to_tokens(ids)
 
     def _check_length(
-        self, length: int, tiles: list[int], per_tile: int, max_prompt_tokens: int | None, can_cut_less: bool
+        self, length: int, tiles: list, per_tile: int, max_prompt_tokens: int | None, can_cut_less: bool
     ) -> None:
         """Raise `ValueError` for a prompt that is too long, with a tile budget that would fit."""
         limit = self.config.context_length if max_prompt_tokens is None else max_prompt_tokens
         if limit is None or length <= limit:
             return
         what = "the context length of the model" if max_prompt_tokens is None else "max_prompt_tokens"
+        if self.config.mining or not all(isinstance(layout, int) for layout in tiles):
+            taken = sum(image_tokens(layout, per_tile) for layout in tiles)
+            raise ValueError(
+                f"The prompt has {length} tokens, {taken} of them of {len(tiles)} pictures, but the limit is {limit} ({what}). "
+                "Use fewer pictures, fewer slices (max_tiles in images_kwargs), a shorter history or question."
+            )
         budget = (limit - length) // per_tile + sum(tiles) if tiles else 0
         can_cut_less = can_cut_less and len(tiles) <= budget < sum(tiles)
         fewer = f"fewer tiles (tile_budget={budget}, or another preset in images_kwargs), " if can_cut_less else ""
@@ -790,11 +886,11 @@ def _tile_layout(grids, tiles: list[int]) -> torch.Tensor:
     return torch.tensor(counts)
 
 
-def _image_keys(processor, conversation: Conversation, tile_order: str, use_scm: bool, grids) -> list[bytes]:
+def _image_keys(processor, conversation: Conversation, tile_order: str, knows_grids: bool, grids) -> list[bytes]:
     """Return what tells the images of a conversation apart, with how they are cut."""
     images = conversation.images
     if images and images[0][1] is None:
-        counts = _tile_layout(grids if use_scm else None, [len(tiles) for tiles, _ in images]).tolist()
+        counts = _tile_layout(grids if knows_grids else None, [len(tiles) for tiles, _ in images]).tolist()
         return [image_key(tiles, (tile_order, count)) for (tiles, _), count in zip(images, counts)]
     settings = processor.image_processor.to_json_string() if images else ""
     return [image_key(source, (settings, options)) for source, options in images]

@@ -124,7 +124,7 @@ class CompressionSettings:
     @property
     def compresses(self) -> bool:
         """Whether any token is to be left out."""
-        return self.keep_ratio < 1 or self.selection.mass is not None
+        return self.keep_ratio < 1 or self.selection.mass is not None or self.selection.blank == "save"
 
 
 def find_images(
@@ -135,6 +135,7 @@ def find_images(
     tokens_per_tile: int,
     settings: CompressionSettings,
     tile_grids: torch.Tensor | None = None,
+    is_whole: bool = True,
 ) -> list[list[ImageSpan]]:
     """Find the images of each row by the tokens that stand for them.
 
@@ -143,6 +144,7 @@ def find_images(
         tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image, in the order of the prompt.
         tile_grids: (I, 4) columns and rows of the detailed and of the adaptive grid of each image; only for selections
             that must know how tiles lie.
+        is_whole: Whether the tokens of an image stand together; those of slices have text between them.
 
     Raises:
         ValueError: Counts that do not fit the image tokens, or an image that is spread over rows or masked.
@@ -165,7 +167,8 @@ def find_images(
         if tokens.start == tokens.stop:
             continue
         row, first, last = int(rows[tokens.start]), int(columns[tokens.start]), int(columns[tokens.stop - 1])
-        if int(rows[tokens.stop - 1]) != row or last - first != tokens.stop - tokens.start - 1:
+        is_together = not is_whole or last - first == tokens.stop - tokens.start - 1
+        if int(rows[tokens.stop - 1]) != row or not is_together:
             raise ValueError(f"The tokens of image {number} do not stand together in one row; check tile_counts.")
         if not attention_mask[row, first : last + 1].bool().all():
             raise ValueError(f"attention_mask hides tokens of image {number}.")
@@ -188,18 +191,20 @@ def _tile_map(
 ) -> TileMap:
     """Return how the detailed tiles of an image lie; one below the other where nothing needs to know."""
     side = isqrt(per_tile)
-    if settings.selection.shape == "token" or not tiles:
+    if not settings.selection.needs_grid or not tiles:
         return TileMap(1, tiles, side)
+    asked = "shape" if settings.selection.shape != "token" else "blank"
+    asked = f"scm_select with {asked}={getattr(settings.selection, asked)!r}"
     if tile_grids is None:
         raise ValueError(
-            f"scm_select with shape={settings.selection.shape!r} needs to know how tiles lie: pass tile_grids (images, 4), "
+            f"{asked} needs to know how tiles lie: pass tile_grids (images, 4), "
             "which the processor returns beside tile_counts."
         )
     columns, rows = torch.as_tensor(tile_grids)[number, :2].tolist()
     if columns * rows != tiles:
         raise ValueError(
-            f"Image {number} has {tiles} detailed tiles, but its grid has {columns} x {rows}; scm_select with "
-            f"shape={settings.selection.shape!r} needs all tiles of a grid (drop_blank=False)."
+            f"Image {number} has {tiles} detailed tiles, but its grid has {columns} x {rows}; {asked} needs all tiles of a "
+            "grid (drop_blank=False)."
         )
     return TileMap(columns, rows, side)
 
@@ -230,6 +235,7 @@ def kept_positions(
     settings: CompressionSettings,
     probe: Callable[[torch.Tensor, torch.Tensor], AttentionInputs],
     rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    blank: list[list[torch.Tensor]] | None = None,
 ) -> tuple[list[torch.Tensor], list[list[Run]]]:
     """Return the positions of each row that stay: all but the detailed tokens that get the least attention.
 
@@ -243,27 +249,33 @@ def kept_positions(
             its image tokens.
         rotary: Returns the mean cosine and sine (n,) of the rotary angles of that many positions; for selections that keep
             coordinates.
+        blank: For each image of `images` which of its detailed tokens (their number,) show nothing; for selections that ask.
 
     Returns:
         For each row ascending int64 indices into the padded row, padding left out; and the runs that one kept token stands
         for, (its index, first, stop), also in the padded row.
 
     Raises:
-        ValueError: Nothing comes after an image, so there is nothing to score with.
+        ValueError: Nothing comes after an image, so there is nothing to score with; or blank tokens are not known.
     """
+    if blank is None and settings.selection.blank != "scored" and settings.select is None and any(images):
+        raise ValueError(f"scm_select with blank={settings.selection.blank!r} needs the pixels of the images.")
     kept, runs = [], []
     for row, (row_embeddings, mask, row_images) in enumerate(zip(embeddings, attention_mask, images)):
         positions = mask.nonzero().squeeze(1)  # (n,)
         stays = torch.ones_like(positions, dtype=torch.bool)
-        compressible = [image for image in row_images if image.detailed_tokens] if settings.compresses else []
+        numbered = enumerate(row_images) if settings.compresses else []
+        compressible = {number: image for number, image in numbered if image.detailed_tokens}
         marked: list[Run] = []
         if compressible and settings.select is None:
             unpadded = row_embeddings  # whole rows are not copied
             if len(positions) < len(row_embeddings):
                 unpadded = row_embeddings[positions.to(embeddings.device)]
             scores = _score(unpadded, row_images, settings, probe)
-        for image in compressible:
-            count = int(image.detailed_tokens * settings.keep_ratio)
+        for number, image in compressible.items():
+            is_blank = None if blank is None else blank[row][number].to(embeddings.device)
+            saved = int(is_blank.sum()) if is_blank is not None and settings.selection.blank == "save" else 0
+            count = int((image.detailed_tokens - saved) * settings.keep_ratio)
             if settings.select is not None:
                 chosen = torch.as_tensor(settings.select(row, image.detailed_tokens, count), dtype=torch.long)
             else:
@@ -273,7 +285,7 @@ def kept_positions(
                     angles = (mean[detailed].to(scores[image].device) for mean in rotary(len(positions)))
                     share, per_tile = settings.selection.coordinates, image.tile_map.side**2
                     coordinates = coordinate_tokens(*angles, per_tile, share)
-                chosen, own = settings.selection.choose(scores[image], image.tile_map, count, coordinates)
+                chosen, own = settings.selection.choose(scores[image], image.tile_map, count, coordinates, is_blank)
                 chosen = torch.cat([chosen, chosen.new_tensor([last for last, _, _ in own])])
                 first = image.detailed_start
                 marked += [tuple(int(positions[first + i]) for i in (last, a, b - 1)) for last, a, b in own]

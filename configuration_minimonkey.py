@@ -133,7 +133,10 @@ def text_config_from_published(published: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+VISION_SHARE_TRANSFORMS = ("none", "heads", "heads+conv")
+PROJECTORS = ("mlp", "resampler")
 SCM_QUERIES = ("all", "visual", "balanced", "question", "last")
+KV_CACHE_DTYPES = (None, "int8")
 
 # Fields of language models whose head does more than multiply by its weight.
 _SOFTCAP = "final_logit_softcapping"
@@ -197,14 +200,23 @@ class MiniMonkeyConfig(InternVLConfig):
         downsample_ratio (float): Side of the pixel-shuffled grid over that of the patch grid.
         pixel_shuffle_version (str): "v2", or "v1" for the transposed grid of the first InternVL models.
         vision_feature_layer (int): Index into the vision tower's hidden states, of which the first is the embeddings.
+        projector (str): "mlp", pixel shuffle and two layers, or "resampler", learned queries that give every tile or slice as
+            many tokens, see `projectors.Resampler`.
+        resampler_queries (int): Image tokens of a tile or slice, with a resampler.
+        mining (bool): Whether an image's thumbnail is all that is written of it, with what it finds in the detailed tiles, see
+            `projectors.PatchMining`.
         visual_experts (bool): Whether image tokens have feed-forward blocks of their own in the language model, as in
             Mono-InternVL.
+        vision_share_layers (int): How many consecutive layers of the vision tower share their weights; 1 is the plain tower.
+        vision_share_transform (str): What each of them has of its own besides norms: "none", "heads" or "heads+conv", see
+            `shared_vision_layers.py`.
         template (str): Name of the chat template in `conversation.TEMPLATES`.
         system_message (str, *optional*): None is the template's, "" an empty one.
         scm_keep_ratio (float): Share of an image's detailed tokens that the scale compression mechanism keeps.
         scm_layer (int, *optional*): The language-model layer whose attention scores them; by default 1, the second.
         scm_queries (str): "all" scores with adaptive, thumbnail and text tokens, "visual" without text; the others are in
             `compression.CompressionSettings`.
+        kv_cache_dtype (str, *optional*): "int8" keeps keys and values of earlier tokens in 8 bits.
 
     Raises:
         ValueError: Values that contradict each other or cannot work, with the values.
@@ -215,12 +227,18 @@ class MiniMonkeyConfig(InternVLConfig):
     image_token_id: int | None = None
     tile_size: int | None = None
     pixel_shuffle_version: str = "v2"
+    projector: str = "mlp"
+    resampler_queries: int = 64
+    mining: bool = False
     visual_experts: bool = False
+    vision_share_layers: int = 1
+    vision_share_transform: str = "none"
     template: str = "internlm2-chat"
     system_message: str | None = None
     scm_keep_ratio: float = 0.5
     scm_layer: int | None = None
     scm_queries: str = "all"
+    kv_cache_dtype: str | None = None
     tie_word_embeddings: bool = False
 
     @classmethod
@@ -264,6 +282,21 @@ class MiniMonkeyConfig(InternVLConfig):
         return None if length is None else int(length * max(factors, default=1))
 
     @property
+    def own_parts(self) -> list[str]:
+        """Name what this model has and no other format of the family has a place for."""
+        own = {
+            f"projector {self.projector!r}": self.projector != "mlp",
+            "mining": self.mining,
+            "shared vision layers": self.shares_vision_layers,
+        }
+        return [name for name, is_there in own.items() if is_there]
+
+    @property
+    def shares_vision_layers(self) -> bool:
+        """Whether the vision tower is another than transformers' own."""
+        return self.vision_share_layers > 1 or self.vision_share_transform != "none"
+
+    @property
     def cacheable_length(self) -> float:
         """Number of tokens up to which cached keys stay right; some kinds of rope rotate all keys anew beyond a length."""
         limits = [
@@ -292,6 +325,8 @@ class MiniMonkeyConfig(InternVLConfig):
             if size < 1 or size % patch_size[0]:
                 raise ValueError(f"{name} {size} is not a multiple of the patch size {patch_size[0]}.")
         patches, factor = self.tile_size // patch_size[0], round(1 / self.downsample_ratio)
+        if self.projector == "resampler":
+            return self.resampler_queries
         if patches % factor:
             raise ValueError(
                 f"A tile of {self.tile_size} px has {patches} x {patches} patches of {patch_size[0]} px, which "
@@ -299,8 +334,32 @@ class MiniMonkeyConfig(InternVLConfig):
             )
         return (patches // factor) ** 2
 
+    def view_tokens(self, width: int, height: int) -> int:
+        """Count the image tokens of a view of this size in pixels.
+
+        Raises:
+            ValueError: Sides that are no multiples of a patch, or of the patches that become one token.
+        """
+        side = self.view_multiple
+        if width % side or height % side or not width * height:
+            raise ValueError(f"{width} x {height} px do not hold a whole number of {side} px patch groups.")
+        return self.resampler_queries if self.projector == "resampler" else width // side * (height // side)
+
+    @property
+    def view_multiple(self) -> int:
+        """What the sides of tiles and slices are multiples of, in pixels."""
+        patch = self.vision_config.patch_size[0]
+        return patch if self.projector == "resampler" else patch * round(1 / self.downsample_ratio)
+
     def _check_values(self) -> None:
         text, vision = self.text_config, self.vision_config
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"projector is one of {', '.join(PROJECTORS)}, got {self.projector!r}.")
+        if self.resampler_queries < 1 or (self.projector == "resampler" and text.hidden_size % 4):
+            raise ValueError(
+                f"A resampler needs resampler_queries of at least 1, got {self.resampler_queries}, and a language model whose "
+                f"width is a multiple of 4, got {text.hidden_size}."
+            )
         if vision.hidden_size % vision.num_attention_heads:
             raise ValueError(
                 f"vision hidden_size {vision.hidden_size} is not a multiple of its {vision.num_attention_heads} heads."
@@ -315,12 +374,24 @@ class MiniMonkeyConfig(InternVLConfig):
                 f"vision_feature_layer {layer} does not exist; a vision tower of {vision.num_hidden_layers} layers has "
                 f"the hidden states 0 to {vision.num_hidden_layers} (or -1 to {-vision.num_hidden_layers - 1})."
             )
+        if not 1 <= self.vision_share_layers <= max(1, vision.num_hidden_layers):
+            raise ValueError(
+                f"vision_share_layers must be 1 to {vision.num_hidden_layers}, the tower's layers, got "
+                f"{self.vision_share_layers}."
+            )
+        if self.vision_share_transform not in VISION_SHARE_TRANSFORMS:
+            raise ValueError(
+                f"vision_share_transform must be one of {', '.join(VISION_SHARE_TRANSFORMS)}, got "
+                f"{self.vision_share_transform!r}."
+            )
         if not 0 < self.scm_keep_ratio <= 1:
             raise ValueError(f"scm_keep_ratio must be above 0 and at most 1, got {self.scm_keep_ratio}.")
         if not 0 <= self.scm_layer < text.num_hidden_layers:
             raise ValueError(f"scm_layer {self.scm_layer} does not exist in {text.num_hidden_layers} layers.")
         if self.scm_queries not in SCM_QUERIES:
             raise ValueError(f"scm_queries must be one of {', '.join(SCM_QUERIES)}, got {self.scm_queries!r}.")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype must be None or 'int8', got {self.kv_cache_dtype!r}.")
         if getattr(text, "tie_word_embeddings", self.tie_word_embeddings) != self.tie_word_embeddings:
             raise ValueError(
                 f"tie_word_embeddings is {self.tie_word_embeddings} here but {text.tie_word_embeddings} in text_config."

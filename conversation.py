@@ -30,6 +30,7 @@ from tokenizers.normalizers import Normalizer
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 IMAGE_START, IMAGE_END, IMAGE_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
+SLICES_START, SLICES_END = "<slice>", "</slice>"  # text, where a tokenizer has no such tokens
 # In the order of their ids in the published tokenizers, where they follow the vocabulary of the language model.
 GROUNDING_TOKENS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_TOKEN, *GROUNDING_TOKENS)
@@ -302,17 +303,58 @@ def check_placeholders(
         )
 
 
-def expand_placeholders(texts: list[str], tiles_of_image: list[int], tokens_per_tile: int) -> list[str]:
+@dataclass(frozen=True)
+class SlicedImage:
+    """How an image is written whose views have tokens of their own: its overview, then its slices row by row."""
+
+    columns: int
+    rows: int
+    overview_tokens: int
+    slice_tokens: int
+    """0: there are no slices."""
+
+    @property
+    def tokens(self) -> int:
+        """The image tokens of all views."""
+        return self.overview_tokens + self.columns * self.rows * self.slice_tokens
+
+
+ImageLayout = int | SlicedImage
+"""How an image is written: by its number of square tiles, or slices."""
+
+
+def image_text(layout: ImageLayout, tokens_per_tile: int) -> str:
+    """Return what stands in a prompt for an image.
+
+    Square tiles are one run of image tokens. Slices are written as MiniCPM-V 2.0 and 2.5 do: every view with a start and
+    an end, rows of slices as lines of text between `<slice>` and `</slice>`.
+    """
+
+    if isinstance(layout, int):
+        return IMAGE_START + IMAGE_TOKEN * (tokens_per_tile * layout) + IMAGE_END
+    overview, part = (
+        IMAGE_START + IMAGE_TOKEN * tokens + IMAGE_END for tokens in (layout.overview_tokens, layout.slice_tokens)
+    )
+    rows = "\n".join([part * layout.columns] * layout.rows)
+    return overview + SLICES_START + rows + SLICES_END if layout.slice_tokens else overview
+
+
+def image_tokens(layout: ImageLayout, tokens_per_tile: int) -> int:
+    """Count the image tokens of an image."""
+    return tokens_per_tile * layout if isinstance(layout, int) else layout.tokens
+
+
+def expand_placeholders(texts: list[str], images: Sequence[ImageLayout], tokens_per_tile: int) -> list[str]:
     """Put each image's tokens where its `<image>` stands; the images belong to the placeholders in order.
 
     Raises:
         ValueError: The numbers of placeholders and images differ.
     """
-    check_placeholders(texts, len(tiles_of_image))
-    tiles = iter(tiles_of_image)
+    check_placeholders(texts, len(images))
+    layouts = iter(images)
     return [
         "".join(
-            part if i == 0 else IMAGE_START + IMAGE_TOKEN * (tokens_per_tile * next(tiles)) + IMAGE_END + part
+            part if i == 0 else image_text(next(layouts), tokens_per_tile) + part
             for i, part in enumerate(text.split(IMAGE_PLACEHOLDER))
         )
         for text in texts
@@ -358,7 +400,7 @@ def render(
     template: ChatTemplate,
     turns: Sequence[tuple[str, str | None]],
     system_message: str | None = None,
-    tiles: Sequence[int] = (),
+    tiles: Sequence[ImageLayout] = (),
     tokens_per_tile: int = 0,
     grounding_tokens: bool = False,
 ) -> RenderedPrompt:
@@ -370,7 +412,7 @@ def render(
     Args:
         turns: (question, answer) each; the last answer may be None, and the prompt then ends where the model answers.
         system_message: None means the template's, "" an empty one.
-        tiles: How many tiles each image has, in the order of their placeholders.
+        tiles: How many tiles each image has, in the order of their placeholders, or how it is sliced.
         tokens_per_tile: Image tokens of one tile.
         grounding_tokens: Whether `<ref>`, `<box>` and `<quad>` are control tokens in what people wrote.
 

@@ -29,8 +29,10 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .attention_probe import attention_inputs, read_dropping, rotary_means
+from .blank_tiles import blank_tokens
 from .compression import (
     AttentionInputs,
     CompressionSettings,
@@ -40,6 +42,8 @@ from .compression import (
     kept_positions,
     pack,
 )
+from .conversation import image_tokens
+from .image_inputs import ImageInputs
 from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, joined_caches, new_cache
 from .repetition import read_guard
 from .token_selection import PUBLISHED, read_selection
@@ -63,7 +67,6 @@ REPACKED = "prompt_was_repacked"
 NEED_PROMPT_IDS = {
     "assistant_model": None,
     "prompt_lookup_num_tokens": None,
-    "prefill_chunk_size": None,
     "encoder_repetition_penalty": 1.0,
     "encoder_no_repeat_ngram_size": 0,
 }
@@ -146,6 +149,8 @@ class GenerateMixin:
         pixel_values: torch.Tensor | None = None,
         tile_counts: torch.Tensor | None = None,
         tile_grids: torch.Tensor | None = None,
+        slice_values: torch.Tensor | None = None,
+        slice_sizes: torch.Tensor | None = None,
         **scm_options: Any,
     ) -> list[torch.Tensor]:
         """Return the positions of a prompt that scale compression keeps; see `generate` for the arguments.
@@ -156,8 +161,10 @@ class GenerateMixin:
         Raises:
             ValueError: See `generate`.
         """
+        images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
+        self._check_compressible(images.are_slices)
         settings = self._compression_settings(**scm_options)
-        return self._embed(input_ids, attention_mask, pixel_values, tile_counts, tile_grids, settings).kept
+        return self._embed(input_ids, attention_mask, images, settings).kept
 
     @extends(GenerationMixin.generate)
     @torch.no_grad()
@@ -170,6 +177,8 @@ class GenerateMixin:
         pixel_values: torch.Tensor | None = None,
         tile_counts: torch.Tensor | None = None,
         tile_grids: torch.Tensor | None = None,
+        slice_values: torch.Tensor | None = None,
+        slice_sizes: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         use_scm: bool = False,
         scm_keep_ratio: float | None = None,
@@ -191,7 +200,9 @@ class GenerateMixin:
             generation_config: Settings, as for any transformers model.
             pixel_values: (T, 3, S, S) tiles of all images.
             tile_counts: (I, 3) detailed, adaptive and thumbnail tiles of each image; scale compression needs them.
-            tile_grids: (I, 4) columns and rows of the detailed and the adaptive grid of each image; for some of `scm_select`.
+            tile_grids: (I, 4) columns and rows of the detailed and the adaptive grid of each image; for some of `scm_select`,
+                for slices and for patch mining.
+            slice_values, slice_sizes: Of slices of their own size instead of `pixel_values`, see `image_inputs.ImageInputs`.
             mm_token_type_ids: Accepted so that a processor's whole output can be passed; not used.
             use_scm: Scale compression: of an image's detailed tokens the language model reads only those that the image's
                 other tokens and the text attend to most. The ids returned begin with the whole prompt all the same.
@@ -217,8 +228,8 @@ class GenerateMixin:
 
         Raises:
             ValueError: See `encode_images`; settings of SCM out of range or given without `use_scm=True`; with images or
-                SCM also `assistant_model`, `prompt_lookup_num_tokens` and `prefill_chunk_size`; with SCM `position_ids` and
-                a cache, and later on the cache that it returned.
+                SCM also `assistant_model` and `prompt_lookup_num_tokens`; with SCM `position_ids` and a cache, and later on
+                the cache that it returned.
         """
         scm_options = {
             "scm_keep_ratio": scm_keep_ratio,
@@ -230,8 +241,10 @@ class GenerateMixin:
         given = [name for name, value in scm_options.items() if value is not None]
         if given and not use_scm:
             raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
+        images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
         settings = None
         if use_scm:
+            self._check_compressible(images.are_slices)
             ends = self._setting("eos_token_id", generation_config, kwargs)
             settings = self._compression_settings(**scm_options, tile_order=tile_order, end_ids=ends)
         if inputs is not None:
@@ -241,7 +254,7 @@ class GenerateMixin:
         if logits_processor is not None:
             kwargs["logits_processor"] = logits_processor
         turn = kwargs.pop(CACHE_NAME) if isinstance(kwargs.get(CACHE_NAME), Turn) else None
-        has_images = pixel_values is not None or bool(turn is not None and turn.keys)
+        has_images = images.pixels is not None or bool(turn is not None and turn.keys)
         self._check_what_fits(generation_config, kwargs, has_images, use_scm)
         if OTHER_CACHE_NAME in kwargs:
             kwargs = with_one_cache_name(kwargs)
@@ -249,16 +262,18 @@ class GenerateMixin:
         self._guard_against_loops(stop_repetition, generation_config, kwargs)
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
         input_ids = kwargs.get("input_ids")
+        if self.config.kv_cache_dtype is not None and not can_remember:
+            self._use_quantized_cache(generation_config, kwargs)
         if not (has_images or can_remember or (use_scm and input_ids is not None)):
             if all(kwargs.get(name) is None for name in ("inputs_embeds", CACHE_NAME)):
                 self._check_no_image_tokens(input_ids)
             return with_both_cache_names(super().generate(generation_config=generation_config, **kwargs))
-        embedded = self._embed(
-            input_ids, kwargs.get("attention_mask"), pixel_values, tile_counts, tile_grids, settings, turn, can_remember
-        )
+        embedded = self._embed(input_ids, kwargs.get("attention_mask"), images, settings, turn, can_remember)
         if settings is not None and settings.selection.stage == "layer":
             self._read_to_layer(generation_config, kwargs, embedded)
         generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
+        if (chunk_size := self._setting("prefill_chunk_size", generation_config, kwargs)) is not None:
+            generation_config = self._read_in_chunks(generation_config, kwargs, chunk_size)
         output = super().generate(generation_config=generation_config, **kwargs)
         if embedded.prompt is not None:
             self._remember(turn.memory, embedded, output)
@@ -286,6 +301,11 @@ class GenerateMixin:
                 f"scm_select with mass={selection.mass} decides itself how many tokens stay; leave out scm_keep_ratio, and set "
                 "the bounds least and most instead."
             )
+        if config.projector == "resampler" and selection.needs_places:
+            raise ValueError(
+                "The tokens of a resampler have no place in the image: scm_select goes by scores alone there ('token', "
+                "'original', 'mass', 'markers', 'layer', 'features'), without windows, tile budgets, coordinates, blank cells."
+            )
         queries = config.scm_queries if scm_queries is None else scm_queries
         ends = self.generation_config.eos_token_id if end_ids is None else end_ids
         ends = [] if ends is None else torch.atleast_1d(torch.as_tensor(ends)).tolist()
@@ -305,9 +325,7 @@ class GenerateMixin:
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        tile_counts: torch.Tensor | None,
-        tile_grids: torch.Tensor | None = None,
+        images: ImageInputs,
         settings: CompressionSettings | None = None,
         turn: Turn | None = None,
         can_remember: bool = False,
@@ -320,8 +338,7 @@ class GenerateMixin:
         """
         if settings is None and turn is None:
             kept = None if attention_mask is None else [row.nonzero().squeeze(1) for row in attention_mask]
-            self.tokens_per_tile(pixel_values, input_ids)
-            embeddings = self.place_features(input_ids, self.encode_tiles(pixel_values))
+            embeddings = self.place_features(input_ids, self.image_features(images, input_ids))
             return _Embedded(embeddings, attention_mask, kept)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
@@ -332,12 +349,14 @@ class GenerateMixin:
         if turn is not None and (len(input_ids) != 1 or not bool(mask.all())):
             raise ValueError("A turn is of one conversation: pass one row without padding.")
         settings = settings or self._compression_settings(scm_keep_ratio=1.0)
-        images: list[list[ImageSpan]] = [[] for _ in input_ids]
+        spans: list[list[ImageSpan]] = [[] for _ in input_ids]
         features = input_ids.new_empty(0, self.config.text_config.hidden_size, dtype=self.dtype)
+        tile_counts, per_tile, is_whole = images.tile_counts, 1, not images.are_slices and not self.config.mining
         if turn is not None and turn.keys:
-            features = self._recall_features(turn, torch.as_tensor(tile_counts), tile_grids, pixel_values)
-            per_tile = len(features) // int(torch.as_tensor(tile_counts).sum())
-        elif pixel_values is None:
+            features = self._recall_features(turn, images)
+            if is_whole:
+                per_tile = len(features) // int(torch.as_tensor(tile_counts).sum())
+        elif images.pixels is None:
             self._check_no_image_tokens(input_ids)
         elif tile_counts is None:
             raise ValueError(
@@ -345,36 +364,83 @@ class GenerateMixin:
                 "processor returns beside pixel_values; chat needs target_aspect_ratio for tiles that you cut yourself."
             )
         else:
-            per_tile = self.tokens_per_tile(pixel_values)
-        if tile_counts is not None and (pixel_values is not None or len(features)):
-            images = find_images(
-                input_ids, mask, tile_counts, self.config.image_token_id, per_tile, settings, tile_grids
+            per_tile = self.tokens_per_tile(images.pixel_values)
+        if tile_counts is not None and (images.pixels is not None or len(features)):
+            if not is_whole:  # only remembered, never compressed: each token is a tile that stays
+                tile_counts = torch.tensor([(0, 0, len(turn.memory.features[key])) for key in turn.keys])
+            spans = find_images(
+                input_ids,
+                mask,
+                tile_counts,
+                self.config.image_token_id,
+                per_tile,
+                settings,
+                images.tile_grids,
+                is_whole,
             )
             if not len(features):
-                self.tokens_per_tile(pixel_values, input_ids)
-                features = self.encode_tiles(pixel_values)
+                features = self.image_features(images, input_ids)
         embeddings = self.place_features(input_ids, features)
         prompt, recalled, cache = None, Recalled(), None
         if can_remember:
-            prompt = Prompt(input_ids[0].tolist(), list(zip(turn.keys, images[0])), settings)
+            prompt = Prompt(input_ids[0].tolist(), list(zip(turn.keys, spans[0])), settings)
             recalled = turn.memory.take_cache(prompt)
             cache = recalled.cache or new_cache(self)
             # What is in the cache was scored by the turn that brought it; it still routes image tokens to visual experts.
-            images = [
+            spans = [
                 [
                     replace(image, detailed_stop=image.detailed_start) if image.start < recalled.start else image
-                    for image in images[0]
+                    for image in spans[0]
                 ]
             ]
+        blank = None
+        if settings.selection.blank != "scored" and settings.select is None and any(spans):
+            blank = self._blank_tokens(spans, images, turn)
         rotary = partial(rotary_means, self.model.language_model, like=embeddings[0])
         probe = partial(self._probe, settings.layer)
-        kept, runs = kept_positions(embeddings, mask, images, settings, probe, rotary)
+        kept, runs = kept_positions(embeddings, mask, spans, settings, probe, rotary, blank)
         for row, row_runs in enumerate(runs):
             for place, first, stop in row_runs:
                 embeddings[row, place] = embeddings[row, first:stop].mean(dim=0)
         if recalled.start:
             kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
-        return _Embedded(embeddings, mask, kept, settings, prompt, cache, images, recalled.start)
+        return _Embedded(embeddings, mask, kept, settings, prompt, cache, spans, recalled.start)
+
+    def _blank_tokens(
+        self, spans: list[list[ImageSpan]], images: ImageInputs, turn: Turn | None
+    ) -> list[list[torch.Tensor]]:
+        """Return which detailed tokens of each image show nothing; of images that a turn remembers, what it knows."""
+        counts = torch.as_tensor(images.tile_counts).tolist()
+        numbers, flat = range(len(counts)), [span for row in spans for span in row]
+        known = {} if turn is None else turn.memory.blank
+        keys = [*numbers] if turn is None else turn.keys
+        if images.pixel_values is not None:
+            new = [number for number in numbers if keys[number] not in known and keys[number] not in keys[:number]]
+            tiles = images.pixel_values.split([sum(counts[number]) for number in new])
+            for number, own in zip(new, tiles):
+                adaptive = counts[number][1] if flat[number].detailed_start > flat[number].start else 0
+                known[keys[number]] = self._blank_cells(own[adaptive:][: counts[number][0]], flat[number])
+        if missing := [number for number in numbers if keys[number] not in known]:
+            raise ValueError(
+                f"scm_select with blank tokens needs the pixels of image {missing[0]}, which are not here."
+            )
+        remaining = iter(keys)
+        return [[known[next(remaining)] for _ in row] for row in spans]
+
+    def _blank_cells(self, tiles: torch.Tensor, span: ImageSpan) -> torch.Tensor:
+        if not len(tiles):
+            return torch.zeros(0, dtype=torch.bool)
+        if tiles.is_floating_point():
+            mean, std = (
+                torch.tensor(values, device=tiles.device).view(-1, 1, 1)
+                for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            )
+            tiles = ((tiles.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        grid = span.tile_map
+        blank = torch.from_numpy(blank_tokens(tiles.cpu().numpy(), (grid.columns, grid.rows), grid.side))
+        if self.config.pixel_shuffle_version == "v1":  # whose tokens of a tile are column by column
+            blank = blank.unflatten(0, (-1, grid.side, grid.side)).transpose(1, 2).flatten()
+        return blank
 
     def _probe(self, layer: int, sequence: torch.Tensor, is_image: torch.Tensor) -> AttentionInputs:
         routing = {"visual_token_mask": is_image[None]} if self.config.visual_experts else {}
@@ -416,36 +482,104 @@ class GenerateMixin:
             copies = max(self._setting(name, generation_config, options) or 1 for name in copies)
             embedded.cache, embedded.cached = joined_caches(caches, new_cache(self), copies), cached
 
-    def _recall_features(
-        self, turn: Turn, counts: torch.Tensor, grids: torch.Tensor | None, pixel_values: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the features (tokens, D) of all images of a conversation; compute only those of unseen images."""
-        tiles = {key: int(count.sum()) for key, count in zip(turn.keys, counts)}
-        unseen = [key for key in tiles if key not in turn.features]
-        given, expected = 0 if pixel_values is None else len(pixel_values), sum(tiles[key] for key in unseen)
-        if given != expected:
+    def _read_in_chunks(
+        self, generation_config: GenerationConfig | None, options: dict[str, Any], chunk_size: int
+    ) -> GenerationConfig | None:
+        """Read the embeddings in `options` a chunk at a time into a cache, all but the last chunk; the logits are the same.
+
+        transformers splits ids, which a prompt with images is no longer when it gets there.
+
+        Returns:
+            The generation configuration without the chunk's size.
+        """
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral) or chunk_size < 1:
+            raise ValueError(f"prefill_chunk_size must be a whole number of at least 1, got {chunk_size!r}.")
+        if getattr(self.generation_config, "prefill_chunk_size", None) is not None:
             raise ValueError(
-                f"pixel_values hold {given} tiles, but the images that are new in this turn have {expected}."
+                "prefill_chunk_size of model.generation_config would be applied twice; pass it to generate."
             )
+        if self._setting("cache_implementation", generation_config, options) is not None or (
+            self._setting("use_cache", generation_config, options) is False
+        ):
+            raise ValueError(
+                "prefill_chunk_size with images makes a cache of its own; leave out cache_implementation and use_cache=False."
+            )
+        embeddings, mask = options["inputs_embeds"], options.get("attention_mask")
+        mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.long) if mask is None else mask
+        places = options.get("position_ids")
+        places = (mask.long().cumsum(dim=1) - 1).clamp(min=0) if places is None else places
+        is_fresh = options.get(CACHE_NAME) is None
+        cache = new_cache(self) if is_fresh else options[CACHE_NAME]
+        start = past = cache.get_seq_length()
+        while start + chunk_size < embeddings.shape[1]:
+            part, start = slice(start, start + chunk_size), start + chunk_size
+            routing = {"visual_token_mask": options["visual_token_mask"][:, part]} if self.config.visual_experts else {}
+            reading = {CACHE_NAME: cache, "use_cache": True, "position_ids": places[:, part], **routing}
+            self.model.language_model(inputs_embeds=embeddings[:, part], attention_mask=mask[:, :start], **reading)
+        copies = max(
+            self._setting(name, generation_config, options) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+        if start > past and is_fresh and copies > 1:
+            cache.batch_repeat_interleave(copies)
+        options |= {CACHE_NAME: cache}
+        options.pop("prefill_chunk_size", None)
+        generation_config = copy.copy(generation_config)
+        if generation_config is not None:
+            generation_config.prefill_chunk_size = None
+        return generation_config
+
+    def _recall_features(self, turn: Turn, images: ImageInputs) -> torch.Tensor:
+        """Return the features (tokens, D) of all images of a conversation; compute only those of unseen images."""
+        counts = torch.as_tensor(images.tile_counts)
+        unseen = {key: number for number, key in reversed([*enumerate(turn.keys)]) if key not in turn.features}
+        unseen = dict(sorted(unseen.items(), key=lambda pair: pair[1]))
         features = dict(turn.features)
+        new = images.of([*unseen.values()])
+        if not images.are_slices:
+            given, expected = 0 if new.pixels is None else len(new.pixels), int(new.tile_counts.sum())
+            if given != expected:
+                raise ValueError(
+                    f"pixel_values hold {given} tiles, but the images that are new in this turn have {expected}."
+                )
         if unseen:
-            encoded = self.encode_tiles(pixel_values).flatten(0, 1)
-            per_tile = len(encoded) // given
-            features |= zip(unseen, encoded.split([tiles[key] * per_tile for key in unseen]))
-        grids = counts.new_ones(len(counts), 4) if grids is None else torch.as_tensor(grids)
+            per_tile = 1 if new.are_slices else self.tokens_per_tile(new.pixel_values)
+            tokens = [image_tokens(layout, per_tile) for layout in self.image_layouts(new)]
+            features |= zip(unseen, self.image_features(new).flatten(0, -2).split(tokens))
+        grids = counts.new_ones(len(counts), 4) if images.tile_grids is None else torch.as_tensor(images.tile_grids)
+        if images.slice_sizes is not None:
+            grids = torch.cat([grids, torch.as_tensor(images.slice_sizes)], dim=1)
         tiles_and_features = zip(turn.keys, counts.tolist(), grids.tolist())
         turn.memory.remember_images({key: (count, grid, features[key]) for key, count, grid in tiles_and_features})
         return torch.cat([features[key] for key in turn.keys])
+
+    def _check_compressible(self, are_slices: bool) -> None:
+        """Refuse scale compression of images that have no detailed tokens in the prompt."""
+        if are_slices:
+            raise ValueError(
+                "use_scm=True leaves out tokens of square tiles that an overview behind them asks about; slices of their own "
+                "size come after theirs. Have fewer of them (max_tiles), or a resampler of fewer queries."
+            )
+        if self.config.mining:
+            raise ValueError(
+                "use_scm=True has nothing to leave out: with patch mining an image's thumbnail is all there is."
+            )
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
         """Tell whether this generation can go on from a cache and leave one: one row, an ordinary cache, no other decoding."""
         asked = partial(self._setting, generation_config=generation_config, options=options)
         is_one_row = all((asked(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
-        others = ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+        others = ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
         others = (*CACHE_NAMES, *others, "custom_generate")
         is_ordinary = all(asked(name) is None for name in others) and asked("use_cache") is not False
         fits = options["input_ids"].shape[1] <= self.config.cacheable_length
         return is_one_row and is_ordinary and fits
+
+    def _use_quantized_cache(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> None:
+        """Put an empty cache of the configuration's type into `options`, where no other cache is asked for."""
+        names = (*CACHE_NAMES, "cache_implementation", "custom_generate")
+        is_asked = any(self._setting(name, generation_config, options) is not None for name in names)
+        if not is_asked and self._setting("use_cache", generation_config, options) is not False:
+            options[CACHE_NAME] = new_cache(self)
 
     def _remember(self, memory: PromptMemory, embedded: _Embedded, output) -> None:
         """Leave the cache to the next turn, unless the answer went beyond what stays right in it."""

@@ -46,16 +46,18 @@ from .tiling import (
     PRESETS,
     RANGE_NAMES,
     SINGLE_TILE,
+    SLICES,
     Grid,
     TileRanges,
     check_tiling,
     choose_grids,
     largest_image,
+    slice_sizes,
     tile_counts,
 )
 
 
-GRID_OPTIONS = (*RANGE_NAMES, "tiling", "relaxed_alpha")
+TILING_OPTIONS = ("tiling", "relaxed_alpha", "max_scale")  # of `tiling.choose_grids`, in its order
 CHECKED = ("size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
 SOURCES = (str, os.PathLike)
 KINDS = {
@@ -87,9 +89,16 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
         given, and the tiling.
     tiling (`str`, *optional*, defaults to `self.tiling`):
         How the grids are chosen, see `tiling.choose_grids`: "msac" as in Mini-Monkey; "internvl", "logscore" (MiniCPM-V) and
-        "relaxed" (BlueLM-V-3B) have no adaptive grid, "msac-logscore" and "msac-relaxed" have one beside these.
+        "relaxed" (BlueLM-V-3B) have no adaptive grid, "msac-logscore" and "msac-relaxed" have one beside these. "slices" cuts
+        the grid of "logscore" into slices of their own size, as MiniCPM-V does.
+    slice_multiple (`int`, *optional*, defaults to `self.slice_multiple`):
+        What the sides of slices are multiples of, in pixels: of the patches that become one token, or of a patch if the
+        model has a resampler. A `MiniMonkeyProcessor` knows the first.
     relaxed_alpha (`float`, *optional*, defaults to `self.relaxed_alpha`):
         Share of useful pixels that "relaxed" gives up for less waste; 0 is the rule of LLaVA-NeXT.
+    max_scale (`float`, *optional*, defaults to `self.max_scale`):
+        How many times tiles may enlarge an image, at least 1, so that a small image has few tiles; one that is narrower than a
+        tile is enlarged to that. None, as published: however much it takes to have `min_tiles`.
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
         Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
         only in parts, which is useful for comparisons.
@@ -107,6 +116,8 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     preset: str | None
     tiling: str
     relaxed_alpha: float | int
+    max_scale: float | int | None
+    slice_multiple: int | None
     use_thumbnail: bool
     drop_blank: bool
     untrusted_sources: bool
@@ -131,6 +142,8 @@ class _MsacMixin:
     min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = PRESETS["default"]
     tiling = "msac"
     relaxed_alpha = 0.1
+    max_scale = None
+    slice_multiple = None
     use_thumbnail = True
     drop_blank = False
     untrusted_sources = False
@@ -150,7 +163,9 @@ class _MsacMixin:
         Returns:
             pixel_values (T, 3, S, S), the tiles of all images: detailed, adaptive, thumbnail of the first and so on;
             tile_counts (images, 3), how many of each kind; tile_grids (images, 4), columns and rows of the detailed
-            and the adaptive grid.
+            and the adaptive grid. With tiling="slices" there are no pixel_values, but slice_values (P, 3), the pixels of all
+            views row by row: overview and slices of the first image and so on; and slice_sizes (images, 4), width and
+            height of the overview and of each slice; tile_counts are (slices, 0, 1).
 
         Raises:
             ValueError: An image that cannot be read, or settings that cannot work.
@@ -185,7 +200,7 @@ class _MsacMixin:
             options.get(name, getattr(self, name)) for name in CHECKED
         )
         side = _tile_side(size)
-        rule = {name: options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")}
+        rule = {name: options.get(name, getattr(self, name)) for name in TILING_OPTIONS}
         check_tiling(*ranges, **rule)
         most = ranges[1] + ranges[3] + 1
         if most * side**2 > MOST_PIXELS:
@@ -195,6 +210,17 @@ class _MsacMixin:
             )
         if not isinstance(use_thumbnail, bool):
             raise ValueError(f"use_thumbnail is True or False, got {use_thumbnail!r}.")
+        multiple = options.get("slice_multiple", self.slice_multiple)
+        if multiple is not None and (isinstance(multiple, bool) or not 1 <= multiple <= side):
+            raise ValueError(
+                f"slice_multiple is a number of pixels from 1 to the tile's side {side}, got {multiple!r}."
+            )
+        if rule["tiling"] == SLICES:
+            others = {"use_thumbnail": not use_thumbnail, "drop_blank": options.get("drop_blank", self.drop_blank)}
+            if wrong := [name for name, is_set in others.items() if is_set]:
+                raise ValueError(
+                    f"tiling={SLICES!r} always has an overview and all slices; leave out {' and '.join(wrong)}."
+                )
         if not do_resize:
             raise ValueError(
                 "do_resize=False cannot work: a picture is cut in tiles after it is resized to their grid."
@@ -232,9 +258,14 @@ class _MsacMixin:
     ) -> BatchFeature:
         """Cut the images into tiles, each image as soon as it is decoded."""
         images, ranges = list_images(images), tuple(settings[name] for name in RANGE_NAMES)
-        tiling = settings["tiling"], settings["relaxed_alpha"]
+        tiling = tuple(settings[name] for name in TILING_OPTIONS)
         if not images:
             raise ValueError("The list of pictures is empty.")
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        normalization = [settings[name] for name in names]
+        if tiling[0] == SLICES:
+            data = self._cut_slices(images, ranges, size.height, resample, normalization, settings, device)
+            return BatchFeature(data=data, tensor_type=return_tensors)
         tiles, counts, grids = [], [], []
         for image in self._decoded(images, settings):
             detailed, adaptive = choose_grids(*image.size, ranges, size.height, *tiling)
@@ -251,10 +282,40 @@ class _MsacMixin:
                     cut = [layer[numbers] for layer, numbers in zip(cut, shown)]
             tiles += cut
         joined = torch.cat(tiles).contiguous() if isinstance(tiles[0], torch.Tensor) else np.concatenate(tiles)
-        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        pixel_values = self.rescale_and_normalize(joined, *(settings[name] for name in names))
+        pixel_values = self.rescale_and_normalize(joined, *normalization)
         data = {"pixel_values": pixel_values, "tile_counts": counts, "tile_grids": grids}
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _cut_slices(
+        self, images: list, ranges: TileRanges, side: int, resample, normalization: list, settings: dict, device
+    ) -> dict[str, Any]:
+        """Cut images into an overview and slices of their own size, see `preprocess`; both back ends resize with Pillow."""
+        views, counts, grids, sizes = [], [], [], []
+        for image in self._decoded(images, settings):
+            (columns, rows), _ = grid, adaptive = choose_grids(*image.size, ranges, side, SLICES)
+            overview, part = slice_sizes(*image.size, grid, side, self._multiple(settings["slice_multiple"]))
+            views.append(np.asarray(resize_image(image, *overview, resample)))
+            if grid != SINGLE_TILE:
+                whole = np.asarray(resize_image(image, part[0] * columns, part[1] * rows, resample))
+                views.append(whole.reshape(rows, part[1], columns, part[0], 3).swapaxes(1, 2))
+            counts.append(tile_counts(grid, adaptive))
+            grids.append((*grid, *adaptive))
+            sizes.append((*overview, *part))
+        pixels = np.concatenate([view.reshape(-1, 3) for view in views])
+        pixels = torch.from_numpy(pixels).to(device) if isinstance(self, TorchvisionBackend) else pixels
+        values = self.rescale_and_normalize(pixels.T[None, :, :, None], *normalization)[0, :, :, 0].T
+        values = values.contiguous() if isinstance(values, torch.Tensor) else np.ascontiguousarray(values)
+        return {"slice_values": values, "slice_sizes": sizes, "tile_counts": counts, "tile_grids": grids}
+
+    def _multiple(self, given: int | None) -> int:
+        """Return what the sides of slices are multiples of; raises `ValueError` where nothing says it."""
+        multiple = self.slice_multiple if given is None else given
+        if multiple is None:
+            raise ValueError(
+                f"tiling={SLICES!r} needs slice_multiple, the pixels that slices are multiples of: 28 for the published models "
+                "(14 with a resampler). A whole MiniMonkeyProcessor sets it."
+            )
+        return multiple
 
     def _decoded(self, images: list, settings: dict[str, Any]) -> Iterator[Image.Image]:
         """Yield the images one by one as upright 8-bit RGB; files are read ahead, a few at a time."""
@@ -273,7 +334,8 @@ class _MsacMixin:
 
     def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
         """Return the four tile ranges that a call with these options uses; a tiling without adaptive grid has 1 to 1 there."""
-        settings = {**{name: getattr(self, name) for name in GRID_OPTIONS}, **expand_preset(images_kwargs)}
+        own = {name: getattr(self, name) for name in (*RANGE_NAMES, "tiling")}
+        settings = {**own, **expand_preset(images_kwargs)}
         ranges = tuple(settings[name] for name in RANGE_NAMES)
         check_tiling(*ranges)
         return ranges if settings["tiling"].startswith("msac") else (*ranges[:2], 1, 1)
@@ -283,30 +345,41 @@ class _MsacMixin:
 
         With `drop_blank` these are the most it can have.
         """
-        *rule, use_thumbnail = self._grid_rule(images_kwargs)
-        return tile_counts(*choose_grids(width, height, *rule), use_thumbnail)
+        ranges, tile_size, tiling, use_thumbnail = self._grid_rule(images_kwargs)
+        return tile_counts(*choose_grids(width, height, ranges, tile_size, *tiling), use_thumbnail)
 
     def choose_grids(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[Grid, Grid]:
         """Return the detailed and the adaptive grid of an image of this size, as (columns, rows) each, without its pixels."""
-        *rule, _ = self._grid_rule(images_kwargs)
-        return choose_grids(width, height, *rule)
+        ranges, tile_size, tiling, _ = self._grid_rule(images_kwargs)
+        return choose_grids(width, height, ranges, tile_size, *tiling)
 
-    def _grid_rule(self, images_kwargs: dict | None) -> tuple[TileRanges, int, str, float, bool]:
-        """Return ranges, tile side, tiling and alpha, as `tiling.choose_grids` takes them, and whether there is a thumbnail."""
-        own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
+    def _grid_rule(self, images_kwargs: dict | None) -> tuple[TileRanges, int, tuple, bool]:
+        """Return ranges, tile side and TILING_OPTIONS as `tiling.choose_grids` takes them, and whether there is a thumbnail."""
+        own = {name: getattr(self, name) for name in (*RANGE_NAMES, *TILING_OPTIONS, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
         ranges = tuple(settings[name] for name in RANGE_NAMES)
-        return ranges, tile_size, settings["tiling"], settings["relaxed_alpha"], settings["use_thumbnail"]
+        return ranges, tile_size, tuple(settings[name] for name in TILING_OPTIONS), settings["use_thumbnail"]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of an image of this size, all three kinds together, without its pixels; see `count_tiles`."""
         return sum(self.count_tiles(height, width, images_kwargs))
 
+    def cuts_slices(self, images_kwargs: dict | None = None) -> bool:
+        """Tell whether a call with these options cuts slices of their own size."""
+        return expand_preset(images_kwargs or {}).get("tiling", self.tiling) == SLICES
+
+    def slice_sizes(self, height: int, width: int, images_kwargs: dict | None = None) -> list[int]:
+        """Return width and height of the overview and of the slices of an image of this size, without its pixels."""
+        (ranges, tile_size, *_), options = self._grid_rule(images_kwargs), images_kwargs or {}
+        grid, _ = choose_grids(width, height, ranges, tile_size, SLICES)
+        multiple = self._multiple(options.get("slice_multiple"))
+        return [side for size in slice_sizes(width, height, grid, tile_size, multiple) for side in size]
+
     def largest_image(self, **images_kwargs: Any) -> tuple[int, int]:
         """Return a (height, width) that gives the most tiles with these options, see `tiling.largest_image`."""
-        ranges, tile_size, tiling, relaxed_alpha, use_thumbnail = self._grid_rule(images_kwargs)
-        width, height = largest_image(ranges, tile_size, use_thumbnail, tiling, relaxed_alpha)
+        ranges, tile_size, tiling, use_thumbnail = self._grid_rule(images_kwargs)
+        width, height = largest_image(ranges, tile_size, use_thumbnail, *tiling)
         return height, width
 
     def to_dict(self) -> dict[str, Any]:

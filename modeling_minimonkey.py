@@ -11,6 +11,8 @@ Shapes: B rows, N tokens of a row, T tiles of all images of the batch, S tile si
 D width of the language model.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, InternVLForConditionalGeneration, InternVLModel
@@ -21,17 +23,23 @@ from .chat_minimonkey import ChatMixin
 from .checkpoint import weight_conversions
 from .configuration_minimonkey import MiniMonkeyConfig, head_scaling
 from .generation_minimonkey import GenerateMixin
+from .image_inputs import ImageInputs, image_layouts
+from .projectors import PatchMining, Resampler, ZeroLinear
 from .published_names import PublishedNamesMixin
+from .quantized_weights import METHOD, QuantizedWeightsConfig, QuantizedWeightsQuantizer
+from .shared_vision_layers import SharedVisionModel
 from .transformers_bridge import (
     IS_CACHE_RENAMED,
     OTHER_CACHE_NAME,
     custom_object_save,
     extends,
     register_checkpoint_conversion_mapping,
+    register_quantization,
     with_both_cache_names,
     with_image_features,
     with_one_cache_name,
 )
+from .vision_offload import OffloadedModules
 from .visual_experts import add_visual_experts
 
 
@@ -48,10 +56,18 @@ class MiniMonkeyModel(InternVLModel):
         super().__init__(config)
         if config.visual_experts:
             add_visual_experts(self.language_model)
-        for layer in self.vision_tower.encoder.layer:
-            for norm in (layer.attention.q_norm, layer.attention.k_norm):
-                if not isinstance(norm, nn.Identity):
-                    norm.variance_epsilon = config.vision_config.layer_norm_eps
+        if config.shares_vision_layers:
+            self.vision_tower = SharedVisionModel(
+                config.vision_config, config.vision_share_layers, config.vision_share_transform
+            )
+        for name, norm in self.vision_tower.named_modules():
+            if name.endswith((".q_norm", ".k_norm")) and not isinstance(norm, nn.Identity):
+                norm.variance_epsilon = config.vision_config.layer_norm_eps
+        if config.projector == "resampler":
+            widths = (config.vision_config.hidden_size, config.text_config.hidden_size)
+            self.multi_modal_projector = Resampler(*widths, config.resampler_queries)
+        if config.mining:
+            self.mining = PatchMining(config.vision_config.hidden_size)
 
     @extends(InternVLModel.get_image_features)
     def get_image_features(self, pixel_values, vision_feature_layer: int | None = None, **kwargs):
@@ -61,7 +77,37 @@ class MiniMonkeyModel(InternVLModel):
             layer = -1  # without layers the only hidden state, the embeddings, is also the last
         if layer != -1:
             kwargs["output_hidden_states"] = True
+        if self.config.projector == "resampler" or pixel_values.shape[2] != pixel_values.shape[3]:
+            outputs = self._see(pixel_values, layer)
+            outputs.pooler_output = self.project(self._patches(outputs, layer, pixel_values))
+            return outputs
         return super().get_image_features(pixel_values, vision_feature_layer=layer, **kwargs)
+
+    def _see(self, pixel_values: torch.Tensor, layer: int):
+        options = {} if layer == -1 else {"output_hidden_states": True}
+        return self.vision_tower(pixel_values=pixel_values.to(self.dtype), return_dict=True, **options)
+
+    def _patches(self, outputs, layer: int, pixel_values: torch.Tensor) -> torch.Tensor:
+        states = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+        height, width = (side // self.config.vision_config.patch_size[0] for side in pixel_values.shape[2:])
+        return states[:, 1:].unflatten(1, (height, width))  # without the class token
+
+    def patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the vision tower's features of the patches (T, h, w, C) of tiles or equal slices (T, 3, H, W)."""
+        layer = self.config.vision_feature_layer if self.config.vision_config.num_hidden_layers else -1
+        return self._patches(self._see(pixel_values, layer), layer, pixel_values)
+
+    def project(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return what the language model sees of patches (T, h, w, C): (T, K, D)."""
+        if self.config.projector == "mlp":
+            patches = self.pixel_shuffle(patches, self.config.downsample_ratio).flatten(1, 2)
+        return self.multi_modal_projector(patches)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Resampler, ZeroLinear)):
+            module.reset_parameters()
 
     @extends(InternVLModel.forward)
     def forward(self, input_ids=None, pixel_values=None, *, inputs_embeds=None, visual_token_mask=None, **kwargs):
@@ -119,6 +165,8 @@ class MiniMonkeyForConditionalGeneration(
     """Mini-Monkey: answers questions about images. See the README for `chat`, `generate` and the pipeline."""
 
     config_class = MiniMonkeyConfig
+    vision_chunk_tiles = VISION_CHUNK_TILES
+    _offloaded_vision: OffloadedModules | None = None
 
     def __init__(self, config: MiniMonkeyConfig):
         super(InternVLForConditionalGeneration, self).__init__(config)
@@ -162,6 +210,10 @@ class MiniMonkeyForConditionalGeneration(
                 "vLLM cannot run a model with visual experts (Mono-InternVL): it does not tell the layers which tokens are "
                 "an image's. Use transformers, for example `transformers serve`."
             )
+        if config.mining:
+            raise ValueError(
+                "vLLM cannot run a model with patch mining: it does not tell which tiles are of one image. Use transformers."
+            )
         return MiniMonkeyModel._from_config(config, **kwargs)
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
@@ -179,7 +231,11 @@ class MiniMonkeyForConditionalGeneration(
             custom_object_save(self, save_directory)
 
     def encode_images(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_flags: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        **image_inputs: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the embeddings of a prompt with the image features in the places of its image tokens.
 
@@ -188,6 +244,8 @@ class MiniMonkeyForConditionalGeneration(
             pixel_values: (T, 3, S, S) in the order of the image tokens: normalised, or uint8, which are normalised here (with
                 ImageNet's mean and deviation, on the model's device; a quarter of the bytes to move there).
             image_flags: (T,) or (T, 1); tiles flagged 0 are padding and give no features.
+            **image_inputs: tile_counts and tile_grids, for patch mining; slice_values and slice_sizes, for slices; see
+                `image_inputs.ImageInputs`.
 
         Returns:
             (B, N, D)
@@ -196,22 +254,146 @@ class MiniMonkeyForConditionalGeneration(
             ValueError: Shapes, types or devices that do not fit, or the numbers of image tokens and features differ.
         """
         pixel_values = pixel_values if image_flags is None else pixel_values[image_flags.flatten() == 1]
-        self.tokens_per_tile(pixel_values, input_ids)
-        return self.place_features(input_ids, self.encode_tiles(pixel_values))
+        images = ImageInputs(pixel_values, **image_inputs)
+        return self.place_features(input_ids, self.image_features(images, input_ids))
+
+    def image_features(self, images: ImageInputs, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the language model sees of images: (..., D) in the order of the prompt.
+
+        Args:
+            input_ids: (B, N), a prompt that must have as many image tokens; None: it is not looked at.
+
+        Raises:
+            ValueError: See `encode_images`.
+        """
+        is_plain = images.slice_values is None and images.slice_sizes is None and not self.config.mining
+        if is_plain:
+            self.tokens_per_tile(images.pixel_values, input_ids)
+            return self.encode_tiles(images.pixel_values)
+        self._check_parts(images, input_ids)
+        with self._vision_present():
+            return self._encode_slices(images.views()) if images.are_slices else self._mine(images)
 
     def encode_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return what the language model sees of tiles (T, 3, S, S): (T, K, D); for `pixel_values` see `encode_images`."""
         per_tile = self.tokens_per_tile(pixel_values)
         if not len(pixel_values):
             return pixel_values.new_empty(0, per_tile, self.config.text_config.hidden_size)
-        chunks = pixel_values.split(VISION_CHUNK_TILES)
-        if pixel_values.dtype == torch.uint8:
-            mean, std = (
-                torch.tensor(values, device=pixel_values.device).view(-1, 1, 1)
-                for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        chunks = pixel_values.split(self.vision_chunk_tiles)
+        chunks = map(self._normalized, chunks) if pixel_values.dtype == torch.uint8 else chunks
+        with self._vision_present():
+            return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
+
+    def _vision_present(self):
+        return nullcontext() if self._offloaded_vision is None else self._offloaded_vision.present()
+
+    def offload_vision(self) -> int:
+        """Keep the weights of vision tower and projector out of the way but for the time that tiles are encoded.
+
+        On a GPU they live in the CPU's memory, on a CPU in a temporary file (see vision_offload.py). For the life of the
+        model, which stays on its device and is not trained.
+
+        Returns:
+            The bytes of these weights.
+
+        Raises:
+            ValueError: It was done already, or the model is spread over several devices.
+        """
+        if self._offloaded_vision is not None or hasattr(self, "hf_device_map"):
+            raise ValueError("offload_vision is for a model on one device, and done once.")
+        language = self.model.language_model
+        parts = [part for part in self.model.children() if part is not language]  # a resampler or patch mining too
+        self._offloaded_vision = OffloadedModules(parts, self.device)
+        return self._offloaded_vision.nbytes()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on, wherever its vision tower is kept."""
+        return super().device if self._offloaded_vision is None else self._offloaded_vision.device
+
+    def _encode_slices(self, views: list[torch.Tensor]) -> torch.Tensor:
+        """Return the features (tokens, D) of views (3, H, W); those of one size go through the vision tower together."""
+        features: dict[int, torch.Tensor] = {}
+        for shape in dict.fromkeys(view.shape for view in views):
+            numbers = [number for number, view in enumerate(views) if view.shape == shape]
+            for first in range(0, len(numbers), self.vision_chunk_tiles):
+                chunk = numbers[first : first + self.vision_chunk_tiles]
+                tiles = self._normalized(torch.stack([views[number] for number in chunk]))
+                features |= zip(chunk, self.model.project(self.model.patch_features(tiles)))
+        return torch.cat([features[number] for number in range(len(views))])
+
+    def _mine(self, images: ImageInputs) -> torch.Tensor:
+        """Return the features (I, K, D) of thumbnails that have mined their detailed tiles."""
+        chunks = map(self._normalized, images.pixel_values.split(self.vision_chunk_tiles))
+        patches = torch.cat([self.model.patch_features(chunk) for chunk in chunks])  # (T, h, w, C)
+        counts, grids = (torch.as_tensor(given).tolist() for given in (images.tile_counts, images.tile_grids))
+        mined = []
+        for own, (columns, rows, *_) in zip(patches.split([sum(tiles) for tiles in counts]), grids):
+            *tiles, thumbnail = own
+            mined.append(
+                self.model.mining(thumbnail, torch.stack(tiles).unflatten(0, (rows, columns))) if tiles else thumbnail
             )
-            chunks = (((chunk / 255 - mean) / std).to(self.dtype) for chunk in chunks)
-        return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
+        return self.model.project(torch.stack(mined))
+
+    def _normalized(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.dtype != torch.uint8:
+            return pixels
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(-1, 1, 1)
+            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+        return ((pixels / 255 - mean) / std).to(self.dtype)
+
+    def image_layouts(self, images: ImageInputs) -> list:
+        """Return how each image is written in a prompt, see `image_inputs.image_layouts`."""
+        return image_layouts(
+            images.tile_counts,
+            images.tile_grids,
+            images.slice_sizes,
+            view_tokens=self.config.view_tokens,
+            is_mined=self.config.mining,
+        )
+
+    def _check_parts(self, images: ImageInputs, input_ids: torch.Tensor | None) -> None:
+        """Raise `ValueError` for slices, or tiles to be mined, that do not fit each other, the model or a prompt (B, N)."""
+        images.check()
+        if images.tile_counts is None:
+            raise ValueError("Patch mining needs tile_counts and tile_grids, which the processor returns.")
+        layouts = self.image_layouts(images)
+        if images.are_slices:
+            self._check_pixels(images.slice_values)
+            expected, what = sum(layout.tokens for layout in layouts), f"slices of {len(layouts)} images"
+        else:
+            tiles, counted = len(images.pixel_values), int(torch.as_tensor(images.tile_counts).sum())
+            if tiles != counted:
+                raise ValueError(f"pixel_values hold {tiles} tiles, but tile_counts are of {counted}.")
+            expected, what = (
+                self.tokens_per_tile(images.pixel_values) * len(layouts),
+                f"{len(layouts)} mined thumbnails",
+            )
+        if input_ids is not None:
+            self._check_tokens(input_ids, expected, what)
+
+    def _check_tokens(self, input_ids: torch.Tensor, expected: int, what: str, each: str = "") -> None:
+        tokens = (input_ids == self.config.image_token_id).sum()
+        torch_compilable_check(
+            tokens == expected,
+            lambda: (
+                f"The prompt has {int(tokens)} image tokens (id {self.config.image_token_id}), but {what} give {expected} "
+                f"features{each}."
+            ),
+        )
+
+    def _check_pixels(self, pixels: torch.Tensor) -> None:
+        if not pixels.is_floating_point() and pixels.dtype != torch.uint8:
+            raise ValueError(
+                f"pixel_values must be normalised floating-point tiles, or uint8, got {pixels.dtype}; use the processor."
+            )
+        if not hasattr(self, "hf_device_map") and pixels.device != self.device:
+            raise ValueError(
+                f"pixel_values are on {pixels.device}, the model is on {self.device}; "
+                "move the inputs with inputs.to(model.device)."
+            )
 
     def place_features(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Return embeddings (B, N, D) of a prompt (B, N) with `features` (..., D) in the places of its image tokens."""
@@ -228,31 +410,14 @@ class MiniMonkeyForConditionalGeneration(
         Raises:
             ValueError: Shapes, types or devices that do not fit, or the numbers of image tokens and features differ.
         """
-        channels, patch_size = self.config.vision_config.num_channels, self.config.vision_config.patch_size[0]
+        channels = self.config.vision_config.num_channels
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3]:
             raise ValueError(f"pixel_values must be tiles of shape (tiles, {channels}, S, S), got {shape}.")
-        if shape[2] % (patch_size * round(1 / self.config.downsample_ratio)):
-            raise ValueError(f"Tiles of {shape[2]} px do not hold a whole number of {patch_size} px patch groups.")
-        if not pixel_values.is_floating_point() and pixel_values.dtype != torch.uint8:
-            raise ValueError(
-                f"pixel_values must be normalised floating-point tiles, or uint8, got {pixel_values.dtype}; use the processor."
-            )
-        if not hasattr(self, "hf_device_map") and pixel_values.device != self.device:
-            raise ValueError(
-                f"pixel_values are on {pixel_values.device}, the model is on {self.device}; "
-                "move the inputs with inputs.to(model.device)."
-            )
-        per_tile = int(shape[3] // patch_size * self.config.downsample_ratio) ** 2
+        self._check_pixels(pixel_values)
+        per_tile = self.config.view_tokens(shape[3], shape[2])
         if input_ids is not None:
-            tokens = (input_ids == self.config.image_token_id).sum()
-            torch_compilable_check(
-                tokens == shape[0] * per_tile,
-                lambda: (
-                    f"The prompt has {int(tokens)} image tokens (id {self.config.image_token_id}), but {shape[0]} tiles give "
-                    f"{shape[0] * per_tile} features ({per_tile} each)."
-                ),
-            )
+            self._check_tokens(input_ids, shape[0] * per_tile, f"{shape[0]} tiles", f" ({per_tile} each)")
         return per_tile
 
     @can_return_tuple
@@ -267,6 +432,8 @@ class MiniMonkeyForConditionalGeneration(
         image_flags: torch.Tensor | None = None,
         tile_counts: torch.Tensor | None = None,
         tile_grids: torch.Tensor | None = None,
+        slice_values: torch.Tensor | None = None,
+        slice_sizes: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         visual_token_mask: torch.Tensor | None = None,
         **kwargs,
@@ -277,7 +444,9 @@ class MiniMonkeyForConditionalGeneration(
             input_ids: (B, N)
             pixel_values: (T, 3, S, S), the tiles of all images in the order of their image tokens.
             image_flags: (T,) or (T, 1), as published training passes them; tiles flagged 0 are padding.
-            tile_counts, tile_grids, mm_token_type_ids: Accepted so that a processor's whole output can be passed; not used.
+            tile_counts, tile_grids: Of each image, see `image_inputs.ImageInputs`; used for slices and patch mining.
+            slice_values, slice_sizes: Instead of pixel_values, for slices.
+            mm_token_type_ids: Accepted so that a processor's whole output can be passed; not used.
             visual_token_mask: (B, N) which of these embeddings are image tokens; only for visual experts, and only with
                 `inputs_embeds`. With `pixel_values` the ids say it.
 
@@ -289,15 +458,16 @@ class MiniMonkeyForConditionalGeneration(
             ValueError: See `encode_images`; image tokens without pixels.
         """
         features = None
-        if pixel_values is not None:
+        if pixel_values is not None and image_flags is not None:
+            pixel_values = pixel_values[image_flags.flatten() == 1]
+        images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
+        if images.pixels is not None:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError(
                     "pixel_values need input_ids, whose image tokens say where the features belong, and no inputs_embeds."
                 )
             visual_token_mask = input_ids == self.config.image_token_id
-            pixel_values = pixel_values if image_flags is None else pixel_values[image_flags.flatten() == 1]
-            self.tokens_per_tile(pixel_values, input_ids)
-            features = self.encode_tiles(pixel_values)
+            features = self.image_features(images, input_ids)
             inputs_embeds, input_ids = self.place_features(input_ids, features), None
         elif input_ids is not None and input_ids.shape[-1] > 1 and not torch.compiler.is_compiling():
             self._check_no_image_tokens(input_ids)  # no later step of a generation waits for the device here
@@ -317,5 +487,6 @@ class MiniMonkeyForConditionalGeneration(
 register_checkpoint_conversion_mapping(
     MiniMonkeyForConditionalGeneration.__name__, weight_conversions(), overwrite=True
 )
+register_quantization(METHOD, QuantizedWeightsConfig, QuantizedWeightsQuantizer)
 
 __all__ = ["MiniMonkeyForConditionalGeneration"]

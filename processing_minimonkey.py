@@ -11,6 +11,7 @@ its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the 
 import re
 from collections.abc import Iterable
 from itertools import groupby
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,17 @@ from .conversation import (
     expand_placeholders,
     has_images,
     has_protected_text,
+    image_text,
+    image_tokens,
     protect_messages,
 )
 from .grounding import draw_boxes, parse_boxes
+from .guided_generation import generation_prompt
 from .image_decoding import pages_of
+from .image_inputs import image_layouts
 from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, list_images
 from .multi_view import stitch_views
-from .tiling import RANGE_NAMES
+from .tiling import RANGE_NAMES, SLICES
 from .transformers_bridge import MultiModalData, custom_object_save
 from .video_frames import load_frames
 
@@ -75,23 +80,23 @@ class MiniMonkeyProcessorKwargs(ProcessingKwargs, total=False):
     }
 
 
-def placeholder_spans(texts: list[str], expanded: list[str]) -> list[list[dict[str, Any]]]:
-    """Return where each `<image>` stood, where its image tokens stand now, in characters, and what they are, as transformers
-    and vLLM ask for it."""
-    image = re.compile(f"{re.escape(IMAGE_START)}(?:{re.escape(IMAGE_TOKEN)})+{re.escape(IMAGE_END)}")
-    return [
-        [
-            {
-                "type": "image",
-                "span": before.span(),
-                "new_span": after.span(),
-                "text": before[0],
-                "replacement": after[0],
-            }
-            for before, after in zip(re.finditer(re.escape(IMAGE_PLACEHOLDER), text), image.finditer(long_text))
-        ]
-        for text, long_text in zip(texts, expanded)
-    ]
+def placeholder_spans(texts: list[str], images: list[str]) -> list[list[dict[str, Any]]]:
+    """Return where each `<image>` stood, where what is written of it stands now, in characters, and what that is, as
+    transformers and vLLM ask for it.
+
+    Args:
+        images: What is written in the place of each `<image>`, in order.
+    """
+    remaining, spans = iter(images), []
+    for text in texts:
+        moved, own = 0, []
+        for match in re.finditer(re.escape(IMAGE_PLACEHOLDER), text):
+            written, start = next(remaining), match.start() + moved
+            moved += len(written) - len(match[0])
+            span = {"type": "image", "span": match.span(), "new_span": (start, start + len(written))}
+            own.append({**span, "text": match[0], "replacement": written})
+        spans.append(own)
+    return spans
 
 
 def expand_videos(texts: Iterable[str], frames: list[int]) -> tuple[list[str], list[str]]:
@@ -229,6 +234,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
             loaded with one.
         image_seq_length (int): Image tokens of one tile.
         chat_template (str, *optional*): A jinja template, see `conversation.chat_template_jinja`.
+        projector (str): The model's, see `MiniMonkeyConfig`: with a "resampler" slices of any size have `image_seq_length`.
+        mining (bool): Whether the model mines patches, so that an image has the tokens of its thumbnail alone.
 
     Raises:
         ValueError: The tokenizer lacks an image token.
@@ -241,12 +248,24 @@ class MiniMonkeyProcessor(ProcessorMixin):
     parse_boxes = staticmethod(parse_boxes)
     draw_boxes = staticmethod(draw_boxes)
     stitch_views = staticmethod(stitch_views)
+    generation_prompt = staticmethod(generation_prompt)
 
-    def __init__(self, image_processor=None, tokenizer=None, image_seq_length: int = 256, chat_template=None, **kwargs):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length: int = 256,
+        chat_template=None,
+        projector: str = "mlp",
+        mining: bool = False,
+        **kwargs,
+    ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"  # as generation needs it; what is set there later is obeyed
-        self.image_seq_length = image_seq_length
+        self.image_seq_length, self.projector, self.mining = image_seq_length, projector, mining
+        if projector == "mlp" and image_processor.slice_multiple is None:
+            image_processor.slice_multiple = self._token_side()
         self.image_token = IMAGE_PLACEHOLDER  # what stands in a prompt's text, as vLLM looks for it
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         vocabulary = tokenizer.get_vocab()
@@ -271,8 +290,8 @@ class MiniMonkeyProcessor(ProcessorMixin):
                 are returned; `return_tensors=None` leaves token ids as lists.
 
         Returns:
-            input_ids, attention_mask (B, N) and, with images, pixel_values, tile_counts, tile_grids (see
-            `MiniMonkeyImageProcessor.preprocess`).
+            input_ids, attention_mask (B, N) and, with images, pixel_values, tile_counts, tile_grids, or with slices
+            slice_values and slice_sizes instead of pixel_values (see `MiniMonkeyImageProcessor.preprocess`).
 
         Raises:
             ValueError: No text, numbers of placeholders and of images or videos that differ, a video that cannot be read, or
@@ -290,26 +309,54 @@ class MiniMonkeyProcessor(ProcessorMixin):
         for entry in texts:
             check_text(entry)
         images = self._check_images(texts, images, merged["images_kwargs"])
-        image_inputs, tiles = {}, []
+        image_inputs, layouts = {}, []
         prompts = texts
         if videos is not None and not (isinstance(videos, (list, tuple)) and not videos):  # chat windows send []
             prompts, image_inputs = self._with_frames(texts, images, videos, merged)
         elif images:
             image_inputs = self.image_processor(images, **merged["images_kwargs"])
         if image_inputs:
-            tiles = [int(sum(counts)) for counts in image_inputs["tile_counts"]]
-        expanded = expand_placeholders(prompts, tiles, self.image_seq_length)
+            layouts = self.image_layouts(image_inputs)
+        expanded = expand_placeholders(prompts, layouts, self.image_seq_length)
         options = merged["text_kwargs"]
         text_inputs = self._encode(expanded, options)
         if options.get("return_text_replacement_offsets"):
-            text_inputs["text_replacement_offsets"] = placeholder_spans(prompts, expanded)
-            if tiles:  # how many tiles are whose, in the words of other models, where vLLM looks for it
-                text_inputs["image_grid_thw"] = [[count, 1, 1] for count in tiles]
+            written = [image_text(layout, self.image_seq_length) for layout in layouts]
+            text_inputs["text_replacement_offsets"] = placeholder_spans(prompts, written)
+            if layouts:  # how many tiles are whose, in the words of other models, where vLLM looks for it
+                text_inputs["image_grid_thw"] = [[int(sum(counts)), 1, 1] for counts in image_inputs["tile_counts"]]
         return BatchFeature(
             {**text_inputs, **image_inputs},
             tensor_type=None if as_lists else options.get("return_tensors"),
             skip_tensor_conversion=["text_replacement_offsets"],
         )
+
+    def _token_side(self) -> int | None:
+        """Return the side in pixels of what becomes one token; None if tokens are no squares of a tile."""
+        side, tokens = self.image_processor.size["height"], isqrt(self.image_seq_length)
+        return side // tokens if tokens**2 == self.image_seq_length and side % tokens == 0 else None
+
+    def view_tokens(self, width: int, height: int) -> int:
+        """Count the image tokens of a slice of this size in pixels."""
+        if self.projector == "resampler":
+            return self.image_seq_length
+        return width // self._token_side() * (height // self._token_side())
+
+    def image_layouts(self, image_inputs: dict[str, Any]) -> list:
+        """Return how each image of the image processor's output is written, see `image_inputs.image_layouts`."""
+        if image_inputs.get("slice_sizes") is None and not self.mining:
+            return [int(sum(counts)) for counts in image_inputs["tile_counts"]]
+        given = [image_inputs.get(name) for name in ("tile_counts", "tile_grids", "slice_sizes")]
+        return image_layouts(*given, view_tokens=self.view_tokens, is_mined=self.mining)
+
+    def image_layout(self, height: int, width: int, images_kwargs: dict | None = None):
+        """Return how an image of this size is written, without its pixels."""
+        reader, options = self.image_processor, images_kwargs or {}
+        counts = [reader.count_tiles(height, width, options)]
+        grids = [sum(reader.choose_grids(height, width, options), ())]
+        sizes = [reader.slice_sizes(height, width, options)] if reader.cuts_slices(options) else None
+        (layout,) = self.image_layouts({"tile_counts": counts, "tile_grids": grids, "slice_sizes": sizes})
+        return layout
 
     def _merged_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Check the options of a call and return them by what they are for: text, images or videos."""
@@ -429,15 +476,20 @@ class MiniMonkeyProcessor(ProcessorMixin):
         """Count the tokens and tiles of images of (height, width) `image_sizes`, for serving engines.
 
         Raises:
-            ValueError: `drop_blank`, with which the number depends on the pixels.
+            ValueError: `drop_blank`, with which the number depends on the pixels, or slices.
         """
         if image_sizes is None:
             return MultiModalData()
         options = kwargs.get("images_kwargs", kwargs)
         if options.get("drop_blank", self.image_processor.drop_blank):
             raise ValueError("drop_blank=True leaves out tiles by their pixels, which are not here; set it to False.")
+        if self.image_processor.cuts_slices(options):
+            raise ValueError(
+                f"tiling={SLICES!r} writes text between the tokens of an image, which engines cannot count; use another tiling."
+            )
         tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in image_sizes]
-        tokens = [self.image_seq_length * count + 2 for count in tiles]  # with <img> and </img>
+        layouts = [self.image_layout(*size, options) for size in image_sizes]
+        tokens = [image_tokens(layout, self.image_seq_length) + 2 for layout in layouts]  # with <img> and </img>
         return MultiModalData(num_image_tokens=tokens, num_image_patches=tiles)
 
     def to_dict(self) -> dict[str, Any]:

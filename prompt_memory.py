@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import Cache, DynamicCache, DynamicLayer
+from transformers import Cache, DynamicLayer
 
 from .compression import CompressionSettings, ImageSpan
 from .image_decoding import to_rgb
 from .media_sources import check_file, path_of, short_name
+from .quantized_cache import Int8Layer, empty_cache
 
 
 def common_length(first: list[int], second: list[int]) -> int:
@@ -82,7 +83,8 @@ class PromptMemory:
     Training, replacing or moving weights or buffers, or changing the model's configuration, makes it void; a
     change through `parameter.data` in place is not noticed, so call `forget` after one.
 
-    `tile_counts`, `tile_grids` and `features` are those of its images, by their key (see `image_key`).
+    `tile_counts`, `tile_grids`, `features` and, where compression asked, `blank` tokens are those of its images, by their key
+    (see `image_key`).
     """
 
     def __init__(self, model: nn.Module):
@@ -91,6 +93,7 @@ class PromptMemory:
         self.tile_counts: dict[bytes, list[int]] = {}
         self.tile_grids: dict[bytes, list[int]] = {}
         self.features: dict[bytes, torch.Tensor] = {}
+        self.blank: dict[bytes, torch.Tensor] = {}
         self._state: _State | None = None
         self._lock = threading.Lock()
         self._beginning: list[tuple] = []
@@ -101,7 +104,7 @@ class PromptMemory:
 
     def forget(self) -> None:
         """Free everything; the next turn is computed from the start."""
-        self._state, self.tile_counts, self.tile_grids, self.features = None, {}, {}, {}
+        self._state, self.tile_counts, self.tile_grids, self.features, self.blank = None, {}, {}, {}, {}
 
     def extend_beginning(self, answer: str) -> None:
         """Note what was answered to the messages by which this memory was found; nothing for any other."""
@@ -123,6 +126,7 @@ class PromptMemory:
         self.tile_counts = {key: counts for key, (counts, _, _) in images.items()}
         self.tile_grids = {key: grids for key, (_, grids, _) in images.items()}
         self.features = {key: features for key, (_, _, features) in images.items()}
+        self.blank = {key: blank for key, blank in self.blank.items() if key in images}
         forget_the_oldest(self._model(), self)
 
     def take_cache(self, prompt: Prompt) -> Recalled:
@@ -140,6 +144,8 @@ class PromptMemory:
         if not len(kept):
             return Recalled()
         surplus = state.cache.get_seq_length() - len(kept)
+        if surplus < 0:  # emptied by an engine that holds another conversation now
+            return Recalled()
         if surplus:
             state.cache.crop(-surplus)
         return Recalled(state.cache, start, kept)
@@ -168,7 +174,7 @@ class Turn:
 
 def new_cache(model: nn.Module) -> Cache:
     """Return an empty cache, as `generate` makes it when nothing else is asked for."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+    return empty_cache(model.config)
 
 
 def joined_caches(rows: list[Cache], joined: Cache, copies: int) -> Cache:
@@ -177,15 +183,20 @@ def joined_caches(rows: list[Cache], joined: Cache, copies: int) -> Cache:
     longest = max(cache.get_seq_length() for cache in rows)
     for index, layer in enumerate(filled.layers):
         states = []
-        for name in ("keys", "values"):
-            _, heads, _, width = getattr(layer, name).shape
-            padded = getattr(layer, name).new_zeros(len(rows), heads, longest, width)
+        for which, like in enumerate(_states(layer)):
+            _, heads, _, width = like.shape
+            padded = like.new_zeros(len(rows), heads, longest, width)
             for row, cache in enumerate(rows):
                 if length := cache.get_seq_length():
-                    padded[row, :, longest - length :] = getattr(cache.layers[index], name)[0]
+                    padded[row, :, longest - length :] = _states(cache.layers[index])[which][0]
             states.append(padded.repeat_interleave(copies, dim=0))
         joined.update(*states, index)
     return joined
+
+
+def _states(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys and values (B, heads, N, width) of a layer."""
+    return layer.states() if isinstance(layer, Int8Layer) else (layer.keys, layer.values)
 
 
 def image_key(image, options: object) -> bytes:

@@ -45,7 +45,13 @@ class PublishedNamesMixin:
 
     @property
     def mlp1(self) -> nn.Sequential:
-        """The projector as the published sequence: norm, linear, activation, linear."""
+        """The projector as the published sequence: norm, linear, activation, linear.
+
+        Raises:
+            ValueError: The projector is a resampler.
+        """
+        if self.config.projector != "mlp":
+            raise ValueError("This model has a resampler, model.multi_modal_projector, and no mlp1.")
         projector = self.model.multi_modal_projector
         return nn.Sequential(projector.layer_norm, projector.linear_1, projector.act, projector.linear_2)
 

@@ -11,7 +11,7 @@ grid MiniCPM-V (2408.01800), section 3.2, and BlueLM-V-3B (2411.10640), algorith
 """
 
 from functools import lru_cache
-from math import ceil, log
+from math import ceil, isfinite, log
 
 
 Grid = tuple[int, int]
@@ -49,7 +49,8 @@ PRESETS: dict[str, TileRanges] = {
 # The tiling of presets that are not "msac", see `choose_grids`.
 PRESET_TILINGS = {"internvl": "internvl", "minicpm_v": "logscore", "bluelm_v": "relaxed"}
 
-TILINGS = ("msac", "internvl", "logscore", "relaxed", "msac-logscore", "msac-relaxed")
+TILINGS = ("msac", "internvl", "logscore", "relaxed", "msac-logscore", "msac-relaxed")  # into square tiles
+SLICES = "slices"  # MiniCPM-V's grid, cut into slices of their own size, see `slice_sizes`
 
 BUDGET_TILING = "internvl"  # of an image that is given so many tokens: what reads most, see docs/compression.md
 
@@ -86,13 +87,16 @@ def closest_grid(width: int, height: int, grids: tuple[Grid, ...], tile_size: in
     return best
 
 
-def check_tiling(*ranges: int, tiling: str = "msac", relaxed_alpha: float = 0.1) -> None:
+def check_tiling(
+    *ranges: int, tiling: str = "msac", relaxed_alpha: float = 0.1, max_scale: float | None = None
+) -> None:
     """Raise `ValueError` for what `choose_grids` cannot work with.
 
     Args:
         ranges: As `TileRanges`, 1 <= minimum <= maximum <= `MOST_TILES`.
-        tiling: Of TILINGS.
+        tiling: Of TILINGS, or SLICES.
         relaxed_alpha: From 0 to below 1.
+        max_scale: None, or at least 1.
     """
     for name, least, most in (("detailed tile", *ranges[:2]), ("adaptive tile", *ranges[2:])):
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in (least, most)):
@@ -101,10 +105,32 @@ def check_tiling(*ranges: int, tiling: str = "msac", relaxed_alpha: float = 0.1)
             raise ValueError(f"The {name} range {least} to {most} holds no grid; it needs 1 <= minimum <= maximum.")
         if most > MOST_TILES:
             raise ValueError(f"The {name} range {least} to {most} is too wide: a grid has at most {MOST_TILES} tiles.")
-    if tiling not in TILINGS:
-        raise ValueError(f"tiling is one of {', '.join(TILINGS)}, got {tiling!r}.")
+    if tiling not in (*TILINGS, SLICES):
+        raise ValueError(f"tiling is one of {', '.join((*TILINGS, SLICES))}, got {tiling!r}.")
     if isinstance(relaxed_alpha, bool) or not isinstance(relaxed_alpha, (int, float)) or not 0 <= relaxed_alpha < 1:
         raise ValueError(f"relaxed_alpha is a share from 0 to below 1 (0.1 in BlueLM-V-3B), got {relaxed_alpha!r}.")
+    is_scale = isinstance(max_scale, (int, float)) and not isinstance(max_scale, bool) and max_scale >= 1
+    if max_scale is not None and not (is_scale and isfinite(max_scale)):
+        raise ValueError(f"max_scale is how much tiles may enlarge an image, at least 1, or None; got {max_scale!r}.")
+
+
+def grids_within(
+    width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int, max_scale: float | None
+) -> tuple[Grid, ...]:
+    """Return the grids of a range that enlarge an image at most `max_scale` times, or as much as fills one tile.
+
+    The longer side may grow as much as the shorter one must, so that a line of text keeps its shape. Where a small image leaves
+    no grid of `min_tiles`, it has all the smaller.
+    """
+    grids = grids_in_range(min_tiles, max_tiles)
+    if max_scale is None:
+        return grids
+    scale = max(max_scale, tile_size / min(width, height))
+    columns, rows = (max(1, int(scale * side / tile_size + 1e-6)) for side in (width, height))
+    fitting = tuple(grid for grid in grids if grid[0] <= columns and grid[1] <= rows)
+    if fitting or min_tiles == 1:
+        return fitting
+    return tuple(grid for grid in grids_in_range(1, max_tiles) if grid[0] <= columns and grid[1] <= rows)
 
 
 def logscore_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> Grid:
@@ -151,6 +177,7 @@ def choose_grids(
     tile_size: int = 448,
     tiling: str = "msac",
     relaxed_alpha: float = 0.1,
+    max_scale: float | None = None,
 ) -> tuple[Grid, Grid]:
     """Return the detailed and the adaptive grid of an image, as ((columns, rows), (columns, rows)).
 
@@ -163,25 +190,31 @@ def choose_grids(
         tiling: Of TILINGS. "msac" takes the detailed grid that is closest in shape, and among those that do not divide it in
             both directions the closest adaptive one, so that its seams fall elsewhere. "internvl" has the same detailed
             grid and no adaptive one; "logscore" (MiniCPM-V) and "relaxed" (BlueLM-V-3B) choose the detailed grid by their
-            own rules, and "msac-logscore" and "msac-relaxed" add the adaptive grid to these.
+            own rules, and "msac-logscore" and "msac-relaxed" add the adaptive grid to these. "slices" has the grid of
+            "logscore".
         relaxed_alpha: Share of useful pixels that "relaxed" gives up for less waste.
+        max_scale: How many times tiles may enlarge an image whose sides are longer than a tile, so that a small one has few;
+            None: however much it takes, as published. "logscore" and "relaxed" have rules of their own for small images.
 
     Raises:
-        ValueError: A size below 1, an empty range, an unknown tiling or an alpha that is no share.
+        ValueError: A size below 1, an empty range, an unknown tiling, an alpha that is no share, or a scale below 1.
     """
     if width < 1 or height < 1 or tile_size < 1:
         raise ValueError(f"Sizes must be at least 1 pixel, got a {width} x {height} image, tile size {tile_size}.")
-    check_tiling(*ranges, tiling=tiling, relaxed_alpha=relaxed_alpha)
+    check_tiling(*ranges, tiling=tiling, relaxed_alpha=relaxed_alpha, max_scale=max_scale)
     rule = tiling.removeprefix("msac-")
-    if rule == "logscore":
+    if rule in ("logscore", SLICES):
         detailed = logscore_grid(width, height, *ranges[:2], tile_size)
     elif rule == "relaxed":
         detailed = relaxed_grid(width, height, *ranges[:2], tile_size, relaxed_alpha)
     else:
-        detailed = closest_grid(width, height, grids_in_range(*ranges[:2]), tile_size)
+        detailed = closest_grid(
+            width, height, grids_within(width, height, *ranges[:2], tile_size, max_scale), tile_size
+        )
     if not tiling.startswith("msac"):
         return detailed, SINGLE_TILE
-    candidates = tuple(grid for grid in grids_in_range(*ranges[2:]) if detailed[0] % grid[0] or detailed[1] % grid[1])
+    grids = grids_within(width, height, *ranges[2:], tile_size, max_scale)
+    candidates = tuple(grid for grid in grids if detailed[0] % grid[0] or detailed[1] % grid[1])
     return detailed, closest_grid(width, height, candidates, tile_size)
 
 
@@ -196,6 +229,46 @@ def msac_grids(
 ) -> tuple[Grid, Grid]:
     """Return the two grids of Mini-Monkey, see `choose_grids`."""
     return choose_grids(width, height, (min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles), tile_size)
+
+
+def _to_multiple(length: float, multiple: int) -> int:
+    return max(round(length / multiple) * multiple, multiple)
+
+
+def fitted_size(width: float, height: float, side: int, multiple: int, enlarge: bool) -> tuple[int, int]:
+    """Return the (width, height) of an image with the area of a square of this `side`, in whole multiples of some pixels.
+
+    Args:
+        enlarge: Whether an image that has fewer pixels gets that area too, instead of the multiples next to its own sides.
+    """
+    if enlarge or width * height > side**2:
+        shape = width / height
+        height = int(side / shape**0.5)
+        width = int(height * shape)
+    return _to_multiple(width, multiple), _to_multiple(height, multiple)
+
+
+def slice_sizes(
+    width: int, height: int, grid: Grid, side: int = 448, multiple: int = 14
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the (width, height) of an image's overview and of each of its slices in a grid, MiniCPM-V's.
+
+    Both have about the area of a square tile and the shape of the image and its parts, so that nothing is stretched but to
+    whole multiples. Slices of the grid (1, 1) are none, and (0, 0).
+
+    Args:
+        width, height: Of the image in pixels.
+        side: Of the square in pixels.
+        multiple: What the sides are multiples of: the vision tower's patch, 14, as published.
+
+    Source: MiniCPM-V (arXiv 2408.01800), section 3.2, and its published code.
+    """
+    if grid == SINGLE_TILE:
+        return fitted_size(width, height, side, multiple, enlarge=True), (0, 0)
+    overview = fitted_size(width, height, side, multiple, enlarge=False)
+    columns, rows = grid
+    part = (_to_multiple(width, columns) / columns, _to_multiple(height, rows) / rows)
+    return overview, fitted_size(*part, side, multiple, enlarge=True)
 
 
 def tile_counts(detailed: Grid, adaptive: Grid, use_thumbnail: bool = True) -> tuple[int, int, int]:
@@ -221,6 +294,7 @@ def largest_image(
     use_thumbnail: bool = True,
     tiling: str = "msac",
     relaxed_alpha: float = 0.1,
+    max_scale: float | None = None,
 ) -> tuple[int, int]:
     """Return a (width, height) that gives as many tiles as any image can, for engines that reserve room for images.
 
@@ -230,13 +304,16 @@ def largest_image(
     shapes = sorted({columns / rows for columns, rows in grids})
     borders = sorted({(one + other) / 2 for one in shapes for other in shapes})  # the nearest grid changes only there
     between = [(one + other) / 2 for one, other in zip(borders, borders[1:])]
-    area = tile_size**2 * max(ranges)
-    sizes = [(columns * tile_size, rows * tile_size) for columns, rows in sorted(grids)]
+    side = tile_size if max_scale is None else max(ranges) * tile_size  # no grid enlarges images of such tiles
+    area = side**2 * max(ranges)
+    sizes = [(columns * side, rows * side) for columns, rows in sorted(grids)]
     sizes += [(max(1, round((area * shape) ** 0.5)), max(1, round((area / shape) ** 0.5))) for shape in between]
     return max(
         sizes,
         key=lambda size: sum(
-            tile_counts(*choose_grids.__wrapped__(*size, ranges, tile_size, tiling, relaxed_alpha), use_thumbnail)
+            tile_counts(
+                *choose_grids.__wrapped__(*size, ranges, tile_size, tiling, relaxed_alpha, max_scale), use_thumbnail
+            )
         ),
     )
 

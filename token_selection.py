@@ -24,6 +24,7 @@ CHOICES = {
     "positions": ("renumbered", "original"),
     "score": ("attention", "features"),
     "stage": ("embeddings", "layer"),
+    "blank": ("scored", "last", "save"),
 }
 SHARES = ("floor", "markers", "coordinates", "least", "most")
 
@@ -211,6 +212,8 @@ class Selection:
         positions: "renumbered" as published: what stays closes up. "original": every token keeps its place in the prompt.
         score: "attention" of the language model; "features": how far a token's feature is from zero, which depends on the
             image alone and needs no pass of the language model.
+        blank: Tokens of blank cells (blank_tiles.py) are "scored" as any other; come "last", so that the budget goes to what
+            shows something; or go in any case and "save" their part of it: the keep ratio is then of the others.
         stage: "embeddings": what is dropped is never read. "layer": the prompt is read as a whole up to the scoring layer;
             then the rest, and the cache of the layers before, are of what stays. The prompt's last token and all after it
             see what stays alone.
@@ -230,6 +233,7 @@ class Selection:
     positions: str = "renumbered"
     score: str = "attention"
     stage: str = "embeddings"
+    blank: str = "scored"
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -260,17 +264,38 @@ class Selection:
             )
         if self.markers and self.positions != "original":
             raise ValueError("scm_select: a marker stands where the run it stands for ends; add positions='original'.")
+        if self.blank != "scored" and (self.shape == "block" or self.budget == "tile" or self.mass is not None):
+            raise ValueError(
+                f"scm_select: blank={self.blank!r} goes by tokens of the whole image with a keep ratio, without blocks, tile "
+                "budgets and mass."
+            )
         if self.stage == "layer" and self.positions != "original":
             raise ValueError("scm_select: the lower layers read every token in its place; add positions='original'.")
 
+    @property
+    def needs_places(self) -> bool:
+        """Whether it asks where in its tile a token is seen."""
+        return self.needs_grid or self.budget == "tile" or bool(self.coordinates)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it asks how tiles lie side by side."""
+        return self.shape != "token" or self.blank != "scored"
+
     def choose(
-        self, scores: torch.Tensor, tile_map: TileMap, count: int, stays: torch.Tensor | None = None
+        self,
+        scores: torch.Tensor,
+        tile_map: TileMap,
+        count: int,
+        stays: torch.Tensor | None = None,
+        blank: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[Run]]:
         """Choose `count` tokens, or with `mass` as many as it takes.
 
         Args:
             scores: (n,)
             stays: (n,) bool: which stay before all others.
+            blank: (n,) bool: which come after all others.
 
         Returns:
             Ascending places, and the runs that one more token each stands for; both together are `count`.
@@ -280,6 +305,8 @@ class Selection:
         per_tile = tile_map.side**2
         if self.shape == "smooth":
             scores = smoothed(scores, tile_map, self.window or (1, 5), self.how)
+        if blank is not None:
+            scores = torch.where(blank, scores - (scores.max() - scores.min() + 1), scores)
         if stays is not None:
             scores = torch.where(stays, scores + (scores.max() - scores.min() + 1), scores)
         if self.shape == "block":
@@ -308,6 +335,7 @@ SELECTIONS = {
     "markers": Selection(markers=0.1, positions="original"),
     "coordinates": Selection(coordinates=0.1, positions="original"),
     "mass": Selection(mass=0.9),
+    "blank": Selection(blank="last"),
     "features": Selection(score="features"),
     "layer": Selection(stage="layer", positions="original"),
 }
@@ -335,3 +363,8 @@ def read_selection(value: "str | Mapping[str, Any] | Selection") -> Selection:
     if options.get("window") is not None:
         options["window"] = tuple(options["window"])
     return replace(SELECTIONS[name], **options)
+
+
+def asks_for_blank(value: "str | Mapping[str, Any] | Selection | Any | None") -> bool:
+    """Tell whether what `scm_select` takes needs to know which tokens are blank; raises as `read_selection` does."""
+    return value is not None and not callable(value) and read_selection(value).blank != "scored"

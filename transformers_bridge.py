@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor
+
+# Fresh weights of our own modules leave alone what was loaded, as transformers' do.
+from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor, initialization  # noqa: F401
 
 # Published weights load under their names on the fly; there is no documented way to rename, split and merge them.
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping  # noqa: F401
@@ -26,12 +28,20 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+# A vision tower may share its layers' weights, and a layer is otherwise transformers' own.
+from transformers.models.internvl.modeling_internvl import InternVLVisionLayer  # noqa: F401
+
 # Visual experts are a second feed-forward block in a Llama layer, which is otherwise transformers' own.
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP  # noqa: F401
 
 # What serving engines ask a processor for.
 from transformers.processing_utils import MultiModalData  # noqa: F401
+
+# Ways to store weights are registered here; the documented decorators refuse a name that a second copy of our code brings.
+from transformers.quantizers import HfQuantizer  # noqa: F401
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import ModelOutput
+from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: F401
 
 # Reads video files with whichever back end is installed; a video processor class would want all frames of all videos.
 from transformers.video_utils import load_video  # noqa: F401
@@ -82,6 +92,12 @@ def register_for_serving(model_type: str, class_name: str) -> None:
     """Let `transformers serve` load a remote-code model, whose class it looks for among transformers' own otherwise."""
     for names in (MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
         names.setdefault(model_type, class_name)
+
+
+def register_quantization(method: str, config_class: type, quantizer_class: type) -> None:
+    """Let `from_pretrained` read models whose `quantization_config` names this method; the last to register counts."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
+    AUTO_QUANTIZER_MAPPING[method] = quantizer_class
 
 
 def extends(parent: Callable) -> Callable[[Callable], Callable]:

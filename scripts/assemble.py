@@ -2,10 +2,12 @@
 
     python scripts/assemble.py OpenGVLab/InternViT-300M-448px Qwen/Qwen3-0.6B MyMonkey
     python scripts/assemble.py OpenGVLab/InternVL2-1B HuggingFaceTB/SmolLM2-135M-Instruct SmolMonkey --template chatml
+    python scripts/assemble.py OpenGVLab/InternViT-300M-448px Qwen/Qwen3-0.6B MyMonkey --projector resampler --tiling slices
 
 VISION is an InternViT, published or in transformers' format, or a whole InternVL, Mini-Monkey or MiniMonkey, whose vision
 tower is used. LANGUAGE is a causal language model of transformers that is built like Llama (Qwen, Mistral, Phi, SmolLM, OLMo,
 ...). The result has everything a MiniMonkey has (MSAC, SCM, chat) but sees nothing yet: its projector is random, to be trained.
+With `--projector resampler` every tile is as many tokens as `--queries`; with `--tiling slices` images are cut as in MiniCPM-V.
 Before anything is written, the language model is checked to compute what it did before; OUT appears when it is complete.
 """
 
@@ -22,15 +24,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from minimonkey.checkpoint import convert_tensor
-from minimonkey.configuration_minimonkey import MiniMonkeyConfig, vision_config_from_published
-from minimonkey.conversation import IMAGE_TOKEN, IMAGE_TOKENS, get_template
+from minimonkey.configuration_minimonkey import PROJECTORS, MiniMonkeyConfig, vision_config_from_published
+from minimonkey.conversation import IMAGE_TOKEN, IMAGE_TOKENS, SLICES_END, SLICES_START, get_template
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
 from minimonkey.scripts.import_checkpoint import make_config, read_config, resolve_source
 from minimonkey.scripts.importing.config import WRONG_VALUES, one_line
 from minimonkey.scripts.importing.folder import check_free, generation_config, new_folder, save_processor
 from minimonkey.scripts.importing.tokenizer import convert_tokenizer
 from minimonkey.scripts.importing.weights import check_finite, read_shards
-from minimonkey.scripts.repository import reports_errors
+from minimonkey.scripts.repository import reports_errors, whole_number
+from minimonkey.tiling import PRESETS, SLICES, TILINGS, check_tiling
 
 
 PUBLISHED_VISION = "intern_vit_6b"
@@ -80,36 +83,49 @@ def published_vision(config_dict: dict) -> dict:
         raise ValueError(f"The configuration of the vision tower cannot be: {one_line(error)}") from error
 
 
-def extend_tokenizer(tokenizer, template) -> None:
+def extend_tokenizer(tokenizer, template, *more: str) -> None:
     """Add the image tokens, and the control tokens of the template that the tokenizer lacks, as special tokens."""
     spellings = template.system_header + template.user_header + template.assistant_header + template.separator
-    wanted = [*dict.fromkeys(re.findall(r"<\|\w+\|>", spellings)), *IMAGE_TOKENS]
+    wanted = [*dict.fromkeys(re.findall(r"<\|\w+\|>", spellings)), *IMAGE_TOKENS, *more]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = template.separator
 
 
 @torch.no_grad()
-def assemble(vision_source: str, language_source: str, out: Path, template_name: str, dtype: torch.dtype) -> None:
+def assemble(
+    vision_source: str,
+    language_source: str,
+    out: Path,
+    template_name: str,
+    dtype: torch.dtype,
+    tiling: str = "msac",
+    **projector: str | int,
+) -> None:
     """Read, join, check and write the model; see the module's docstring.
+
+    Args:
+        tiling: How its processor cuts images.
+        **projector: `projector` and `resampler_queries` of its configuration.
 
     Raises:
         ValueError: Parts that do not fit, before OUT exists.
     """
     check_free(out)
+    check_tiling(*PRESETS["default"], tiling=tiling)
     template = get_template(template_name)
     vision_config, vision_weights = read_vision_tower(resolve_source(vision_source))
     language_folder = resolve_source(language_source)
     tokenizer, with_bos = convert_tokenizer(language_folder)
-    extend_tokenizer(tokenizer, template)
+    extend_tokenizer(tokenizer, template, *((SLICES_START, SLICES_END) if tiling == SLICES else ()))
     language_model = read_language_model(language_folder, len(tokenizer), dtype)
-    model = build_model(vision_config, language_model.config, tokenizer, template_name).to(dtype)
+    model = build_model(vision_config, language_model.config, tokenizer, template_name, **projector).to(dtype)
     move_weights(model, vision_weights, language_model)
     check_same_logits(model, language_model)
     model.generation_config = generation_config(model.config, tokenizer)
     with new_folder(out, f"{vision_source} and {language_source}") as work:
         model.save_pretrained(work)
-        save_processor(work, model.config, tokenizer, with_bos)
+        save_processor(work, model.config, tokenizer, with_bos, tiling=tiling)
 
 
 def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Module:
@@ -138,7 +154,7 @@ def read_language_model(folder: Path, tokens: int, dtype: torch.dtype) -> nn.Mod
     return model.eval()
 
 
-def build_model(vision_config: dict, text_config, tokenizer, template_name: str) -> nn.Module:
+def build_model(vision_config: dict, text_config, tokenizer, template_name: str, **projector: str | int) -> nn.Module:
     """Build a MiniMonkey of these parts with fresh weights."""
     config = MiniMonkeyConfig(
         vision_config=vision_config,
@@ -146,6 +162,7 @@ def build_model(vision_config: dict, text_config, tokenizer, template_name: str)
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         template=template_name,
         tie_word_embeddings=text_config.tie_word_embeddings,
+        **projector,
     )
     config.architectures = ["MiniMonkeyForConditionalGeneration"]
     return MiniMonkeyForConditionalGeneration(config).eval()
@@ -191,11 +208,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("language", metavar="LANGUAGE", help="Hub id or folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     parser.add_argument("--template", default="chatml", help="chat template, see conversation.TEMPLATES (chatml)")
+    parser.add_argument("--projector", choices=PROJECTORS, default="mlp", help="between the parts (mlp)")
+    parser.add_argument("--queries", type=whole_number(1), default=None, help="tokens of a tile, of a resampler (64)")
+    parser.add_argument(
+        "--tiling", choices=(*TILINGS, SLICES), default="msac", help="how its processor cuts images (msac)"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     args = parser.parse_args(arguments)
+    if args.queries is not None and args.projector != "resampler":
+        parser.error("--queries belongs to --projector resampler")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    assemble(args.vision, args.language, args.out, args.template, getattr(torch, args.dtype))
+    projector = {"projector": args.projector, "resampler_queries": args.queries or 64}
+    assemble(args.vision, args.language, args.out, args.template, getattr(torch, args.dtype), args.tiling, **projector)
     print(f"Wrote {args.out}. Its projector is untrained: fine-tune it before you ask it about pictures.")
     return 0
 

@@ -5,6 +5,9 @@
     python scripts/benchmark.py load                        a published 2B checkpoint, written to disk first (9 GB)
     python scripts/benchmark.py conversation --use-scm      the second turn about one image
     python scripts/benchmark.py serving --without-vllm      64 receipts one by one and in batches
+    python scripts/benchmark.py cpu --size 2B --depth 2     ways to store and compute weights, beside the machine's floor
+    python scripts/benchmark.py process --preset int4       peak memory and times of a process of its own
+    python scripts/benchmark.py engines --size 1B           torch, llama.cpp and onnxruntime in turns
     python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
 
 Prints a table for people and one JSON line for machines. Runs anywhere: weights are random and nothing is downloaded.
@@ -17,9 +20,14 @@ from minimonkey.scripts.benchmarking import (
     blank,
     compression,
     conversation,
+    cpu,
     decode,
+    drift,
+    engines,
     load,
+    plain,
     preprocessing,
+    process,
     serving,
     stages,
     vision,
@@ -34,10 +42,15 @@ SUBJECTS = {
     "vision": vision,
     "compression": compression,
     "decode": decode,
+    "engines": engines,
+    "plain": plain,
     "conversation": conversation,
     "stages": stages,
     "serving": serving,
     "blank": blank,
+    "cpu": cpu,
+    "process": process,
+    "drift": drift,
 }
 
 

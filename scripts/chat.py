@@ -3,7 +3,9 @@
     python scripts/chat.py assets/example.png "Read the text."
     python scripts/chat.py page-1.png page-2.png "Compare them." --model MiniMonkey-2B --preset docvqa
     python scripts/chat.py receipt.jpg                     no question: a conversation, with history
+    python scripts/chat.py page.png "What is it?" --model MiniMonkey-2B --quantize auto --offload-vision    little memory
     python scripts/chat.py clip.mp4 "What happens?" --num-frames 8
+    python scripts/chat.py page.png "Read the text." --engine llama.cpp --gguf nano-q8.gguf      see docs/llamacpp.md
 
 The answer is printed as it is made; later questions of a conversation cost only what is new. In a conversation,
 `/add page-2.png` shows another image or video. Without --model, MiniMonkey-Nano of this repository answers.
@@ -15,7 +17,10 @@ from pathlib import Path
 
 import transformers
 
+from minimonkey.quantized_weights import PRESETS, QuantizedWeightsConfig
+from minimonkey.scripts.engines.options import add_engine_arguments, check_engine_arguments, load_engine
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
+from minimonkey.scripts.quantize import load_quantized, storage_that_fits
 from minimonkey.scripts.repository import (
     add_device_argument,
     add_model_arguments,
@@ -53,6 +58,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_model_arguments(parser)
     add_device_argument(parser)
     add_dtype_argument(parser)
+    parser.add_argument(
+        "--quantize",
+        default=None,
+        choices=("auto", *PRESETS),
+        help="store weights so; auto: as the free memory asks for",
+    )
+    parser.add_argument("--offload-vision", action="store_true", help="free the vision tower while answers are made")
+    parser.add_argument("--prefill-chunk", type=whole_number(1), default=None, help="tokens of a prompt read at a time")
     parser.add_argument("--attn-implementation", default=None, help="sdpa, eager or flash_attention_2")
     add_tile_arguments(parser)
     parser.add_argument("--tile-budget", type=whole_number(1), default=None, help="most tiles of all pictures together")
@@ -61,10 +74,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scm-keep-ratio", type=float, default=None, help="share of them that stays (with --use-scm)")
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=512)
     parser.add_argument("--temperature", type=number_within(0, 1000), default=0.0, help="above 0: sample")
+    add_engine_arguments(parser)
     parser.add_argument("--interactive", action="store_true", help="go on asking after the first question")
     args = parser.parse_args(arguments)
+    if args.engine != "torch" and (args.quantize or args.offload_vision or args.prefill_chunk):
+        parser.error("--quantize, --offload-vision and --prefill-chunk go with --engine torch")
     if "/" in (args.attn_implementation or ""):
         parser.error("--attn-implementation takes what is installed; code from the Hub is not run")
+    check_engine_arguments(parser, args)
     has_question = bool(args.inputs) and not is_medium(args.inputs[-1])
     args.question = args.inputs[-1] if has_question else None
     args.media = args.inputs[:-1] if has_question else args.inputs
@@ -79,13 +96,27 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def load(args: argparse.Namespace):
     processor = load_processor(args.model)
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    dtype = choose_dtype(args.dtype, args.device)
-    return processor, load_model(args.model, subfolder=args.subfolder, dtype=dtype, **options).to(args.device)
+    options |= {"subfolder": args.subfolder, "dtype": choose_dtype(args.dtype, args.device)}
+    if args.engine != "torch":
+        return processor, load_engine(args, options["dtype"])
+    preset = args.quantize
+    if preset == "auto":
+        preset = storage_that_fits(args.model, args.subfolder, options["dtype"])
+    if preset is None:
+        model = load_model(args.model, **options)
+    else:
+        model = load_quantized(args.model, QuantizedWeightsConfig(preset), **options)
+    model = model.to(args.device)
+    if args.offload_vision:
+        model.offload_vision()
+    return processor, model
 
 
 def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:
     """Print the answer while it is made; return the history with this turn."""
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    if args.prefill_chunk is not None:
+        sampling["prefill_chunk_size"] = args.prefill_chunk
     images = [medium for medium in args.media if not is_video(medium)]
     answer = model.chat(
         processor,

@@ -10,13 +10,18 @@ import sys
 
 # sub-command: (module of scripts/, what it does)
 COMMANDS = {
+    "quickstart": ("quickstart", "let Nano answer questions about the images in assets/"),
     "chat": ("chat", "ask a model about images and videos"),
     "import": ("import_checkpoint", "turn a published checkpoint into a folder that loads with AutoModel"),
     "export": ("export_checkpoint", "write a model under the published names, for LMDeploy, llama.cpp and others"),
+    "quantize": ("quantize", "write a model with its weights in 8 or 4 bits"),
+    "export-gguf": ("export_gguf", "write the language model for llama.cpp"),
+    "export-onnx": ("export_onnx", "write a model as ONNX files, for onnxruntime and others"),
     "assemble": ("assemble", "join a vision tower and a language model into a new MiniMonkey"),
     "prepare": ("prepare", "turn a published data set into conversations to train on, or a benchmark"),
     "train": ("finetune", "train a model on data of your own, or by a recipe"),
     "self-train": ("self_train", "train a model on its own right answers, round after round"),
+    "distill-vision": ("distill_vision", "make a model's vision tower smaller, taught by the one it came from"),
     "average": ("average", "average the last checkpoints of a training run"),
     "read": ("read", "read documents to text or fields, one line of JSON a page"),
     "evaluate": ("evaluate", "measure how well a model reads, or compare two such measurements"),
@@ -32,7 +37,7 @@ COMMANDS = {
 
 def usage() -> str:
     """List the sub-commands, one a line."""
-    lines = [f"    {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines = [f"    {name:<16}{purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(["usage: minimonkey COMMAND ...", "", *lines, "", "minimonkey COMMAND --help says more."])
 
 

@@ -18,8 +18,10 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import transformers
 
+from minimonkey.scripts.engines.options import add_engine_arguments, check_engine_arguments, load_engine
 from minimonkey.scripts.evaluation.dropping import DROPS
 from minimonkey.scripts.evaluation.metrics import METRICS
 from minimonkey.scripts.evaluation.predictions import Predictions, read_predictions, weights_digest
@@ -35,6 +37,7 @@ from minimonkey.scripts.evaluation.suites import (
     synthetic_suite,
 )
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
+from minimonkey.scripts.quantize import load_quantized, weights_config
 from minimonkey.scripts.repository import (
     add_device_argument,
     add_model_arguments,
@@ -76,13 +79,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--max-new-tokens", type=int, default=None, help="default: enough for the suite; 128 of a benchmark"
     )
     parser.add_argument("--stop-repetition", action="store_true", help="end answers that repeat themselves")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=None, help="32, or 1 with an --engine")
+    add_engine_arguments(parser)
     add_device_argument(parser)
     add_dtype_argument(parser)
+    parser.add_argument(
+        "--quantize",
+        action="append",
+        default=None,
+        metavar="PRESET",
+        help="or REGEX=FORMAT; as quantize.py stores weights",
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSONL file for the predictions")
     parser.add_argument("--resume", action="store_true", help="go on with the predictions in --out")
     parser.add_argument("--sheet", type=Path, default=None, help="PNG of the first items with question and answers")
     args = parser.parse_args(arguments)
+    check_engine_arguments(parser, args)
+    if args.batch_size is None:
+        args.batch_size = 32 if args.engine == "torch" else 1
     _check(parser, args)
     args.dtype = str(choose_dtype(args.dtype, args.device)).removeprefix("torch.")
     return args
@@ -93,6 +107,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.engine != "torch" and args.batch_size != 1:
+        parser.error(f"--engine {args.engine} reads one prompt at a time: --batch-size 1")
+    if args.quantize is not None and args.engine != "torch":
+        parser.error("--quantize goes with --engine torch")
     if args.resume and args.out is None:
         parser.error("--resume needs --out, the predictions to go on with")
     if not args.use_scm and any(value is not None for value in (args.scm_keep_ratio, args.scm_layer, args.drop)):
@@ -129,7 +147,13 @@ def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     tiles = image_options(args)
     processor = load_processor(args.model)
     processor.image_processor.get_number_of_image_patches(100, 100, tiles)
-    model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
+    options = {"subfolder": args.subfolder, "dtype": args.dtype}
+    if args.engine != "torch":
+        model = load_engine(args, getattr(torch, args.dtype))
+    elif args.quantize is None:
+        model = load_model(args.model, **options).to(args.device)
+    else:
+        model = load_quantized(args.model, weights_config(args.quantize), **options).to(args.device)
     keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
     compression = (keep_ratio, args.drop, args.scm_layer)
     return Answering(model, processor, max_new_tokens, tiles, *compression, stop_repetition=args.stop_repetition)
@@ -155,8 +179,15 @@ def settings_of(args: argparse.Namespace, suite: Suite, max_new_tokens: int) -> 
     settings["weights"] = weights_digest(args.model, args.subfolder)
     if args.benchmark is None:
         settings["materials"] = materials()
+    if args.quantize is not None:
+        settings["quantize"] = args.quantize
     if args.questions != "any":
         settings["questions"] = args.questions
+    if args.engine != "torch":
+        settings["engine"] = [
+            args.engine,
+            None if args.gguf is None else hashlib.sha256(args.gguf.read_bytes()).hexdigest(),
+        ]
     if args.stop_repetition:
         settings["stop_repetition"] = True
     if args.benchmark is not None:

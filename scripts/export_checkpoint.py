@@ -49,6 +49,10 @@ def export_checkpoint(source: str, out: Path, as_internlm2: bool = False) -> Non
     if config_dict.get("model_type") != MiniMonkeyConfig.model_type or "text_config" not in config_dict:
         raise ValueError(f"{folder} holds no MiniMonkey in its own format; only such a model is exported.")
     config = make_config(config_dict)
+    if config.own_parts:
+        raise ValueError(
+            f"The published layout has no place for {', '.join(config.own_parts)}; such a MiniMonkey stays in its own format."
+        )
     settings = published_config(config, as_internlm2)
     shards = read_shards(folder)
     check_against_model(shards, expected_shapes(config), lambda *named: dict([named]), config.tie_word_embeddings)

@@ -38,7 +38,8 @@ from minimonkey.scripts.training.collator import Collator
 from minimonkey.scripts.training.data import SyntheticSource, read_sources
 from minimonkey.scripts.training.encode import Encoder
 from minimonkey.scripts.training.estimate import Cards, Estimate
-from minimonkey.scripts.training.models import load_model, model_folder, save
+from minimonkey.scripts.training.grafting import graft_processor, grafted_config
+from minimonkey.scripts.training.models import load_model, model_folder, run_config, save
 from minimonkey.scripts.training.own_data import count_examples, own_data
 from minimonkey.scripts.training.own_options import LEARNING_RATES, own_options
 from minimonkey.scripts.training.recipe import Recipe, changed_options, make_recipe, read_options, read_overrides
@@ -95,7 +96,8 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
         folder = model_folder(recipe)
     processor = load_processor(folder)
     with readable(folder):
-        config = MiniMonkeyConfig.from_pretrained(folder)
+        config = run_config(folder, recipe)
+    graft_processor(processor, config, recipe)
     encoder = Encoder(processor, config, recipe.grounding_tokens)
     with recipe.main_process_first():  # the other processes find the checked lines in the cache
         sources = read_sources(recipe.data, Path(), recipe.tile_ranges, encoder)
@@ -114,6 +116,7 @@ def prepare(recipe: Recipe, resume: bool) -> tuple[FineTuner, str, Path | None]:
         always_with_tile=recipe.world_size > 1,
         pad_to_multiple_of=recipe.pad_to_multiple_of,
         loss_reduction=recipe.loss_reduction,
+        is_mined=config.mining,
     )
     trainer = FineTuner(
         processor,
@@ -178,9 +181,9 @@ def dry_run(recipe: Recipe, args: argparse.Namespace) -> int:
     cards = Cards(args.cards, args.card_gib, args.card_tflops)
     if Path(recipe.model).is_dir():
         with readable(recipe.model):
-            config = MiniMonkeyConfig.from_pretrained(recipe.model)
+            config = grafted_config(MiniMonkeyConfig.from_pretrained(recipe.model), recipe)
     else:
-        config = published_config(recipe.model)
+        config = grafted_config(published_config(recipe.model), recipe)
         print(f"{recipe.model} is not here; estimated for a model of the published size.")
     estimate = Estimate.of(config, recipe, cards)
     print(estimate.describe())

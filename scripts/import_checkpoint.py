@@ -164,9 +164,9 @@ def write_settings(work: Path, config, tokenizer, with_bos: bool, preset: str | 
     config.architectures = ["MiniMonkeyForConditionalGeneration"]
     config.save_pretrained(work)
     if tokenizer is None:
-        image_processor(config, preset).save_pretrained(work)
+        image_processor(config, preset=preset).save_pretrained(work)
     else:
-        save_processor(work, config, tokenizer, with_bos, preset)
+        save_processor(work, config, tokenizer, with_bos, preset=preset)
         generation_config(config, tokenizer).save_pretrained(work)
     for code in ROOT.glob("*.py"):
         shutil.copy(code, work)

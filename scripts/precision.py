@@ -49,6 +49,24 @@ def fast_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if has_fast_bfloat16(torch.device(device).type) else torch.float32
 
 
+def choose_storage(numbers: int, dtype: torch.dtype, free: int) -> str | None:
+    """Return how so many weights are best stored, a preset of quantized_weights.py, where the model computes in `dtype`.
+
+    None, as they are, where they take at most half of `free` bytes; else the most bits with which they do.
+
+    Raises:
+        ValueError: They do with none.
+    """
+    sizes = {None: dtype.itemsize, "bfloat16": 2, "int8": 1, "int4": 0.625}
+    for preset, size in sizes.items():
+        if size <= dtype.itemsize and numbers * size <= free / 2:
+            return preset
+    raise ValueError(
+        f"A model of {numbers / 1e9:.2g} billion weights takes {numbers * sizes['int4'] / 2**30:.1f} GiB in 4 bits, and about "
+        f"as much again to compute, but {free / 2**30:.1f} GiB are free."
+    )
+
+
 @lru_cache
 def has_fast_bfloat16(device_type: str) -> bool:
     """Tell whether a kind of device ("cpu", "cuda", ...) is at least as fast in bfloat16 as in float32."""

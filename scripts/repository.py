@@ -60,17 +60,28 @@ def load_model(source: str | Path, **options):
     Raises:
         ValueError: The model is of another kind, its files are damaged, or an option is not available here.
     """
-    config_path = Path(source, options.get("subfolder", ""), "config.json")
+    model_config(source, options.get("subfolder", ""))
+    with readable(source):
+        return MiniMonkeyForConditionalGeneration.from_pretrained(source, **options).eval()
+
+
+def model_config(source: str | Path, subfolder: str = "") -> MiniMonkeyConfig:
+    """Read the configuration of the MiniMonkey of a Hub id or folder, without its weights.
+
+    Raises:
+        ValueError: The model is of another kind, or its configuration is damaged.
+    """
+    config_path = Path(source, subfolder, "config.json")
     if config_path.is_file():
         check_config(read_json(config_path), config_path)
-    settings, _ = MiniMonkeyConfig.get_config_dict(source, subfolder=options.get("subfolder", ""))
+    settings, _ = MiniMonkeyConfig.get_config_dict(source, subfolder=subfolder)
     if settings.get("model_type") != MiniMonkeyConfig.model_type:
         raise ValueError(
             f"{source} holds a model of type {settings.get('model_type')!r}; the scripts take {MiniMonkeyConfig.model_type!r} "
             "and the published checkpoints that import_checkpoint.py knows."
         )
     with readable(source):
-        return MiniMonkeyForConditionalGeneration.from_pretrained(source, **options).eval()
+        return MiniMonkeyConfig.from_dict(settings)
 
 
 @contextmanager
@@ -85,9 +96,7 @@ def readable(source: str | Path) -> Iterator[None]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the weights: `--model`, and `--subfolder` of it, as `from_pretrained` takes them."""
     parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
-    parser.add_argument(
-        "--subfolder", default="", help="of the model, where its weights are: nano-documents, for example"
-    )
+    parser.add_argument("--subfolder", default="", help="of the model, where its weights are")
 
 
 def add_tile_arguments(parser: argparse.ArgumentParser, preset: str | None = None) -> None:

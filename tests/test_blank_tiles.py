@@ -9,7 +9,8 @@ from conftest import FIXTURES, synthetic_picture
 from image_helpers import PUBLISHED, square
 from PIL import Image, ImageDraw
 
-from minimonkey.blank_tiles import blank_share, blank_tiles, shown_tiles
+from minimonkey.blank_tiles import blank_share, blank_tiles, blank_tokens, shown_tiles
+from minimonkey.token_selection import TileMap, read_selection
 
 
 BLANK = json.loads((FIXTURES / "selection" / "selection.json").read_text())["blank"]
@@ -145,3 +146,107 @@ def test_later_turns_know_what_was_left_out(nano, processor):
     remembered, _ = nano.chat(processor, page, "Again.", history=history, **options)
     fresh, _ = nano.chat(processor, page, "Again.", history=list(history), remember=False, **options)
     assert remembered == fresh
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_told_in_the_order_of_the_prompt():
+    grey = np.full((28, 56), 240, dtype=np.uint8)  # two tiles of 4 x 4 tokens, 7 px each
+    grey[24:28, 0:3] = 0  # the last row of tokens, first of the first tile
+    tiles = np.stack([np.stack([grey[:, x : x + 28]] * 3) for x in (0, 28)])
+    blank = blank_tokens(tiles, (2, 1), 4).reshape(2, 4, 4)
+    assert (~blank).nonzero()[0].tolist() == [0] * 4  # with its ring
+    assert (~blank[0]).nonzero()[0].tolist() == [2, 2, 3, 3] and (~blank[0]).nonzero()[1].tolist() == [0, 1, 0, 1]
+    assert not blank_tokens(np.asarray(synthetic_picture(28, 28, 1)).transpose(2, 0, 1)[None], (1, 1), 4).any()
+
+
+def test_blank_tokens_come_last_or_save_their_part():
+    scores, blank = torch.arange(16.0), torch.tensor([False] * 6 + [True] * 10)
+    tiles = TileMap(1, 1, 4)
+    for count in (4, 8):
+        kept, _ = read_selection("blank").choose(scores, tiles, count, blank=blank)
+        best = [*range(max(0, 6 - count), 6), *range(16 - max(0, count - 6), 16)]
+        assert kept.tolist() == best
+    assert read_selection("token").choose(scores, tiles, 4)[0].tolist() == [12, 13, 14, 15]
+    smooth, _ = read_selection({"name": "smooth", "blank": "last"}).choose(scores, tiles, 6, blank=blank)
+    assert smooth.tolist() == [*range(6)]
+
+
+@pytest.mark.parametrize("other", [{"name": "block"}, {"name": "tile"}, {"name": "mass"}])
+def test_what_blank_tokens_do_not_go_with_is_named(other):
+    with pytest.raises(ValueError, match="without blocks, tile budgets and mass"):
+        read_selection({**other, "blank": "save"})
+
+
+@pytest.fixture(scope="module")
+def asked(processor):
+    """A page with margins, what shows something of it, and its prompt."""
+    page = scan(800, 1000, (20, 20, 500, 400))
+    inputs = processor(page, "<image>\nRead.", images_kwargs={"preset": "default"})
+    raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+    cut = processor.image_processor(page, preset="default", **raw)
+    columns, rows = cut["tile_grids"][0][:2]
+    blank = blank_tokens(cut["pixel_values"][: columns * rows], (columns, rows), 7)
+    start = int((inputs["input_ids"][0] == processor.image_token_id).nonzero()[0])
+    return page, inputs, blank, start
+
+
+def kept_of(nano, asked, **options) -> list[int]:
+    """Numbers of the detailed tokens that stay."""
+    _, inputs, blank, start = asked
+    (kept,) = nano.kept_positions(**inputs, **options)
+    return [place - start for place in kept.tolist() if start <= place < start + len(blank)]
+
+
+def test_the_budget_goes_to_what_shows_something(nano, asked):
+    _, _, blank, _ = asked
+    assert 0.3 < blank.mean() < 0.9
+    for ratio in (0.1, 0.25):
+        kept = kept_of(nano, asked, scm_select="blank", scm_keep_ratio=ratio)
+        assert len(kept) == int(ratio * len(blank)) and not blank[kept].any()
+    shown = int((~blank).sum())
+    assert len(kept_of(nano, asked, scm_select={"blank": "save"}, scm_keep_ratio=0.5)) == shown // 2
+    everything = kept_of(nano, asked, scm_select={"blank": "save"}, scm_keep_ratio=1.0)
+    assert everything == (~blank).nonzero()[0].tolist()
+    assert len(kept_of(nano, asked, scm_select="blank", scm_keep_ratio=1.0)) == len(blank)
+
+
+def test_bytes_and_batches_know_the_same_blank_tokens(nano, processor, asked):
+    page, inputs, _, _ = asked
+    raw = processor(
+        page, "<image>\nRead.", images_kwargs={"preset": "default", "do_rescale": False, "do_normalize": False}
+    )
+    options = {"scm_select": {"blank": "save"}, "scm_keep_ratio": 1.0}
+    (alone,) = nano.kept_positions(**inputs, **options)
+    assert torch.equal(alone, nano.kept_positions(**raw, **options)[0])
+    photograph = synthetic_picture(300, 200, 1)
+    both = processor(
+        [[photograph], [page]], ["<image>\nRead."] * 2, images_kwargs={"preset": "default"}, padding_side="left"
+    )
+    kept = nano.kept_positions(**both, **options)
+    assert len(kept[0]) == int(both["attention_mask"][0].sum())  # nothing of a photograph is blank
+    assert ((both["attention_mask"][1].cumsum(0) - 1)[kept[1]]).tolist() == alone.tolist()
+
+
+def test_later_turns_remember_what_is_blank(nano, processor, asked):
+    page, *_ = asked
+    options = {"images_kwargs": {"preset": "default"}, "use_scm": True, "scm_select": "blank", "max_new_tokens": 4}
+    options |= {"return_history": True, "do_sample": False}
+    _, history = nano.chat(processor, page, "Read.", **options)
+    assert history.memory.blank
+    second, _ = nano.chat(processor, page, "And?", history, **options)
+    history.memory._state = None  # the cache is lost, the images are not
+    third, _ = nano.chat(processor, page, "And?", history, **options)
+    again, _ = nano.chat(processor, page, "And?", list(history), **{**options, "remember": False})
+    assert second == third == again
+
+
+def test_grids_without_geometry_are_refused(nano, processor, asked):
+    page, inputs, _, _ = asked
+    few = processor(page, "<image>\nRead.", images_kwargs={"preset": "default", "drop_blank": True})
+    with pytest.raises(ValueError, match="needs all tiles of a grid"):
+        nano.kept_positions(**few, scm_select="blank")
+    inputs = {name: value for name, value in inputs.items() if name != "tile_grids"}
+    with pytest.raises(ValueError, match="tile_grids"):
+        nano.kept_positions(**inputs, scm_select="blank")

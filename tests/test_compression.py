@@ -352,7 +352,6 @@ def test_settings_without_compression_are_refused(option):
         {"position_ids": torch.arange(40)[None]},
         {"past_key_values": ()},
         {"prompt_lookup_num_tokens": 3},
-        {"prefill_chunk_size": 4},
         {"encoder_repetition_penalty": 2.0},
         {"assistant_model": "model"},
     ],

@@ -243,3 +243,22 @@ def test_chat_refuses_settings_without_compression(nano, processor, pictures):
 def test_chat_sets_the_query_ends_itself(nano, processor, pictures):
     with pytest.raises(ValueError, match="sets scm_query_ends itself"):
         nano.chat(processor, pictures[0], QUESTION, images_kwargs=TILES, use_scm=True, scm_query_ends=[40], **CHAT)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_scm": True, "scm_keep_ratio": 1.5}, "scm_keep_ratio must be above 0 and at most 1"),
+        ({"use_scm": True, "scm_keep_ratio": 0}, "scm_keep_ratio must be above 0"),
+        ({"use_scm": True, "scm_select": "best"}, "there is no 'best'"),
+        ({"use_scm": True, "scm_select": {"name": "block", "budget": "tile"}}, "blocks are whole"),
+        ({"use_scm": True, "scm_select": "mass", "scm_keep_ratio": 0.5}, "decides itself how many"),
+        ({"scm_select": "token"}, "works only with use_scm=True"),
+        ({"use_scm": True, "scm_select": "blank", "images_kwargs": {"drop_blank": True}}, "needs all tiles of a grid"),
+        ({"use_scm": True, "images_kwargs": {"tiling": "slices"}}, "slices of their own size"),
+    ],
+)
+def test_what_cannot_work_is_named_before_an_image_is_opened(nano, processor, options, said):
+    for call, images, questions in ((nano.chat, "missing.png", "Read."), (nano.batch_chat, ["missing.png"], ["Read."])):
+        with pytest.raises(ValueError, match=said):
+            call(processor, images, questions, **options)

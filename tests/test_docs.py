@@ -61,7 +61,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 OTHER_PACKAGES = {"deepspeed", "pillow-heif", "pycocoevalcap"}
 LAUNCHERS = ("torchrun", "accelerate")
 # Their commands and snippets are tried where they are installed, in tests/engines, or not at all, as the page then says.
-ENGINES = ("vllm", "lmdeploy", "sglang")
+ENGINES = ("vllm", "lmdeploy", "sglang", "openvino")
 SLURM = "scripts/training/launch/slurm.sh"  # hands its arguments to finetune.py
 
 

@@ -25,6 +25,7 @@ from training_helpers import (
 )
 from transformers import AutoModel, AutoProcessor, LlamaConfig, Qwen2Config
 
+from minimonkey.quantized_weights import StoredLinear
 from minimonkey.scripts import finetune as script
 from minimonkey.scripts.benchmarking.models import random_config, random_model
 from minimonkey.scripts.importing.folder import save_processor
@@ -273,8 +274,9 @@ def test_a_checkpoint_that_was_being_written_is_not_taken(tmp_path):
     [
         {"order": "grouped"},
         {"pack_tokens": 400, "per_device_train_batch_size": 1, "batch_size": 2, "loss_reduction": "square"},
+        {"tile_ranges": [[2, 2, 3, 3]], "drop_tokens": {"steps": 0.7}, "depth": 2, "pad_to_multiple_of": 64},
     ],
-    ids=["grouped", "packed"],
+    ids=["grouped", "packed", "dropping"],
 )
 def test_a_killed_run_goes_on_exactly(tmp_path, capsys, layout):
     data = write_words(tmp_path, 10)
@@ -347,3 +349,60 @@ def test_train_nano_smoke(tmp_path):
     arguments = ["scripts/evaluate.py", "--model", tmp_path / "out" / "model", "--items", "2"]
     result = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+# --- weights in few bits under adapters ------------------------------------------------------------------------------
+
+
+def test_adapters_on_8_bit_weights_and_modules_beside_them(tmp_path):
+    """TinyGPT-V's second stage: adapters, with norms and projector trained whole, on weights that stay in 8 bits."""
+    options = {"lora_r": 4, "train": ["language_model"], "frozen_weights": "int8", "gradient_checkpointing": True}
+    options |= {"lora_also": ["norm", "multi_modal_projector"], "learning_rate": 1e-2}
+    path = write_recipe(tmp_path, **options)
+    recipe = read_recipe(path)
+    model = load_model(str(ROOT), recipe)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    assert {"lora_A", "lora_B", "norm", "multi_modal_projector"} == {
+        next(part for part in ("lora_A", "lora_B", "multi_modal_projector", "norm") if part in name) for name in trained
+    }
+    frozen = model.get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer
+    assert isinstance(frozen, StoredLinear) and frozen.weight.dtype == torch.int8
+    train_here(path)
+    merged = AutoModel.from_pretrained(tmp_path / "out" / "model", trust_remote_code=True, dtype=torch.float32)
+    before = load_model(str(ROOT), read_recipe(write_recipe(tmp_path))).state_dict()
+    names = changed(before, merged.state_dict())
+    assert any("multi_modal_projector" in name for name in names) and any("_proj" in name for name in names)
+    assert not any("vision_tower" in name for name in names)
+
+
+def test_what_few_bits_cannot_do(tmp_path):
+    with pytest.raises(ValueError, match="A fresh_projector has to be trained, but train is .'language_model'"):
+        read_recipe(write_recipe(tmp_path, train=["language_model"], fresh_projector=True))
+    for options in ({"frozen_weights": "int8"}, {"lora_also": ["norm"]}):
+        with pytest.raises(ValueError, match="lora_also and frozen_weights belong to lora_r"):
+            read_recipe(write_recipe(tmp_path, **options))
+    recipe = read_recipe(write_recipe(tmp_path, lora_r=4, train=["language_model"], lora_also=["no_such"]))
+    with pytest.raises(ValueError, match="no module of projector or language model has 'no_such'"):
+        load_model(str(ROOT), recipe)
+
+
+def test_the_four_stages_of_tinygpt_v(tmp_path):
+    """Each goes on from the one before; the warm-up trains norms and a fresh projector and nothing else."""
+    model = str(ROOT)
+    for stage in range(1, 5):
+        recipe = ROOT / "scripts/training/recipes" / f"tinygpt-v-{stage}.yaml"
+        out = tmp_path / str(stage)
+        changes = [
+            f"output_dir={out}",
+            f"data={json.dumps(write_words(tmp_path))}",
+            "max_steps=1",
+            "max_seq_length=2048",
+        ]
+        changes += [f"model={model}", "batch_size=2", "per_device_train_batch_size=2", "dataloader_num_workers=0"]
+        train_here(recipe, *(part for change in changes for part in ("--set", change)))
+        model = str(out / "model")
+    before, after = load_file(ROOT / "model.safetensors"), load_file(tmp_path / "1" / "model" / "model.safetensors")
+    names = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert names and all("norm" in name or "multi_modal_projector" in name for name in names)
+    assert torch.equal(before["lm_head.weight"].bfloat16(), after["lm_head.weight"])

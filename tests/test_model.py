@@ -1,7 +1,6 @@
 """The model beyond parity: generation modes, precision, memory options, saving, inputs that do not fit."""
 
 import copy
-import sys
 import threading
 
 import pytest
@@ -193,10 +192,10 @@ def test_whole_numbers_are_normalised_by_the_model(nano, processor):
     )
 
 
-def test_many_tiles_go_through_in_chunks(monkeypatch):
+def test_many_tiles_go_through_in_chunks():
     model, batch, calls = tiny_model(), prompt(5), []
     whole = model.encode_images(batch["input_ids"], batch["pixel_values"])
-    monkeypatch.setattr(sys.modules[type(model).__module__], "VISION_CHUNK_TILES", 2)
+    model.vision_chunk_tiles = 2
     model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
     assert torch.allclose(model.encode_images(batch["input_ids"], batch["pixel_values"]), whole, atol=1e-5)
     assert len(calls) == 3
@@ -217,7 +216,7 @@ def test_prompts_that_contradict_themselves():
         model(**batch, inputs_embeds=torch.zeros(1, 24, 32))
 
 
-@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
+@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}])
 def test_modes_that_would_lose_the_images_are_refused(option):
     model, batch = tiny_model(), prompt(1)
     with pytest.raises(ValueError, match="does not work with images"):

@@ -1,6 +1,7 @@
 """Scripts compute in what the machine is fast in, unless they are told otherwise."""
 
 import argparse
+from functools import partial
 
 import pytest
 import torch
@@ -111,3 +112,13 @@ def test_muon_is_that_of_torch_and_computes_in_the_fast_type(processor_with, sha
     else:
         assert not torch.equal(ours, theirs)
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
+
+
+def test_weights_take_half_of_the_memory_that_is_free():
+    storage = partial(precision.choose_storage, 10**9)
+    assert storage(torch.float32, 8 * 10**9) is None
+    assert storage(torch.float32, 5 * 10**9) == "bfloat16"
+    assert storage(torch.bfloat16, 3 * 10**9) == "int8"
+    assert storage(torch.float32, 1.5 * 10**9) == "int4"
+    with pytest.raises(ValueError, match=r"1 billion weights takes 0.6 GiB in 4 bits.* 0.9 GiB are free"):
+        storage(torch.bfloat16, 10**9)

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from minimonkey.chat_answer import ChatAnswer
+from minimonkey.conversation import image_tokens
 from minimonkey.scripts.evaluation.dropping import selection
 from minimonkey.scripts.evaluation.metrics import METRICS, nearest_reference
 from minimonkey.scripts.evaluation.predictions import Predictions
@@ -101,6 +102,9 @@ class Answering:
         else:
             counts = [reader.count_tiles(image.height, image.width, self.images_kwargs) for image in images]
         tokens = per_tile * int(sum(map(sum, counts)))
+        if self.model.config.mining or reader.cuts_slices(self.images_kwargs):
+            layouts = [self.processor.image_layout(image.height, image.width, self.images_kwargs) for image in images]
+            tokens = sum(image_tokens(layout, per_tile) for layout in layouts)
         if self.scm_keep_ratio is None:
             return tokens, tokens
         detailed = [per_tile * int(count[0]) for count in counts]

@@ -10,11 +10,11 @@ from typing import Any
 
 from minimonkey.compression import QUERY_SETS
 from minimonkey.scripts.evaluation.dropping import BASELINES, CHOICES
-from minimonkey.tiling import RANGE_NAMES, TILINGS, TileRanges
+from minimonkey.tiling import RANGE_NAMES, SLICES, TILINGS, TileRanges
 
 
 KEEP_RATIOS = (0.75, 0.5, 0.25)
-TILING_WAYS = ("whole", "detailed", "blank", *TILINGS)
+TILING_WAYS = ("whole", "detailed", "blank", *TILINGS, SLICES)
 SMALLER = "smaller-"
 DEFAULT_TILINGS = ("msac", "whole", "detailed", "internvl", "logscore", "relaxed", "blank")
 DEFAULT_COMPRESSORS = (
@@ -53,7 +53,7 @@ def tilings(ranges: TileRanges, names: Sequence[str] = DEFAULT_TILINGS) -> list[
     ways = []
     for name in names:
         options = dict(zip(RANGE_NAMES, (1, 1, 1, 1) if name == "whole" else ranges))
-        options |= {"tiling": name if name in TILINGS else "internvl" if name == "detailed" else "msac"}
+        options |= {"tiling": name if name in (*TILINGS, SLICES) else "internvl" if name == "detailed" else "msac"}
         ways.append(Way(name, {**options, "use_thumbnail": name != "detailed", "drop_blank": name == "blank"}))
     return ways
 

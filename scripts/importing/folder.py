@@ -111,18 +111,23 @@ def _finish(work: Path, out: Path) -> None:
         (out / name).unlink()
 
 
-def image_processor(config, preset: str | None = None):
-    """Return the image processor of a model of this configuration, with the tile ranges of a preset if one is named."""
+def image_processor(config, **options):
+    """Return the image processor of a model of this configuration; `options` are its own, a preset or tiling for example."""
     size = {"height": config.tile_size, "width": config.tile_size}
-    return MiniMonkeyImageProcessor(size=size, preset=preset)
+    return MiniMonkeyImageProcessor(size=size, slice_multiple=config.view_multiple, **options)
 
 
-def save_processor(folder: Path, config, tokenizer, with_bos: bool, preset: str | None = None) -> None:
+def save_processor(folder: Path, config, tokenizer, with_bos: bool, **options) -> None:
     """Save tokenizer, image processor and chat template as one processor."""
     template = get_template(config.template)
     jinja = chat_template_jinja(template, config.system_message, with_bos)
     MiniMonkeyProcessor(
-        image_processor(config, preset), tokenizer, image_seq_length=config.image_seq_length, chat_template=jinja
+        image_processor(config, **options),
+        tokenizer,
+        image_seq_length=config.image_seq_length,
+        projector=config.projector,
+        mining=config.mining,
+        chat_template=jinja,
     ).save_pretrained(folder)
 
 

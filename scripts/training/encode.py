@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minimonkey.conversation import get_template, render
+from minimonkey.conversation import ImageLayout, encode_parts, get_template, image_text, render
 from minimonkey.tiling import RANGE_NAMES, share_tile_budget
 
 
@@ -37,16 +37,16 @@ class Encoder:
     """
 
     def __init__(self, processor, config, grounding_tokens: bool = False):
-        self.tokenizer = processor.tokenizer
+        self.processor, self.tokenizer = processor, processor.tokenizer
         self.image_processor = processor.image_processor
-        self.tokens_per_tile = processor.image_seq_length
+        self.tokens_per_tile, self.image_token_id = processor.image_seq_length, config.image_token_id
         self.template = get_template(config.template)
         self.system_message = config.system_message
         self.patches_per_side = config.tile_size // config.vision_config.patch_size[0]
         self.grounding_tokens = grounding_tokens
 
-    def ids_and_labels(self, conversation: Conversation, tiles: list[int]) -> tuple[list[int], list[int]]:
-        """Return token ids (N) and labels (N) of a conversation whose images have this many tiles each.
+    def ids_and_labels(self, conversation: Conversation, tiles: list[ImageLayout]) -> tuple[list[int], list[int]]:
+        """Return token ids (N) and labels (N) of a conversation whose images have this many tiles each, or these slices.
 
         Raises:
             ValueError: The numbers of placeholders and images differ, or an answer whose first letters the tokenizer joins to
@@ -64,13 +64,30 @@ class Encoder:
         """Count the tokens of a conversation without those of its tiles."""
         return len(self.ids_and_labels(conversation, [0] * pictures)[0])
 
-    def image_length(
+    def image_size(
         self, sizes: list[tuple[int, int]], ranges: tuple[int, int, int, int], use_thumbnail: bool | None = None
-    ) -> int:
-        """Count the tokens for the tiles of images of these (height, width); `use_thumbnail` is the processor's if None."""
+    ) -> tuple[int, int]:
+        """Count the tokens and the tiles of images of these (height, width); `use_thumbnail` is the processor's if None.
+
+        Text that is written between slices counts as tokens of their image.
+        """
         options = self._tile_options(ranges, len(sizes), use_thumbnail)
-        tiles = [self.image_processor.get_number_of_image_patches(*size, options) for size in sizes]
-        return sum(tiles) * self.tokens_per_tile
+        tiles = sum(self.image_processor.get_number_of_image_patches(*size, options) for size in sizes)
+        if not self.has_layouts:
+            return tiles * self.tokens_per_tile, tiles
+        layouts = [self.processor.image_layout(*size, options) for size in sizes]
+        return sum(map(self._written_tokens, layouts)), tiles
+
+    @property
+    def has_layouts(self) -> bool:
+        """Whether an image is written otherwise than by all of its square tiles."""
+        return self.processor.mining or self.image_processor.cuts_slices()
+
+    def _written_tokens(self, layout: ImageLayout) -> int:
+        """Count the tokens of an image beyond its first start and its last end, which `text_length` counts."""
+        if isinstance(layout, int):
+            return self.tokens_per_tile * layout
+        return len(encode_parts(self.tokenizer, [image_text(layout, self.tokens_per_tile)])[0]) - 2
 
     def __call__(
         self,
@@ -78,14 +95,20 @@ class Encoder:
         pictures: list,
         ranges: tuple[int, int, int, int],
         use_thumbnail: bool | None = None,
+        with_counts: bool = False,
     ) -> dict:
-        """Return a sample: input_ids, labels (N) and, with images, uint8 pixel_values (T, 3, S, S), tile_grids (images, 4)."""
+        """Return a sample: input_ids, labels (N) and, with images, uint8 pixel_values (T, 3, S, S), tile_grids (images, 4).
+
+        For slices and patch mining, or `with_counts`, there are also tile_counts (images, 3); of slices slice_values and
+        slice_sizes stand for pixel_values.
+        """
         sample, tiles = {}, []
         if pictures:
             options = {**self._tile_options(ranges, len(pictures), use_thumbnail), **AS_BYTES}
             cut = self.image_processor(pictures, return_tensors="pt", **options)
-            tiles = cut.pop("tile_counts").sum(dim=1).tolist()
-            sample = dict(cut)
+            tiles, sample = self.processor.image_layouts(cut), dict(cut)
+            if not (self.has_layouts or with_counts):
+                sample.pop("tile_counts")
         ids, labels = self.ids_and_labels(conversation, tiles)
         return {**sample, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 

@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.modeling_minimonkey import VISION_CHUNK_TILES, MiniMonkeyForConditionalGeneration
-from minimonkey.scripts.training.models import ADAPTED, freeze, freeze_by_name
+from minimonkey.quantized_weights import QuantizedWeightsConfig, QuantizedWeightsQuantizer, StoredLinear
+from minimonkey.scripts.training.models import ADAPTED, freeze, freeze_by_name, whole_modules
 from minimonkey.scripts.training.recipe import Recipe
 
 
@@ -102,7 +103,7 @@ class Estimate:
     cards: Cards
     parameters: int
     trained: int
-    weight_bytes: tuple[int, int]
+    weight_bytes: tuple[float, float]
     activations: int
     logits: int
     row: tuple[int, int]
@@ -121,8 +122,12 @@ class Estimate:
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         adapters = _adapter_parameters(model, recipe.lora_r) if recipe.lora_r is not None else 0
-        frozen_bytes = 2 if recipe.dtype in ("bfloat16", "auto") else 4
+        for name in whole_modules(model, recipe.lora_also) if recipe.lora_also else ():
+            adapters += sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
         copies = 2 if bf16 and recipe.dtype == "float32" else 0  # autocast keeps weights in bfloat16 besides
+        frozen_bytes = (2 if recipe.dtype in ("bfloat16", "auto") else 4) + copies
+        if recipe.frozen_weights is not None:
+            frozen_bytes = _stored_bytes(config, recipe.frozen_weights, frozen_bytes) / parameters
         tokens, tiles = _row(recipe, config)
         # Packed rows have logits where answers are, at most all of the text; others everywhere.
         predicted = max(1, tokens - tiles * config.image_seq_length) if recipe.pack_tokens else tokens
@@ -131,7 +136,7 @@ class Estimate:
             cards,
             parameters + adapters,
             trained + adapters,
-            weight_bytes=((2 if recipe.dtype == "bfloat16" else 4) + copies, frozen_bytes + copies),
+            weight_bytes=((2 if recipe.dtype == "bfloat16" else 4) + copies, frozen_bytes),
             activations=_activations(model, recipe, tokens, tiles, bf16),
             logits=predicted * config.text_config.vocab_size * LOGIT_BYTES,
             row=(tokens, tiles),
@@ -151,7 +156,7 @@ class Estimate:
         if stage == 0:
             state = self.trained * (self.weight_bytes[0] + 4 + ADAM_BYTES) + frozen * self.weight_bytes[1]
         else:
-            weights = 2 * self.parameters / (count if stage == 3 else 1)
+            weights = (2 * self.trained + min(2, self.weight_bytes[1]) * frozen) / (count if stage == 3 else 1)
             gradients = 2 * self.trained / (count if stage >= 2 else 1)
             state = weights + gradients + self.trained * (4 + ADAM_BYTES) / count
         return (state + self.activations + self.logits) * WASTE / GIB
@@ -213,6 +218,15 @@ def _vision_tokens(config: MiniMonkeyConfig) -> int:
 def _recomputes(recipe: Recipe) -> bool:
     """Tell whether the backward pass computes a layer again, under either name that transformers has for it."""
     return bool(recipe.gradient_checkpointing or getattr(recipe, "activation_checkpointing", False))
+
+
+def _stored_bytes(config: MiniMonkeyConfig, preset: str, number_bytes: float) -> float:
+    """Return the bytes of all weights where `preset` stores some of them in fewer bits, the others at `number_bytes`."""
+    with init_empty_weights():
+        model = MiniMonkeyForConditionalGeneration(config)
+        QuantizedWeightsQuantizer(QuantizedWeightsConfig(preset))._process_model_before_weight_loading(model)
+    stored = {id(p) for m in model.modules() if isinstance(m, StoredLinear) for p in m.parameters() if p is not m.bias}
+    return sum(p.nbytes if id(p) in stored else p.numel() * number_bytes for p in model.parameters())
 
 
 def _adapter_parameters(model: torch.nn.Module, rank: int) -> int:

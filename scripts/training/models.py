@@ -11,8 +11,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.quantized_weights import QuantizedWeightsConfig, store_weights
 from minimonkey.scripts.importing.folder import new_folder
 from minimonkey.scripts.repository import readable
+from minimonkey.scripts.training.distillation import with_teacher
+from minimonkey.scripts.training.dropping import with_dropping
+from minimonkey.scripts.training.grafting import grafted_config
 from minimonkey.scripts.training.letters import with_letters
 from minimonkey.scripts.training.nano import write_untrained
 from minimonkey.scripts.training.recipe import UNTRAINED_NANO, Recipe
@@ -44,15 +48,31 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         ValueError: The model has fewer layers than the depth asked for, or more language layers than asked for.
     """
     model_class = MiniMonkeyForConditionalGeneration
+    if recipe.dropping is not None:
+        model_class = with_dropping(model_class)
     if recipe.names_letters:
         model_class = with_letters(model_class, recipe.letters_weight)
-    options = {} if recipe.depth is None else {"config": _config_of_depth(folder, recipe.depth)}
+    if recipe.teacher is not None:
+        model_class = with_teacher(model_class, recipe)
+    options = {}
+    with readable(folder):
+        config = run_config(folder, recipe)
+    if recipe.depth is not None or recipe.projector is not None or recipe.mining:
+        options["config"] = config
     if recipe.language_layers is not None:
         _check_language_layers(folder, recipe.language_layers)
     if recipe.attn_implementation is not None:
         options["attn_implementation"] = recipe.attn_implementation
+    _check_stored(folder, recipe)
     with readable(folder):
         model = model_class.from_pretrained(folder, dtype=getattr(torch, recipe.dtype), **options)
+    if recipe.frozen_weights is not None:
+        trained = whole_modules(model, recipe.lora_also) if recipe.lora_also else []
+        store_weights(model, QuantizedWeightsConfig(recipe.frozen_weights), trained)
+    if recipe.fresh_projector:
+        torch.manual_seed(recipe.seed)
+        for module in model.model.multi_modal_projector.modules():
+            getattr(module, "reset_parameters", lambda: None)()
     if recipe.language_layers is not None:
         deepen(model, recipe.language_layers)
     model.config.text_config.use_cache = False  # useless in training
@@ -62,6 +82,14 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         for layer in (*model.model.vision_tower.encoder.layer, *model.model.language_model.layers):
             layer.compile(dynamic=True)  # in place: weights keep their names
     return model if recipe.lora_r is None else _with_adapters(model, recipe)
+
+
+def run_config(folder: str, recipe: Recipe) -> MiniMonkeyConfig:
+    """Return the configuration of the model that is trained: the folder's, as deep and with what the recipe says."""
+    config = (
+        MiniMonkeyConfig.from_pretrained(folder) if recipe.depth is None else _config_of_depth(folder, recipe.depth)
+    )
+    return grafted_config(config, recipe)
 
 
 def _config_of_depth(folder: str, depth: int):
@@ -75,6 +103,18 @@ def _config_of_depth(folder: str, depth: int):
         part.pop("layer_types", None)
         fields[name] = {**part, "num_hidden_layers": depth}
     return type(config)(**fields)
+
+
+def _check_stored(folder: str, recipe: Recipe) -> None:
+    """Raise `ValueError` if the model's weights are stored in few bits and the recipe wants them otherwise."""
+    config = MiniMonkeyConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is None:
+        return
+    if recipe.lora_r is None or recipe.lora_merge or recipe.frozen_weights is not None:
+        raise ValueError(
+            f"{folder} is quantised: only adapters can be trained on it, and not be merged with it. Take lora_r with "
+            "lora_merge: false and without frozen_weights, or the model that it was made from."
+        )
 
 
 def _check_language_layers(folder: str, layers: int) -> None:
@@ -130,7 +170,7 @@ def freeze(model: nn.Module, train: list[str]) -> None:
     """Freeze all but these parts."""
     modules = {
         "vision": [model.model.vision_tower],
-        "projector": [model.model.multi_modal_projector],
+        "projector": [model.model.multi_modal_projector, *([model.model.mining] if model.config.mining else [])],
         "language_model": [model.model.language_model, model.lm_head],
     }
     for part, members in modules.items():
@@ -160,8 +200,34 @@ def freeze_by_name(model: nn.Module, recipe: Recipe) -> None:
 
 def _with_adapters(model: nn.Module, recipe: Recipe) -> PeftModel:
     alpha = 2 * recipe.lora_r if recipe.lora_alpha is None else recipe.lora_alpha
-    adapters = LoraConfig(r=recipe.lora_r, lora_alpha=alpha, lora_dropout=recipe.lora_dropout, target_modules=ADAPTED)
-    return get_peft_model(model, adapters)
+    adapters = LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=ADAPTED,
+        modules_to_save=whole_modules(model, recipe.lora_also) if recipe.lora_also else None,
+    )
+    adapted = get_peft_model(model, adapters)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def whole_modules(model: nn.Module, texts: list[str]) -> list[str]:
+    """Return the names of the modules of projector and language model that `lora_also` means, the outermost of each.
+
+    Raises:
+        ValueError: A text is in no name.
+    """
+    names = [name for name, _ in model.named_modules() if "language_model" in name or "multi_modal_projector" in name]
+    found: list[str] = []
+    for text in texts:
+        mine = [name for name in names if text in name.removeprefix("model.language_model").removeprefix("model.")]
+        if not mine:
+            raise ValueError(f"lora_also: no module of projector or language model has {text!r} in its name.")
+        found += mine
+    return [name for name in dict.fromkeys(found) if not any(name.startswith(f"{other}.") for other in found)]
 
 
 def save(trainer, base: str) -> Path:

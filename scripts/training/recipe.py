@@ -20,7 +20,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_kernels_available
 
 from minimonkey.scripts.precision import choose_dtype
-from minimonkey.tiling import check_tiling
+from minimonkey.scripts.training.dropping import Dropping, read_dropping
+from minimonkey.tiling import PRESETS, SLICES, check_tiling
 
 
 PARTS = ("language_model", "projector", "vision")
@@ -73,6 +74,8 @@ class Recipe(TrainingArguments):
     """Of these parts only parameters with one of these texts in their name, as `visual_mlp` for visual experts."""
     frozen: list[str] | None = None
     """Parameters with one of these texts in their name stay as they are."""
+    fresh_projector: bool = False
+    """Begin with a projector that has learned nothing, as where a tower meets a language model for the first time."""
     lora_r: int | None = None
     """Train instead adapters of this rank on every attention and MLP projection of the language model."""
     lora_alpha: int | None = None
@@ -80,14 +83,35 @@ class Recipe(TrainingArguments):
     lora_dropout: float = 0.0
     lora_merge: bool = True
     """Also write the whole model with the adapters added to its weights."""
+    lora_also: list[str] | None = None
+    """Under LoRA also train, whole and in float32, modules of projector and language model with one of these texts in their
+    name: `norm`, `multi_modal_projector`."""
+    frozen_weights: Literal["int8", "int4", "bluelm", "bfloat16"] | None = None
+    """Under LoRA store the weights that stay as they are in fewer bits, as quantize.py does."""
     letters_weight: float | None = None
     """Weight of an auxiliary loss on rendered documents: naming the character at every patch, see letters.py."""
     letters_only: bool = False
     """Use that loss alone, without answers, for the vision tower; for the first minutes of a fresh model."""
+    teacher: str | None = None
+    """A MiniMonkey folder or Hub id whose vision tower this one's learns from, without answers, see distillation.py."""
+    distillation: Literal["relations", "cosine"] = "relations"
+    """`relations`: between the queries, keys and values of all layers (MiniViT); `cosine`: the states of the last layers."""
+    distilled_layers: int | None = None
+    """Only the last so many layers of this vision tower."""
     depth: int | None = None
     """Keep this many layers of vision tower and language model, to try a large model on a small machine."""
     language_layers: int | None = None
     """Deepen the language model to this many layers; the new ones begin without effect, see `models.deepen`."""
+
+    # The way from vision tower to language model, see grafting.py
+    projector: Literal["mlp", "resampler"] | None = None
+    """Of this kind; fresh where the model has another."""
+    resampler_queries: int | None = None
+    """Tokens of a tile or slice; 64 and 96 in MiniCPM-V."""
+    mining: bool = False
+    """Put patch mining into the model: an image is its thumbnail, which asks the detailed tiles."""
+    tiling: str | None = None
+    """How images are cut, now and by the trained model's processor; that of the model's processor if not given."""
 
     # Data
     tile_ranges: list[list[int]] | str | None = field(default_factory=lambda: [list(PUBLISHED_TRAINING_RANGES)])
@@ -109,6 +133,9 @@ class Recipe(TrainingArguments):
     """Rows that are open while samples are laid into them."""
     loss_reduction: Literal["token", "square", "sample"] = "token"
     """How much the tokens of an answer of n tokens weigh: 1, 1 / sqrt(n), or 1 / n."""
+
+    drop_tokens: dict[str, Any] | str | None = None
+    """Leave out tokens of detailed tiles: `{steps: 0.33, share: [0.25, 1.0], by: [random, blocks, scm]}`, see dropping.py."""
 
     # Steps
     batch_size: int | None = None
@@ -132,7 +159,7 @@ class Recipe(TrainingArguments):
     """Pad the sequences of a micro batch to a multiple of this, so that few shapes occur: a CPU prepares each new one."""
 
     def __post_init__(self):
-        for name in ("data", "eval_data", "tile_ranges"):
+        for name in ("data", "eval_data", "tile_ranges", "drop_tokens"):
             setattr(self, name, _structure(name, getattr(self, name)))
         _check(self)
         self._choose_types()
@@ -172,6 +199,11 @@ class Recipe(TrainingArguments):
     def names_letters(self) -> bool:
         """Whether there is a loss for naming characters."""
         return self.letters_only or self.letters_weight is not None
+
+    @property
+    def dropping(self) -> Dropping | None:
+        """Which image tokens are left out."""
+        return None if self.drop_tokens is None else read_dropping(self.drop_tokens)
 
     def set_steps(self, steps: int) -> None:
         """Set the number of optimizer steps, which the data decide, and what follows from it.
@@ -324,9 +356,42 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("language_layers adds layers that have to be trained: train the language_model, without LoRA.")
     if recipe.language_layers is not None and recipe.depth is not None:
         raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
+    if recipe.fresh_projector and "projector" not in recipe.train:
+        raise ValueError(f"A fresh_projector has to be trained, but train is {recipe.train}; add projector.")
+    _check_dropping(recipe)
     _check_lora(recipe)
+    _check_grafts(recipe)
     _check_letters(recipe)
+    _check_distillation(recipe)
     _check_packing(recipe)
+
+
+def _check_dropping(recipe: Recipe) -> None:
+    if recipe.drop_tokens is None:
+        return
+    if not isinstance(recipe.drop_tokens, dict):
+        raise ValueError(f"drop_tokens holds names and values, or null for none, got {recipe.drop_tokens!r}.")
+    read_dropping(recipe.drop_tokens)
+    if recipe.letters_only or recipe.teacher is not None:
+        raise ValueError(
+            "With letters_only or a teacher no tokens are read, so none can be left out; leave out drop_tokens."
+        )
+
+
+def _check_grafts(recipe: Recipe) -> None:
+    if recipe.resampler_queries is not None and (recipe.projector != "resampler" or recipe.resampler_queries < 1):
+        raise ValueError(
+            f"resampler_queries are at least 1 and belong to projector: resampler, got {recipe.resampler_queries} with "
+            f"{recipe.projector}."
+        )
+    if (recipe.projector or recipe.mining) and (recipe.lora_r is not None or "projector" not in recipe.train):
+        raise ValueError(
+            "projector and mining put in what has to be trained: name the projector in train, without LoRA."
+        )
+    if recipe.tiling is not None:
+        check_tiling(*PRESETS["default"], tiling=recipe.tiling)
+    if recipe.tiling == SLICES and (recipe.mining or recipe.names_letters):
+        raise ValueError("mining and letters need square tiles of a grid, not tiling: slices.")
 
 
 def _check_packing(recipe: Recipe) -> None:
@@ -386,6 +451,10 @@ def _check_lora(recipe: Recipe) -> None:
     if recipe.lora_r is None:
         if recipe.lora_alpha is not None or recipe.lora_dropout or not recipe.lora_merge:
             raise ValueError("lora_alpha, lora_dropout and lora_merge belong to lora_r, the rank of the adapters.")
+        if recipe.lora_also is not None or recipe.frozen_weights is not None:
+            raise ValueError(
+                "lora_also and frozen_weights belong to lora_r: weights of few bits learn by adapters alone."
+            )
         return
     if recipe.train_only is not None or recipe.frozen is not None:
         raise ValueError("train_only and frozen choose among trained weights; LoRA trains none of the model's own.")
@@ -409,6 +478,23 @@ def _check_letters(recipe: Recipe) -> None:
             f"With letters_only nothing but the vision tower is trained, by one loss; train is {recipe.train}, "
             f"letters_weight {recipe.letters_weight}."
         )
+
+
+def _check_distillation(recipe: Recipe) -> None:
+    if recipe.teacher is None:
+        if recipe.distilled_layers is not None or recipe.distillation != "relations":
+            raise ValueError("distillation and distilled_layers belong to teacher, the model to learn from.")
+        return
+    if recipe.train != ["vision"] or recipe.names_letters or recipe.lora_r is not None:
+        raise ValueError(
+            f"A teacher teaches the vision tower alone (train: [vision], no letters, no LoRA); train is {recipe.train}."
+        )
+    if recipe.compile_layers or recipe.pack_tokens is not None or recipe.loss_reduction != "token":
+        raise ValueError(
+            "With a teacher the inside of the layers is read: leave out compile_layers, pack_tokens and loss_reduction."
+        )
+    if recipe.distilled_layers is not None and recipe.distilled_layers < 1:
+        raise ValueError(f"distilled_layers must be at least 1, got {recipe.distilled_layers}.")
 
 
 def check_ranges(ranges, where: str) -> None:

@@ -28,6 +28,7 @@ class FineTuner(Trainer):
         self.processor, self.redrawn = processor, 0
         self._check_wrapper()
         self._check_tiles()
+        self._check_dropping()
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sharded_layers(self.model)
 
@@ -53,12 +54,34 @@ class FineTuner(Trainer):
         most = max(r[1] + r[3] + 1 for source in self.train_dataset.sources for r in source.ranges)
         most = self.args.pack_tiles if self.args.pack_tokens else most
         at_once = self.args.per_device_train_batch_size
+        if is_sharded and self.processor.image_processor.cuts_slices():
+            raise ValueError(
+                "Slices go through the vision tower once for each of their sizes, in one process oftener than in another, "
+                "which FSDP and ZeRO-3 cannot wait for. Take DDP or ZeRO-2, or another tiling."
+            )
         if is_sharded and at_once * most > VISION_CHUNK_TILES:
             raise ValueError(
                 f"Micro batches of {at_once} with up to {most} tiles each go through the vision tower in parts of "
                 f"{VISION_CHUNK_TILES}, in one process oftener than in another, which FSDP and ZeRO-3 cannot wait for. Take a "
                 "smaller per_device_train_batch_size or fewer tiles, or ZeRO-2."
             )
+
+    def _check_dropping(self) -> None:
+        """Raise `ValueError` where tokens that are to be dropped cannot be scored, or are nowhere."""
+        dropping = self.args.dropping
+        if dropping is None:
+            return
+        if dropping.needs_scores and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "drop_tokens by scm reads the first layers by themselves, whose weights FSDP and ZeRO-3 split; take by: "
+                "[random, blocks], or DDP."
+            )
+        if self.train_dataset.encoder.has_layouts or self.model.config.projector != "mlp":
+            raise ValueError(
+                "drop_tokens needs tiles whose tokens lie in rows and columns; leave out slices, mining and a resampler."
+            )
+        if all(most == 1 for source in self.train_dataset.sources for _, most, _, _ in source.ranges):
+            raise ValueError("drop_tokens has nothing to leave out: all tile_ranges have one detailed tile at most.")
 
     def create_optimizer(self, model=None):
         recipe = self.args
