@@ -8,6 +8,7 @@ NEWEST = .venv-newest
 FLOOR = .venv-floor
 DEMO = .venv-demo
 RAY = .venv-ray
+ENGINES = .venv-engines
 LOCK = requirements/lock.txt
 LOWEST = requirements/floor.txt
 
@@ -22,11 +23,10 @@ VERSION = import importlib.metadata; print(importlib.metadata.version('transform
 TYPECHECK = build/typecheck
 NANO_SMOKE = runs/nano-smoke
 
-.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-demo test-ray test-vllm benchmark-vllm test-all lint lock clean
+.PHONY: quickstart setup train-nano-smoke test test-newest test-floor test-core-newest test-core-floor test-demo test-ray test-engines test-vllm benchmark-vllm test-all lint lock clean
 
 quickstart: setup
-	$(BIN)/python scripts/chat.py assets/example.png "Read the text."
-	$(BIN)/python scripts/chat.py assets/receipt.png "What is the total?" --subfolder nano-documents --preset default
+	$(BIN)/python scripts/quickstart.py
 
 setup: $(VENV)/.ready
 
@@ -101,7 +101,8 @@ test-core-newest: setup
 # What is at odds with the locked versions, or large, has an environment of its own, laid over the locked one.
 $(DEMO)/.ready: EXTRA = browser,cookbook
 $(RAY)/.ready: EXTRA = ray
-$(DEMO)/.ready $(RAY)/.ready: %/.ready: $(VENV)/.ready pyproject.toml
+$(ENGINES)/.ready: EXTRA = gguf,onnx
+$(DEMO)/.ready $(RAY)/.ready $(ENGINES)/.ready: %/.ready: $(VENV)/.ready pyproject.toml
 	$(PYTHON) -m venv $*
 	$(BIN)/python -c "$(PACKAGES)" > $$($*/bin/python -c "$(PACKAGES)")/locked.pth
 	$*/bin/pip install --quiet ".[$(EXTRA)]"
@@ -116,6 +117,10 @@ test-demo: $(DEMO)/.ready
 # Documents read by Ray's workers, one of which is killed.
 test-ray: $(RAY)/.ready
 	$(RAY)/bin/python -m pytest -q -m ray tests/test_reading_engines.py
+
+# The language model in llama.cpp and the whole model in onnxruntime. llama-cpp-python is built from source: a compiler, some minutes.
+test-engines: $(ENGINES)/.ready
+	$(ENGINES)/bin/python -m pytest -q tests/test_export_gguf.py tests/test_export_onnx.py
 
 test-all: setup
 	$(BIN)/python $(PYTEST) -m "not gpu and not browser and not ray and not vllm"
@@ -136,4 +141,4 @@ lock: setup
 	$(COMPILE) --output-file $(LOWEST) --resolution lowest-direct --no-deps --upgrade
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(NEWEST) $(FLOOR) $(DEMO) $(RAY) $(OVERLAYS) build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(NEWEST) $(FLOOR) $(DEMO) $(RAY) $(ENGINES) $(OVERLAYS) build *.egg-info

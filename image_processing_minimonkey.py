@@ -57,7 +57,7 @@ from .tiling import (
 )
 
 
-GRID_OPTIONS = (*RANGE_NAMES, "tiling", "relaxed_alpha")
+TILING_OPTIONS = ("tiling", "relaxed_alpha", "max_scale")  # of `tiling.choose_grids`, in its order
 CHECKED = ("size", "do_resize", "use_thumbnail", "resample", "image_mean", "image_std")
 SOURCES = (str, os.PathLike)
 KINDS = {
@@ -96,6 +96,9 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
         model has a resampler. A `MiniMonkeyProcessor` knows the first.
     relaxed_alpha (`float`, *optional*, defaults to `self.relaxed_alpha`):
         Share of useful pixels that "relaxed" gives up for less waste; 0 is the rule of LLaVA-NeXT.
+    max_scale (`float`, *optional*, defaults to `self.max_scale`):
+        How many times tiles may enlarge an image, at least 1, so that a small image has few tiles; one that is narrower than a
+        tile is enlarged to that. None, as published: however much it takes to have `min_tiles`.
     use_thumbnail (`bool`, *optional*, defaults to `self.use_thumbnail`):
         Whether the whole image follows its tiles as one more. Mini-Monkey always does that; without it an image is seen
         only in parts, which is useful for comparisons.
@@ -113,6 +116,7 @@ class MiniMonkeyImageProcessorKwargs(ImagesKwargs, total=False):
     preset: str | None
     tiling: str
     relaxed_alpha: float | int
+    max_scale: float | int | None
     slice_multiple: int | None
     use_thumbnail: bool
     drop_blank: bool
@@ -138,6 +142,7 @@ class _MsacMixin:
     min_tiles, max_tiles, adaptive_min_tiles, adaptive_max_tiles = PRESETS["default"]
     tiling = "msac"
     relaxed_alpha = 0.1
+    max_scale = None
     slice_multiple = None
     use_thumbnail = True
     drop_blank = False
@@ -195,7 +200,7 @@ class _MsacMixin:
             options.get(name, getattr(self, name)) for name in CHECKED
         )
         side = _tile_side(size)
-        rule = {name: options.get(name, getattr(self, name)) for name in ("tiling", "relaxed_alpha")}
+        rule = {name: options.get(name, getattr(self, name)) for name in TILING_OPTIONS}
         check_tiling(*ranges, **rule)
         most = ranges[1] + ranges[3] + 1
         if most * side**2 > MOST_PIXELS:
@@ -253,7 +258,7 @@ class _MsacMixin:
     ) -> BatchFeature:
         """Cut the images into tiles, each image as soon as it is decoded."""
         images, ranges = list_images(images), tuple(settings[name] for name in RANGE_NAMES)
-        tiling = settings["tiling"], settings["relaxed_alpha"]
+        tiling = tuple(settings[name] for name in TILING_OPTIONS)
         if not images:
             raise ValueError("The list of pictures is empty.")
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -329,7 +334,8 @@ class _MsacMixin:
 
     def tile_ranges(self, **images_kwargs: Any) -> TileRanges:
         """Return the four tile ranges that a call with these options uses; a tiling without adaptive grid has 1 to 1 there."""
-        settings = {**{name: getattr(self, name) for name in GRID_OPTIONS}, **expand_preset(images_kwargs)}
+        own = {name: getattr(self, name) for name in (*RANGE_NAMES, "tiling")}
+        settings = {**own, **expand_preset(images_kwargs)}
         ranges = tuple(settings[name] for name in RANGE_NAMES)
         check_tiling(*ranges)
         return ranges if settings["tiling"].startswith("msac") else (*ranges[:2], 1, 1)
@@ -339,21 +345,21 @@ class _MsacMixin:
 
         With `drop_blank` these are the most it can have.
         """
-        *rule, use_thumbnail = self._grid_rule(images_kwargs)
-        return tile_counts(*choose_grids(width, height, *rule), use_thumbnail)
+        ranges, tile_size, tiling, use_thumbnail = self._grid_rule(images_kwargs)
+        return tile_counts(*choose_grids(width, height, ranges, tile_size, *tiling), use_thumbnail)
 
     def choose_grids(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[Grid, Grid]:
         """Return the detailed and the adaptive grid of an image of this size, as (columns, rows) each, without its pixels."""
-        *rule, _ = self._grid_rule(images_kwargs)
-        return choose_grids(width, height, *rule)
+        ranges, tile_size, tiling, _ = self._grid_rule(images_kwargs)
+        return choose_grids(width, height, ranges, tile_size, *tiling)
 
-    def _grid_rule(self, images_kwargs: dict | None) -> tuple[TileRanges, int, str, float, bool]:
-        """Return ranges, tile side, tiling and alpha, as `tiling.choose_grids` takes them, and whether there is a thumbnail."""
-        own = {name: getattr(self, name) for name in (*GRID_OPTIONS, "use_thumbnail")}
+    def _grid_rule(self, images_kwargs: dict | None) -> tuple[TileRanges, int, tuple, bool]:
+        """Return ranges, tile side and TILING_OPTIONS as `tiling.choose_grids` takes them, and whether there is a thumbnail."""
+        own = {name: getattr(self, name) for name in (*RANGE_NAMES, *TILING_OPTIONS, "use_thumbnail")}
         settings = {**own, **expand_preset(images_kwargs or {})}
         tile_size = _tile_side(settings.get("size") or self.size)
         ranges = tuple(settings[name] for name in RANGE_NAMES)
-        return ranges, tile_size, settings["tiling"], settings["relaxed_alpha"], settings["use_thumbnail"]
+        return ranges, tile_size, tuple(settings[name] for name in TILING_OPTIONS), settings["use_thumbnail"]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of an image of this size, all three kinds together, without its pixels; see `count_tiles`."""
@@ -372,8 +378,8 @@ class _MsacMixin:
 
     def largest_image(self, **images_kwargs: Any) -> tuple[int, int]:
         """Return a (height, width) that gives the most tiles with these options, see `tiling.largest_image`."""
-        ranges, tile_size, tiling, relaxed_alpha, use_thumbnail = self._grid_rule(images_kwargs)
-        width, height = largest_image(ranges, tile_size, use_thumbnail, tiling, relaxed_alpha)
+        ranges, tile_size, tiling, use_thumbnail = self._grid_rule(images_kwargs)
+        width, height = largest_image(ranges, tile_size, use_thumbnail, *tiling)
         return height, width
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ grid MiniCPM-V (2408.01800), section 3.2, and BlueLM-V-3B (2411.10640), algorith
 """
 
 from functools import lru_cache
-from math import ceil, log
+from math import ceil, isfinite, log
 
 
 Grid = tuple[int, int]
@@ -87,13 +87,16 @@ def closest_grid(width: int, height: int, grids: tuple[Grid, ...], tile_size: in
     return best
 
 
-def check_tiling(*ranges: int, tiling: str = "msac", relaxed_alpha: float = 0.1) -> None:
+def check_tiling(
+    *ranges: int, tiling: str = "msac", relaxed_alpha: float = 0.1, max_scale: float | None = None
+) -> None:
     """Raise `ValueError` for what `choose_grids` cannot work with.
 
     Args:
         ranges: As `TileRanges`, 1 <= minimum <= maximum <= `MOST_TILES`.
         tiling: Of TILINGS, or SLICES.
         relaxed_alpha: From 0 to below 1.
+        max_scale: None, or at least 1.
     """
     for name, least, most in (("detailed tile", *ranges[:2]), ("adaptive tile", *ranges[2:])):
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in (least, most)):
@@ -106,6 +109,28 @@ def check_tiling(*ranges: int, tiling: str = "msac", relaxed_alpha: float = 0.1)
         raise ValueError(f"tiling is one of {', '.join((*TILINGS, SLICES))}, got {tiling!r}.")
     if isinstance(relaxed_alpha, bool) or not isinstance(relaxed_alpha, (int, float)) or not 0 <= relaxed_alpha < 1:
         raise ValueError(f"relaxed_alpha is a share from 0 to below 1 (0.1 in BlueLM-V-3B), got {relaxed_alpha!r}.")
+    is_scale = isinstance(max_scale, (int, float)) and not isinstance(max_scale, bool) and max_scale >= 1
+    if max_scale is not None and not (is_scale and isfinite(max_scale)):
+        raise ValueError(f"max_scale is how much tiles may enlarge an image, at least 1, or None; got {max_scale!r}.")
+
+
+def grids_within(
+    width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int, max_scale: float | None
+) -> tuple[Grid, ...]:
+    """Return the grids of a range that enlarge an image at most `max_scale` times, or as much as fills one tile.
+
+    The longer side may grow as much as the shorter one must, so that a line of text keeps its shape. Where a small image leaves
+    no grid of `min_tiles`, it has all the smaller.
+    """
+    grids = grids_in_range(min_tiles, max_tiles)
+    if max_scale is None:
+        return grids
+    scale = max(max_scale, tile_size / min(width, height))
+    columns, rows = (max(1, int(scale * side / tile_size + 1e-6)) for side in (width, height))
+    fitting = tuple(grid for grid in grids if grid[0] <= columns and grid[1] <= rows)
+    if fitting or min_tiles == 1:
+        return fitting
+    return tuple(grid for grid in grids_in_range(1, max_tiles) if grid[0] <= columns and grid[1] <= rows)
 
 
 def logscore_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> Grid:
@@ -152,6 +177,7 @@ def choose_grids(
     tile_size: int = 448,
     tiling: str = "msac",
     relaxed_alpha: float = 0.1,
+    max_scale: float | None = None,
 ) -> tuple[Grid, Grid]:
     """Return the detailed and the adaptive grid of an image, as ((columns, rows), (columns, rows)).
 
@@ -167,23 +193,28 @@ def choose_grids(
             own rules, and "msac-logscore" and "msac-relaxed" add the adaptive grid to these. "slices" has the grid of
             "logscore".
         relaxed_alpha: Share of useful pixels that "relaxed" gives up for less waste.
+        max_scale: How many times tiles may enlarge an image whose sides are longer than a tile, so that a small one has few;
+            None: however much it takes, as published. "logscore" and "relaxed" have rules of their own for small images.
 
     Raises:
-        ValueError: A size below 1, an empty range, an unknown tiling or an alpha that is no share.
+        ValueError: A size below 1, an empty range, an unknown tiling, an alpha that is no share, or a scale below 1.
     """
     if width < 1 or height < 1 or tile_size < 1:
         raise ValueError(f"Sizes must be at least 1 pixel, got a {width} x {height} image, tile size {tile_size}.")
-    check_tiling(*ranges, tiling=tiling, relaxed_alpha=relaxed_alpha)
+    check_tiling(*ranges, tiling=tiling, relaxed_alpha=relaxed_alpha, max_scale=max_scale)
     rule = tiling.removeprefix("msac-")
     if rule in ("logscore", SLICES):
         detailed = logscore_grid(width, height, *ranges[:2], tile_size)
     elif rule == "relaxed":
         detailed = relaxed_grid(width, height, *ranges[:2], tile_size, relaxed_alpha)
     else:
-        detailed = closest_grid(width, height, grids_in_range(*ranges[:2]), tile_size)
+        detailed = closest_grid(
+            width, height, grids_within(width, height, *ranges[:2], tile_size, max_scale), tile_size
+        )
     if not tiling.startswith("msac"):
         return detailed, SINGLE_TILE
-    candidates = tuple(grid for grid in grids_in_range(*ranges[2:]) if detailed[0] % grid[0] or detailed[1] % grid[1])
+    grids = grids_within(width, height, *ranges[2:], tile_size, max_scale)
+    candidates = tuple(grid for grid in grids if detailed[0] % grid[0] or detailed[1] % grid[1])
     return detailed, closest_grid(width, height, candidates, tile_size)
 
 
@@ -263,6 +294,7 @@ def largest_image(
     use_thumbnail: bool = True,
     tiling: str = "msac",
     relaxed_alpha: float = 0.1,
+    max_scale: float | None = None,
 ) -> tuple[int, int]:
     """Return a (width, height) that gives as many tiles as any image can, for engines that reserve room for images.
 
@@ -272,13 +304,16 @@ def largest_image(
     shapes = sorted({columns / rows for columns, rows in grids})
     borders = sorted({(one + other) / 2 for one in shapes for other in shapes})  # the nearest grid changes only there
     between = [(one + other) / 2 for one, other in zip(borders, borders[1:])]
-    area = tile_size**2 * max(ranges)
-    sizes = [(columns * tile_size, rows * tile_size) for columns, rows in sorted(grids)]
+    side = tile_size if max_scale is None else max(ranges) * tile_size  # no grid enlarges images of such tiles
+    area = side**2 * max(ranges)
+    sizes = [(columns * side, rows * side) for columns, rows in sorted(grids)]
     sizes += [(max(1, round((area * shape) ** 0.5)), max(1, round((area / shape) ** 0.5))) for shape in between]
     return max(
         sizes,
         key=lambda size: sum(
-            tile_counts(*choose_grids.__wrapped__(*size, ranges, tile_size, tiling, relaxed_alpha), use_thumbnail)
+            tile_counts(
+                *choose_grids.__wrapped__(*size, ranges, tile_size, tiling, relaxed_alpha, max_scale), use_thumbnail
+            )
         ),
     )
 

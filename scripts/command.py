@@ -10,6 +10,7 @@ import sys
 
 # sub-command: (module of scripts/, what it does)
 COMMANDS = {
+    "quickstart": ("quickstart", "let Nano answer questions about the images in assets/"),
     "chat": ("chat", "ask a model about images and videos"),
     "import": ("import_checkpoint", "turn a published checkpoint into a folder that loads with AutoModel"),
     "export": ("export_checkpoint", "write a model under the published names, for LMDeploy, llama.cpp and others"),

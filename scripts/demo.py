@@ -1,10 +1,10 @@
 """Show a model in the browser: images, PDFs and clips, a conversation about them, and what the model sees of them.
 
-    python scripts/demo.py                                      http://127.0.0.1:7860, with the Nano for documents
+    python scripts/demo.py                                      http://127.0.0.1:7860, with Nano
     python scripts/demo.py --model MiniMonkey-2B --preset docvqa
     python scripts/demo.py --host 0.0.0.0 --port 8000           for other machines, too
 
-It needs gradio, and pypdfium2 for PDFs: pip install ".[demo]". Without --model, the Nano for documents answers.
+It needs gradio, and pypdfium2 for PDFs: pip install ".[demo]". Without --model, Nano answers.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import transformers
 
 from minimonkey.scripts.precision import add_dtype_argument, choose_dtype
 from minimonkey.scripts.repository import (
-    ROOT,
     add_device_argument,
     add_model_arguments,
     load_model,
@@ -26,13 +25,9 @@ from minimonkey.scripts.repository import (
 from minimonkey.tiling import PRESETS
 
 
-DEFAULT_SUBFOLDER = "nano-documents"  # of this repository
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.set_defaults(subfolder=None)
     add_device_argument(parser)
     add_dtype_argument(parser)
     parser.add_argument("--preset", default="default", choices=sorted(PRESETS), help="tiles at first (default)")
@@ -43,10 +38,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--conversations", type=whole_number(1), default=8, help="whose later turns are fast; others are read anew (8)"
     )
     parser.add_argument("--memory", type=whole_number(1), default=2, help="GB that these may take together (2)")
-    args = parser.parse_args(arguments)
-    if args.subfolder is None:
-        args.subfolder = DEFAULT_SUBFOLDER if args.model == str(ROOT) else ""
-    return args
+    return parser.parse_args(arguments)
 
 
 def make_page(args: argparse.Namespace):

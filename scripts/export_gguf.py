@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="Hub id or folder of a MiniMonkey")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write; must not exist")
-    parser.add_argument("--subfolder", default="", help="of SRC, where the weights are: nano-documents, for example")
+    parser.add_argument("--subfolder", default="", help="of SRC, where the weights are")
     parser.add_argument("--type", choices=TYPES, default="Q8_0", help="number format (default: %(default)s)")
     parser.add_argument(
         "--mmproj", metavar="FILE", type=Path, help="also write the vision part, for llama.cpp by itself: no MSAC there"

@@ -2,7 +2,6 @@
 
     python scripts/export_onnx.py . nano-onnx
     python scripts/chat.py receipt.png "What is the total?" --model nano-onnx --engine onnx --use-scm
-    python scripts/export_onnx.py . nano-documents-onnx --subfolder nano-documents
 
 OUT also gets configuration and processor, so that it is all that a chat needs. Numbers are float32, which every back end
 computes. scorer.onnx gives the queries and keys by which scale compression chooses tokens. Needs
@@ -95,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="Hub id or folder of a MiniMonkey")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--subfolder", default="", help="of SRC, where the weights are: nano-documents, for example")
+    parser.add_argument("--subfolder", default="", help="of SRC, where the weights are")
     args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     export_onnx(args.source, args.out, args.subfolder)

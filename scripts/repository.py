@@ -96,9 +96,7 @@ def readable(source: str | Path) -> Iterator[None]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the weights: `--model`, and `--subfolder` of it, as `from_pretrained` takes them."""
     parser.add_argument("--model", default=str(ROOT), help="Hub id or folder (default: this repository)")
-    parser.add_argument(
-        "--subfolder", default="", help="of the model, where its weights are: nano-documents, for example"
-    )
+    parser.add_argument("--subfolder", default="", help="of the model, where its weights are")
 
 
 def add_tile_arguments(parser: argparse.ArgumentParser, preset: str | None = None) -> None:

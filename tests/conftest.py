@@ -72,8 +72,16 @@ def random_tiles(seed: int, *shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
+def one_tile(image_processor):
+    """The image processor set to show an image as one tile, unless a test asks for more: all of them are cheap."""
+    image_processor.min_tiles = image_processor.max_tiles = 1
+    image_processor.adaptive_min_tiles = image_processor.adaptive_max_tiles = 1
+    image_processor.max_scale = None
+    return image_processor
+
+
 def load_image_processor(backend: str, source=ROOT):
-    return AutoImageProcessor.from_pretrained(source, trust_remote_code=True, backend=backend)
+    return one_tile(AutoImageProcessor.from_pretrained(source, trust_remote_code=True, backend=backend))
 
 
 def enable_activation_checkpointing(model) -> None:
@@ -83,8 +91,17 @@ def enable_activation_checkpointing(model) -> None:
 
 
 @pytest.fixture(scope="session")
-def processor():
+def shipped_processor():
+    """As a user loads it, with the tiles that Nano reads best."""
     return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def processor(shipped_processor):
+    """With one tile for an image."""
+    processor = copy.deepcopy(shipped_processor)
+    one_tile(processor.image_processor)
+    return processor
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,7 @@ def copy_repository(folder: Path) -> Path:
             shutil.copy(path, folder)
     for path in (ROOT / "assets").glob("*.png"):
         shutil.copy(path, folder / "assets")
-    for name in ("scripts", "nano-documents"):
-        (folder / name).symlink_to(ROOT / name)
+    (folder / "scripts").symlink_to(ROOT / "scripts")
     shutil.copytree(ROOT / "cookbook", folder / "cookbook")
     return folder
 

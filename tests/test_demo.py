@@ -25,7 +25,7 @@ COMPRESSED = Settings("default", use_scm=True, max_new_tokens=16)
 
 @pytest.fixture(scope="module")
 def answerer():
-    model = load_model(ROOT, subfolder="nano-documents", dtype=torch.float32)
+    model = load_model(ROOT, dtype=torch.float32)
     return Answerer(load_processor(ROOT), model)
 
 
@@ -305,8 +305,8 @@ def test_the_grids_that_are_drawn_are_those_of_the_preset(answerer, preset):
 # --- command ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_weights_for_documents_answer_unless_a_model_is_named():
-    assert demo.parse_arguments([]).subfolder == "nano-documents"
-    assert demo.parse_arguments(["--model", "MiniMonkey-2B"]).subfolder == ""
+def test_nano_answers_unless_a_model_is_named():
+    assert demo.parse_arguments([]).model == str(ROOT)
+    assert demo.parse_arguments(["--model", "MiniMonkey-2B"]).model == "MiniMonkey-2B"
     assert demo.parse_arguments(["--model", "here", "--subfolder", "weights"]).subfolder == "weights"
     assert demo.parse_arguments([]).host == "127.0.0.1"

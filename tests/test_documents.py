@@ -2,6 +2,7 @@
 
 import random
 import re
+import string
 import subprocess
 import sys
 from itertools import combinations
@@ -11,9 +12,11 @@ from conftest import ROOT
 from PIL import Image
 
 from minimonkey.scripts.synthetic.documents import KINDS, document
-from minimonkey.scripts.synthetic.materials import words
+from minimonkey.scripts.synthetic.layouts import HOW_MANY, boxes
+from minimonkey.scripts.synthetic.materials import font_files, is_held_out, load_font, words
+from minimonkey.scripts.synthetic.prose import ACCENTED, SIGNS, accented_words, prose, shown, used_words, wrapped
 from minimonkey.scripts.synthetic.seams import DEFAULT_RANGES, Seams, seam
-from minimonkey.scripts.synthetic.text_images import CHARACTERS
+from minimonkey.scripts.synthetic.text_images import CHARACTERS, character_boxes
 from minimonkey.scripts.synthetic.vocabulary import LABELS
 from minimonkey.tiling import msac_grids
 
@@ -49,9 +52,12 @@ def test_documents_are_answerable_and_whole(kind, split):
         assert item.image.mode == "RGB" and 15 < width < 500 and 15 < height < 800
         assert len({question.text for question in item.questions}) == len(item.questions) > 0
         text = shown_text(item)
-        assert set(text) <= set(CHARACTERS)
+        assert set(text) <= set(CHARACTERS if kind != "layout" else string.printable + ACCENTED + SIGNS)
         for question in item.questions:
-            assert question.text.isascii() and question.answer.isascii() and question.answer == question.answer.strip()
+            assert kind == "layout" or (question.text.isascii() and question.answer.isascii())
+            assert question.answer == question.answer.strip()
+            if question.text in HOW_MANY:
+                continue
             # Of a bill lines are read one by one, and what follows "=" is reckoned.
             lines = [line for line in question.answer.splitlines() if "=" not in line]
             for read in lines if kind == "bill" else [question.answer]:
@@ -107,6 +113,85 @@ def word_boxes(item) -> list[tuple[float, float, float, float]]:
         sides = list(zip(*(letter.box for letter in letters)))
         boxes.append((min(sides[0]), min(sides[1]), max(sides[2]), max(sides[3])))
     return boxes
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def layouts(count: int, seed: int, **options) -> list:
+    return [document("layout", index, seed, **options) for index in range(count)]
+
+
+def test_columns_are_read_one_after_the_other():
+    found = 0
+    for item in layouts(40, 17, difficulty=0.0):  # nothing is tilted
+        text, reach = shown_text(item), {}
+        assert text == unspaced(item.questions[0].answer)
+        for question in item.questions:
+            side = re.search(r"(left|right) column", question.text)
+            if not side or "line" in question.text:
+                continue
+            start = text.index(unspaced(question.answer))
+            letters = item.characters[start : start + len(unspaced(question.answer))]
+            reach[side[1]] = (min(c.box[0] for c in letters), max(c.box[2] for c in letters), start)
+        if len(reach) == 2:
+            assert reach["left"][1] < reach["right"][0] and reach["left"][2] < reach["right"][2]
+            found += 1
+    assert found >= 2
+
+
+def test_questions_about_lines_have_the_right_answers():
+    kinds = {"after": 0, "count": 0, "under": 0}
+    for item in layouts(30, 19):
+        lines = item.questions[0].answer.split("\n")
+        for question in item.questions[1:]:
+            if match := re.fullmatch(
+                r'(?:What is the line after|Which line follows|Read the line after) "(.*)"[?.]', question.text
+            ):
+                assert lines[lines.index(match[1]) + 1] == question.answer
+                kinds["after"] += 1
+            elif question.text in HOW_MANY:
+                assert question.answer == str(len(lines))
+                kinds["count"] += 1
+            elif match := re.search(r'under "(.*)"[?.]$', question.text):
+                heading = " ".join(lines).index(match[1])
+                assert " ".join(lines).index(question.answer.replace("\n", " ")) > heading
+                kinds["under"] += 1
+    assert min(kinds.values()) > 3, kinds
+
+
+def test_accents_are_shown_where_a_font_has_them():
+    texts = "".join(item.questions[0].answer for item in layouts(24, 23))
+    assert len(set(texts) & set(ACCENTED)) > 4
+    assert set(texts) - set(string.printable) <= set(ACCENTED + SIGNS)
+    for path in font_files("training")[::9]:
+        font = load_font(path, 24)
+        assert not {bytes(font.getmask(c)) for c in shown(path)} & {bytes(font.getmask("\uffff"))}
+    assert shown(font_files("training")[0], "\u0414\u4e00e") in ("e", "\u0414e")  # no Chinese in a Latin font
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_running_text_keeps_to_its_side_of_the_split(split):
+    chosen = {*used_words(split)[0], *accented_words(split)}
+    assert {is_held_out(word) for word in chosen} == {split == "held_out"}
+    text = prose(random.Random(3), split, ACCENTED, "lower")
+    written = {word for word, _ in zip(text, range(800)) if re.fullmatch("[a-z]{4,12}", word)}
+    assert len(written) > 200 and written <= chosen | {word for same in words(split).values() for word in same}
+
+
+def test_lines_are_as_wide_as_they_may_be():
+    font, rng = load_font(font_files("training")[0], 16), random.Random(5)
+    lines = wrapped(prose(rng, "training"), font, 500, 9, rng, hyphenates=True)
+    assert 1 <= len(lines) <= 9 and all(font.getlength(line) <= 502 for line in lines)
+    assert all(font.getlength(line) > 350 for line in lines[:-1])
+
+
+@pytest.mark.parametrize("path", font_files("training")[::13], ids=lambda path: path.stem)
+def test_boxes_of_letters_are_those_that_are_measured_one_by_one(path):
+    text, font = "Affine Voltage, To 1.5% (Wavy)", load_font(path, 17)
+    for quick, exact in zip(boxes(text, font, 5, 7), character_boxes(text, font, 5, 7), strict=True):
+        assert quick.character == exact.character
+        assert quick.box == pytest.approx(exact.box, abs=3)
 
 
 @pytest.mark.parametrize("ranges", [DEFAULT_RANGES, (2, 6, 1, 4)], ids=str)

@@ -108,6 +108,18 @@ def engine(folder, gguf, **options):
     return load_llama_cpp(folder, gguf, torch.float32, threads=1, **options)
 
 
+def _with_fewer_layers(folder):
+    """Nano without its last layer: another model than the one that was exported."""
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (folder / path.name).symlink_to(path)
+    config = json.loads((ROOT / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def with_weights_of(model, path):
     """Put the rounded weights of a GGUF file into a model."""
     import gguf
@@ -218,7 +230,7 @@ def test_an_engine_refuses_what_it_cannot_do(nano_gguf, tmp_path):
     with pytest.raises(ValueError, match="right up to 4096 tokens, not 5000"):
         engine(ROOT, nano_gguf, context_length=5000)
     with pytest.raises(ValueError, match="was not exported from"):
-        engine(ROOT / "nano-documents", nano_gguf)
+        engine(_with_fewer_layers(tmp_path / "other"), nano_gguf)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(ValueError, match="is no GGUF file, or is damaged"):
         engine(ROOT, tmp_path / "broken.gguf")

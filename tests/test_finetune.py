@@ -274,8 +274,9 @@ def test_a_checkpoint_that_was_being_written_is_not_taken(tmp_path):
     [
         {"order": "grouped"},
         {"pack_tokens": 400, "per_device_train_batch_size": 1, "batch_size": 2, "loss_reduction": "square"},
+        {"tile_ranges": [[2, 2, 3, 3]], "drop_tokens": {"steps": 0.7}, "depth": 2, "pad_to_multiple_of": 64},
     ],
-    ids=["grouped", "packed"],
+    ids=["grouped", "packed", "dropping"],
 )
 def test_a_killed_run_goes_on_exactly(tmp_path, capsys, layout):
     data = write_words(tmp_path, 10)

@@ -15,7 +15,6 @@ import pytest
 from conftest import ROOT
 from hub_server import HubServer
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoModel
 
 
 REPO_ID = "minimonkey/MiniMonkey-Nano"
@@ -170,8 +169,3 @@ def test_saved_files_name_their_own_code(from_hub, saved):
     assert {"config.json", "processor_config.json"} <= settings.keys() and named
     assert not [name for name in named if "--" in name]
     assert all((saved / f"{name.split('.')[0]}.py").is_file() for name in named)
-
-
-def test_a_folder_of_weights_alone_says_how_it_is_loaded():
-    with pytest.raises(ValueError, match='subfolder="nano-documents"'):
-        AutoModel.from_pretrained(ROOT / "nano-documents", trust_remote_code=True)

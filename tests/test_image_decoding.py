@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_image_processor, one_tile
 from PIL import Image, ImageFile, PngImagePlugin
 from transformers import AutoImageProcessor
 
@@ -29,7 +29,7 @@ SIDE = 8
 
 @pytest.fixture(scope="module")
 def image_processor():
-    return AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    return one_tile(AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True))
 
 
 def saved(picture: Image.Image, format: str, **options) -> bytes:
@@ -179,7 +179,7 @@ def test_premultiplied_modes_lie_on_white(mode):
 
 @pytest.mark.parametrize("backend", ["pil", "torchvision"])
 def test_lists_within_lists_may_be_mixed(backend):
-    processor = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True, backend=backend)
+    processor = load_image_processor(backend)
     one, two, three = (plain(name) for name in ("red", "green", "blue"))
     batch = np.stack([np.asarray(two), np.asarray(three)])
     options = {"size": 28, "return_tensors": "np", "do_normalize": False}

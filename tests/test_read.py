@@ -18,7 +18,7 @@ from minimonkey.scripts.reading.journal import open_journal
 
 EXAMPLE, RECEIPT = ROOT / "assets" / "example.png", ROOT / "assets" / "receipt.png"
 NEEDS_FIELDS = "llguidance, which holds answers to a schema, is not installed"
-DOCUMENTS = ("--subfolder", "nano-documents", "--preset", "default", "--dtype", "float32")
+DOCUMENTS = ("--dtype", "float32")
 
 
 @pytest.fixture
@@ -49,11 +49,11 @@ def keys(lines: list[dict]) -> list[tuple]:
 # --- lines -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_page_is_a_line_with_all_that_is_known_of_it(read, nano, processor):
+def test_a_page_is_a_line_with_all_that_is_known_of_it(read, nano, shipped_processor):
     status, out, said = read(EXAMPLE, RECEIPT, "--dtype", "float32", "--max-new-tokens", 24, "--words")
     first, second = map(json.loads, out)
     assert status == 0 and (first["file"], first["page"]) == (str(EXAMPLE), 1)
-    expected = nano.chat(processor, EXAMPLE, "Read the text.", return_dict=True)
+    expected = nano.chat(shipped_processor, EXAMPLE, "Read the text.", return_dict=True)
     assert first["answer"] == expected.text == "Mini\nMonkey"
     assert first["confidence"] == pytest.approx(expected.confidence, abs=1e-3)
     assert [word for word, _ in first["words"]] == ["Mini", "Monkey"]

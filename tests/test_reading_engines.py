@@ -127,8 +127,8 @@ def test_scale_compression_is_asked_of_the_plugin(vllm):
 
 
 def test_what_vllm_cannot_do_is_refused(vllm):
-    with pytest.raises(ValueError, match="subfolder 'nano-documents'"):
-        VllmEngine(Weights(str(ROOT), subfolder="nano-documents"))
+    with pytest.raises(ValueError, match="subfolder 'weights'"):
+        VllmEngine(Weights(str(ROOT), subfolder="weights"))
 
 
 def test_vllm_that_is_not_installed_is_said(monkeypatch):

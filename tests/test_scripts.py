@@ -25,25 +25,31 @@ def test_chat_reads_the_example():
     assert result.stdout.split() == ["Mini", "Monkey"]
 
 
-def test_chat_reads_a_receipt_with_the_weights_for_documents():
-    weights = ["--subfolder", "nano-documents", "--preset", "default"]
-    result = run("scripts/chat.py", "assets/receipt.png", "What is the total?", *weights)
+def test_chat_reads_a_receipt():
+    result = run("scripts/chat.py", "assets/receipt.png", "What is the total?")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "$2.38"
 
 
-def test_weights_for_documents_load_from_their_subfolder_with_an_empty_cache(tmp_path):
+def test_weights_load_from_a_subfolder_with_an_empty_cache(tmp_path):
+    (tmp_path / "whole").mkdir()
+    for path in ROOT.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            (tmp_path / "whole" / path.name).symlink_to(path)
+    (tmp_path / "whole" / "weights").mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / "whole" / "weights" / name).symlink_to(ROOT / name)
     code = """
 import sys
 from transformers import AutoModel, AutoProcessor
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-model = AutoModel.from_pretrained(sys.argv[1], subfolder="nano-documents", trust_remote_code=True)
+model = AutoModel.from_pretrained(sys.argv[1], subfolder="weights", trust_remote_code=True)
 questions = ["Read the date.", "What is the total?"]
-pictures = [sys.argv[1] + "/assets/receipt.png"] * 2
-print(*model.batch_chat(processor, pictures, questions, images_kwargs={"preset": "default"}), sep="|")
+pictures = ["assets/receipt.png"] * 2
+print(*model.batch_chat(processor, pictures, questions), sep="|")
 """
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
-    result = run("-c", code, ROOT, env=environment)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = run("-c", code, tmp_path / "whole", env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "1991-09-18|$2.38"
 

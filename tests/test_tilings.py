@@ -112,7 +112,11 @@ def test_frames_of_videos_follow_the_tiling(processor):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tiling": "square"}, "tiling is one of"), ({"relaxed_alpha": 2.0}, "relaxed_alpha is a share")],
+    [
+        ({"tiling": "square"}, "tiling is one of"),
+        ({"relaxed_alpha": 2.0}, "relaxed_alpha is a share"),
+        ({"max_scale": 0.5}, "max_scale is how much"),
+    ],
 )
 def test_options_that_cannot_work_are_refused(either, nano, processor, options, message):
     with pytest.raises(ValueError, match=message):
@@ -134,3 +138,54 @@ def test_compression_takes_the_detailed_tiles_of_any_tiling(nano, processor):
     detailed = 49 * int(inputs["tile_counts"][0, 0])
     assert detailed and len(kept) == inputs["input_ids"].shape[1] - detailed + detailed // 2
     assert isinstance(kept, torch.Tensor)
+
+
+# --- small images ----------------------------------------------------------------------------------------------------
+
+
+def test_a_small_image_has_few_tiles():
+    """By hand, in tiles of 112 px: what is lower than a tile is enlarged to one, and as much across."""
+    ranges = PRESETS["default"]
+
+    def grids(width: int, height: int, max_scale: float | None = 1.5):
+        return choose_grids(width, height, ranges, 112, max_scale=max_scale)
+
+    assert grids(100, 80) == ((1, 1), (1, 1))  # 1.4 times: 1.25 tiles across
+    assert grids(100, 50) == ((2, 1), (1, 1))  # 2.24 times: two across
+    assert grids(250, 60) == ((4, 1), (3, 1))  # 1.87 times: 4.2 across; published (5, 1)
+    assert grids(448, 30) == ((12, 1), (7, 1)) == grids(448, 30, None)  # a line has as many as it is long
+    assert grids(100, 50, None) == ((4, 2), (3, 2))  # published: four at least
+    assert grids(160, 160) == ((2, 2), (1, 1)) and grids(300, 290) == grids(300, 290, None)
+
+
+@pytest.mark.parametrize("tiling", ["msac", "internvl"])
+def test_a_scale_bounds_both_grids_and_changes_no_large_image(tiling):
+    for width in range(20, 900, 37):
+        for height in range(20, 900, 41):
+            grids = choose_grids(width, height, PRESETS["default"], 112, tiling, max_scale=1.5)
+            scale = max(1.5, 112 / min(width, height))
+            for columns, rows in grids:
+                assert columns == 1 or columns * 112 <= scale * width + 1
+                assert rows == 1 or rows * 112 <= scale * height + 1
+            if min(width, height) >= 12 * 112 / 1.5:
+                assert grids == choose_grids(width, height, PRESETS["default"], 112, tiling)
+
+
+def test_a_scale_is_an_option_like_any_other(either, tmp_path):
+    options = {"preset": "default", "size": square(112), "max_scale": 1.5}
+    inputs = either(Image.new("RGB", (250, 60)), **options)
+    assert [*inputs["tile_grids"][0]] == [4, 1, 3, 1] and len(inputs["pixel_values"]) == 8
+    assert either.get_number_of_image_patches(60, 250, options) == 8
+    height, width = either.largest_image(**options)
+    unbounded = either.largest_image(**{**options, "max_scale": None})
+    counts = either.get_number_of_image_patches
+    assert counts(height, width, options) == counts(*unbounded, {**options, "max_scale": None})
+    type(either)(max_scale=2).save_pretrained(tmp_path)
+    assert type(either).from_pretrained(tmp_path).max_scale == 2
+    assert type(either)().max_scale is None  # as published
+
+
+def test_what_nano_ships_gives_a_word_fewer_tiles_than_a_page(shipped_processor):
+    count = shipped_processor.image_processor.get_number_of_image_patches
+    assert count(80, 100) == 1 < count(50, 100) < count(60, 250) < count(400, 300)
+    assert count(60, 250) == count(60, 250, {"preset": "default"})

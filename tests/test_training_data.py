@@ -401,6 +401,12 @@ def test_cells_name_the_characters_under_them():
     assert (labels[2] == b).nonzero().tolist() == [[3, 6]]
 
 
+def test_letters_that_have_no_class_are_no_background():
+    characters = [CharacterBox("A", (0, 0, 20, 20)), CharacterBox("é", (40, 0, 60, 20))]
+    labels = cell_labels(Image.new("RGB", (80, 20)), characters, [(1, 1)], 4)[0]
+    assert labels[0].tolist() == [CHARACTER_CLASS["A"]] * 2 + [0] * 2 + [IGNORED] * 2 + [0] * 2
+
+
 def test_batches_mask_letters_that_are_not_known():
     tiles, cells = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 4, 8, dtype=torch.int64)
     text = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])}

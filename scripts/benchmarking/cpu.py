@@ -9,6 +9,7 @@ units, on one that has them: ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ SQUARE, COPIED_BYTES = 1024, 2**29
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="2B", choices=(*SIZES, "Nano", "Mono"), help="dimensions")
+    parser.add_argument("--size", nargs="+", default=["2B"], choices=(*SIZES, "Nano", "Mono"), help="dimensions")
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=["bfloat16", "float32", "float32, bfloat16", "float32, int8"]
     )
@@ -120,12 +121,12 @@ def shallow(config, args: argparse.Namespace, vocabulary: int = 8):
     return type(config)(**fields | {"vision_config": vision, "text_config": text})
 
 
-def make_way(name: str, args: argparse.Namespace, heads: dict[str, nn.Module], compiled: bool) -> Way:
+def make_way(size: str, name: str, args: argparse.Namespace, heads: dict[tuple, nn.Module], compiled: bool) -> Way:
     """Build the model of a way; `heads` holds those of earlier ways, which are large and shared."""
     dtype_name, _, preset = name.partition(", ")
-    dtype, config = getattr(torch, dtype_name), published_config(args.size)
+    dtype, config = getattr(torch, dtype_name), published_config(size)
     model = random_model(shallow(config, args), torch.device("cpu"), dtype)
-    kind = name if preset == "bfloat16" else dtype_name
+    kind = (size, name if preset == "bfloat16" else dtype_name)
     if kind not in heads:
         linear = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False, dtype=dtype)
         heads[kind] = StoredLinear.of(linear, "bfloat16") if preset == "bfloat16" else linear
@@ -188,10 +189,12 @@ def operations(config, tiles: int, tokens: int) -> float:
 
 @torch.no_grad()
 def rows(args: argparse.Namespace) -> list[dict]:
-    heads: dict[str, nn.Module] = {}
-    ways = {name: make_way(name, args, heads, False) for name in args.ways}
-    if args.compile:
-        ways |= {f"{name}, compiled": make_way(name, args, heads, True) for name in args.ways}
+    heads: dict[tuple, nn.Module] = {}
+    ways = {}
+    for size, name in itertools.product(args.size, args.ways):
+        ways[size, name] = make_way(size, name, args, heads, False)
+        if args.compile:
+            ways[size, f"{name}, compiled"] = make_way(size, name, args, heads, True)
     squares = {dtype: torch.ones(SQUARE, SQUARE, dtype=dtype) for dtype in {way.dtype for way in ways.values()}}
     source = torch.ones(COPIED_BYTES // 4)
     target = torch.ones_like(source)
@@ -203,17 +206,18 @@ def rows(args: argparse.Namespace) -> list[dict]:
     for _ in range(args.repeats):
         for way in (machine, *ways.values()):
             way.measure()
-    config = published_config(args.size)
-    tiles, shares = sum(map(int, args.tiles.split("+"))), Shares.of(config, args)
-    work = operations(config, tiles, tiles * config.image_seq_length + TEXT_TOKENS)
+    tiles = sum(map(int, args.tiles.split("+")))
     bandwidth = 2 * COPIED_BYTES / machine.processor["copy"]  # a copy reads and writes
-    text = config.text_config
-    numbers = text.num_hidden_layers * layer_weights(text) + text.hidden_size * text.vocab_size
     results: list[dict] = []
-    for name, way in ways.items():
+    for (size, name), way in ways.items():
+        config = published_config(size)
+        shares, text = Shares.of(config, args), config.text_config
+        work = operations(config, tiles, tiles * config.image_seq_length + TEXT_TOKENS)
+        numbers = text.num_hidden_layers * layer_weights(text) + text.hidden_size * text.vocab_size
         first, token = shares.first_token(way.processor), shares.next_token(way.processor, args.tokens)
         speed = 2 * SQUARE**3 / machine.processor[str(way.dtype)]
         row = {
+            "size": size,
             "way": name,
             "read MB": megabytes(way.stored),
             "first token: s": shares.first_token(way.clock),

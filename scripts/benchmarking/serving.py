@@ -6,10 +6,13 @@ another --size than Nano weights are random and both towers have --layers layers
 """
 
 import argparse
+import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,13 +20,14 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
-from minimonkey.scripts.benchmarking.measure import median_times, report
+from minimonkey.scripts.benchmarking.measure import report
 from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
 from minimonkey.scripts.repository import ROOT, load_model, load_processor, whole_number
 
 
 QUESTION = "Read the text."
 WARM_UP_IMAGES = 4
+Times = tuple[float, float]  # seconds, and those of all processors
 STAGES = ("vision", "prompts", "answers")  # of transformers; the rest is cutting images, choosing tokens, and Python
 
 
@@ -47,12 +51,11 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = ROOT if args.size == "Nano" else write_random_model(args.size, args.layers, Path(folder))
         spent: dict[str, float] = {}
-        ways = transformers_ways(model, args, spent)
-        if not args.without_vllm:
-            ways["vllm"] = vllm_way(model, args)
-        stages: dict[str, dict[str, float]] = {}
-        functions = {name: with_stages(in_rounds(way, rounds), spent, stages, name) for name, way in ways.items()}
-        times = median_times(functions, torch.device("cpu"), args.repeats)
+        ways = {name: in_rounds(way, rounds) for name, way in transformers_ways(model, args, spent).items()}
+        with ExitStack() as stack:
+            if not args.without_vllm:
+                ways["vllm"] = stack.enter_context(in_process(vllm_way, model, args, rounds))
+            times, stages = in_turns(ways, spent, args.repeats)
     first, first_cpu = times["one by one"]
     rows = [
         {
@@ -91,12 +94,6 @@ def receipts(count: int, seed: int) -> list[Image.Image]:
     return [document("receipt", index, seed).image for index in range(count)]
 
 
-def in_rounds(way: Callable[[list], None], rounds: list[list]) -> Callable[[], None]:
-    """Return a function that treats the images of the next round at each call."""
-    remaining = iter(rounds)
-    return lambda: way(next(remaining))
-
-
 def count_cpu(module: torch.nn.Module, spent: dict[str, float], name: str) -> None:
     """Add what a module's `forward` costs in seconds of all processors to `spent`, apart for prompts and answers."""
     started = []
@@ -114,15 +111,63 @@ def count_cpu(module: torch.nn.Module, spent: dict[str, float], name: str) -> No
     module.register_forward_hook(end, with_kwargs=True)
 
 
-def with_stages(function: Callable[[], None], spent: dict[str, float], stages: dict, name: str) -> Callable[[], None]:
-    """Return a function that leaves in `stages` under its name what was `spent` at its last call."""
+def in_turns(ways: dict[str, Callable[[], Times]], spent: dict[str, float], repeats: int):
+    """Return the median (seconds, CPU seconds) of each way after a warm-up, all run in turns, and what its last run `spent`."""
+    times: dict[str, list[Times]] = {name: [] for name in ways}
+    stages = {}
+    for number in range(repeats + 1):
+        for name, way in ways.items():
+            spent.clear()
+            measured = way()
+            stages[name] = dict(spent)
+            if number:
+                times[name].append(measured)
+    return {name: tuple(map(statistics.median, zip(*values))) for name, values in times.items()}, stages
 
-    def watched() -> None:
-        spent.clear()
-        function()
-        stages[name] = dict(spent)
 
-    return watched
+def in_rounds(way: Callable[[list], None], rounds: list[list]) -> Callable[[], Times]:
+    """Return a function that treats the images of the next round at each call and returns the seconds it took."""
+    remaining = iter(rounds)
+
+    def timed() -> Times:
+        images, start = next(remaining), (time.perf_counter(), time.process_time())
+        way(images)
+        return time.perf_counter() - start[0], time.process_time() - start[1]
+
+    return timed
+
+
+@contextmanager
+def in_process(make: Callable[..., Callable[[list], None]], folder: Path, args: argparse.Namespace, rounds: list[list]):
+    """Make a way in a process of its own, since vLLM changes transformers' classes in its; yield it `in_rounds`."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, make, folder, args, rounds))
+    process.start()
+    theirs.close()
+
+    def ask() -> Times:
+        ours.send("next")
+        return ours.recv()
+
+    try:
+        if (problem := ours.recv()) is not None:
+            raise ValueError(problem)
+        yield ask
+    finally:
+        ours.close()
+        process.join()
+
+
+def _serve(connection, make, folder: Path, args: argparse.Namespace, rounds: list[list]) -> None:
+    try:
+        way = in_rounds(make(folder, args), rounds)
+    except ValueError as error:
+        connection.send(str(error))
+        return
+    connection.send(None)
+    with suppress(EOFError):  # when there are no more rounds
+        while connection.recv():
+            connection.send(way())
 
 
 def transformers_ways(

@@ -61,6 +61,7 @@ SYNTHETIC = {
     "scene": ("exact_match", 96),
     "seam": ("exact_match", 128),
     "bill": ("exact_match", 96),
+    "layout": ("anls", 1200),
 }
 
 

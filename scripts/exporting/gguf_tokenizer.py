@@ -1,6 +1,6 @@
 """A tokenizer of transformers in the words of GGUF, for people who run llama.cpp by itself.
 
-Two kinds are written: byte-level ones (GPT-2, Qwen2, Llama 3, the Nanos), whose way to split a text has to be one that
+Two kinds are written: byte-level ones (GPT-2, Qwen2, Llama 3, Nano), whose way to split a text has to be one that
 llama.cpp knows by name, and those made of sentencepiece (InternLM2, Phi-3), whose merges become scores.
 """
 

@@ -4,7 +4,7 @@
 
 `document(kind, i, seed)` depends on nothing but its arguments. Images are a few 112 px tiles wide with text of 12 to 24
 px, so that a model of small tiles needs several of them. Words and fonts come from one side of the split of materials.py;
-the fixed words of receipts and forms are the same on both. All text is printable ASCII.
+the fixed words of receipts and forms are the same on both. All text is printable ASCII but for the accents of `layout`.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from minimonkey.scripts.synthetic.bills import bill
 from minimonkey.scripts.synthetic.canvas import Document, Question
 from minimonkey.scripts.synthetic.charts import chart
 from minimonkey.scripts.synthetic.forms import form
+from minimonkey.scripts.synthetic.layouts import layout
 from minimonkey.scripts.synthetic.pages import line, page, word
 from minimonkey.scripts.synthetic.receipts import receipt
 from minimonkey.scripts.synthetic.scenes import scene
@@ -44,6 +45,7 @@ KINDS: dict[str, Callable[[random.Random, str, float], Document]] = {
     "scene": scene,
     "seam": seam,
     "bill": bill,
+    "layout": layout,
 }
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from minimonkey.scripts.training.dropping import collate_kept
 from minimonkey.scripts.training.encode import IGNORED
 from minimonkey.scripts.training.packing import loss_weights
 
@@ -45,7 +46,8 @@ class Collator:
         """Return input_ids, labels (B, N), pixel_values (T, 3, S, S) as uint8, and how many were redrawn; of slices, LAYOUT.
 
         A packed row comes as one of B = 1, with position_ids (1, N) that begin anew with each sample. loss_weights (B, N) come
-        with packing, and where tokens do not weigh alike. No attention_mask: a causal language model sees no padding behind its
+        with packing, and where tokens do not weigh alike, kept_features and scored where image tokens are left out
+        (dropping.py). No attention_mask: a causal language model sees no padding behind its
         tokens, attention needs no mask in memory, and the samples of a row are told by their positions.
         """
         is_packed = "row" in samples[0]
@@ -88,6 +90,7 @@ class Collator:
             batch["loss_weights"] = weights
         if tiles:
             batch["pixel_values"] = torch.cat(tiles)
+        batch |= collate_kept(samples, self.tokens_per_tile)
         batch |= {name: torch.cat(parts) for name, parts in images.items() if parts}
         labelled = [s["cell_labels"] for s in samples if "cell_labels" in s]
         if labelled:

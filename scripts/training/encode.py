@@ -39,7 +39,7 @@ class Encoder:
     def __init__(self, processor, config, grounding_tokens: bool = False):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.image_processor = processor.image_processor
-        self.tokens_per_tile = processor.image_seq_length
+        self.tokens_per_tile, self.image_token_id = processor.image_seq_length, config.image_token_id
         self.template = get_template(config.template)
         self.system_message = config.system_message
         self.patches_per_side = config.tile_size // config.vision_config.patch_size[0]
@@ -95,18 +95,19 @@ class Encoder:
         pictures: list,
         ranges: tuple[int, int, int, int],
         use_thumbnail: bool | None = None,
+        with_counts: bool = False,
     ) -> dict:
         """Return a sample: input_ids, labels (N) and, with images, uint8 pixel_values (T, 3, S, S), tile_grids (images, 4).
 
-        For slices and patch mining there are also tile_counts (images, 3); of slices slice_values and slice_sizes stand for
-        pixel_values.
+        For slices and patch mining, or `with_counts`, there are also tile_counts (images, 3); of slices slice_values and
+        slice_sizes stand for pixel_values.
         """
         sample, tiles = {}, []
         if pictures:
             options = {**self._tile_options(ranges, len(pictures), use_thumbnail), **AS_BYTES}
             cut = self.image_processor(pictures, return_tensors="pt", **options)
             tiles, sample = self.processor.image_layouts(cut), dict(cut)
-            if not self.has_layouts:
+            if not (self.has_layouts or with_counts):
                 sample.pop("tile_counts")
         ids, labels = self.ids_and_labels(conversation, tiles)
         return {**sample, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}

@@ -42,7 +42,7 @@ def _labels_of_grid(image: Image.Image, characters: Sequence, grid: tuple[int, i
         # The cells whose centre the character covers, or at least the cell that holds its own centre.
         left, right = min(round(left), int((left + right) / 2)), max(round(right), int((left + right) / 2) + 1)
         top, bottom = min(round(top), int((top + bottom) / 2)), max(round(bottom), int((top + bottom) / 2) + 1)
-        labels[max(top, 0) : bottom, max(left, 0) : right] = CHARACTER_CLASS[item.character]
+        labels[max(top, 0) : bottom, max(left, 0) : right] = CHARACTER_CLASS.get(item.character, IGNORED)
     tiles = labels.reshape(rows, patches, columns, patches * CELLS_PER_PATCH).swapaxes(1, 2)
     return tiles.reshape(rows * columns, patches, patches * CELLS_PER_PATCH)
 

@@ -15,6 +15,7 @@ from minimonkey.quantized_weights import QuantizedWeightsConfig, store_weights
 from minimonkey.scripts.importing.folder import new_folder
 from minimonkey.scripts.repository import readable
 from minimonkey.scripts.training.distillation import with_teacher
+from minimonkey.scripts.training.dropping import with_dropping
 from minimonkey.scripts.training.grafting import grafted_config
 from minimonkey.scripts.training.letters import with_letters
 from minimonkey.scripts.training.nano import write_untrained
@@ -47,6 +48,8 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
         ValueError: The model has fewer layers than the depth asked for, or more language layers than asked for.
     """
     model_class = MiniMonkeyForConditionalGeneration
+    if recipe.dropping is not None:
+        model_class = with_dropping(model_class)
     if recipe.names_letters:
         model_class = with_letters(model_class, recipe.letters_weight)
     if recipe.teacher is not None:

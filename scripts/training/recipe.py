@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_kernels_available
 
 from minimonkey.scripts.precision import choose_dtype
+from minimonkey.scripts.training.dropping import Dropping, read_dropping
 from minimonkey.tiling import PRESETS, SLICES, check_tiling
 
 
@@ -133,6 +134,9 @@ class Recipe(TrainingArguments):
     loss_reduction: Literal["token", "square", "sample"] = "token"
     """How much the tokens of an answer of n tokens weigh: 1, 1 / sqrt(n), or 1 / n."""
 
+    drop_tokens: dict[str, Any] | str | None = None
+    """Leave out tokens of detailed tiles: `{steps: 0.33, share: [0.25, 1.0], by: [random, blocks, scm]}`, see dropping.py."""
+
     # Steps
     batch_size: int | None = None
     """Of an optimizer step, over all processes and accumulated micro batches; instead of gradient_accumulation_steps."""
@@ -155,7 +159,7 @@ class Recipe(TrainingArguments):
     """Pad the sequences of a micro batch to a multiple of this, so that few shapes occur: a CPU prepares each new one."""
 
     def __post_init__(self):
-        for name in ("data", "eval_data", "tile_ranges"):
+        for name in ("data", "eval_data", "tile_ranges", "drop_tokens"):
             setattr(self, name, _structure(name, getattr(self, name)))
         _check(self)
         self._choose_types()
@@ -195,6 +199,11 @@ class Recipe(TrainingArguments):
     def names_letters(self) -> bool:
         """Whether there is a loss for naming characters."""
         return self.letters_only or self.letters_weight is not None
+
+    @property
+    def dropping(self) -> Dropping | None:
+        """Which image tokens are left out."""
+        return None if self.drop_tokens is None else read_dropping(self.drop_tokens)
 
     def set_steps(self, steps: int) -> None:
         """Set the number of optimizer steps, which the data decide, and what follows from it.
@@ -349,11 +358,24 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("depth takes layers away and language_layers adds some; give one of them.")
     if recipe.fresh_projector and "projector" not in recipe.train:
         raise ValueError(f"A fresh_projector has to be trained, but train is {recipe.train}; add projector.")
+    _check_dropping(recipe)
     _check_lora(recipe)
     _check_grafts(recipe)
     _check_letters(recipe)
     _check_distillation(recipe)
     _check_packing(recipe)
+
+
+def _check_dropping(recipe: Recipe) -> None:
+    if recipe.drop_tokens is None:
+        return
+    if not isinstance(recipe.drop_tokens, dict):
+        raise ValueError(f"drop_tokens holds names and values, or null for none, got {recipe.drop_tokens!r}.")
+    read_dropping(recipe.drop_tokens)
+    if recipe.letters_only or recipe.teacher is not None:
+        raise ValueError(
+            "With letters_only or a teacher no tokens are read, so none can be left out; leave out drop_tokens."
+        )
 
 
 def _check_grafts(recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from minimonkey.scripts.training.data import Example, FileSource, Source
+from minimonkey.scripts.training.dropping import shorten
 from minimonkey.scripts.training.encode import Encoder
 from minimonkey.scripts.training.letters import cell_labels
 from minimonkey.scripts.training.packing import pack
@@ -47,7 +48,7 @@ class Samples(torch.utils.data.Dataset):
     """
 
     def __init__(self, sources: list[Source], encoder: Encoder, recipe: Recipe, is_evaluation: bool = False):
-        self.sources, self.encoder, self.recipe = sources, encoder, recipe
+        self.sources, self.encoder, self.recipe, self.is_evaluation = sources, encoder, recipe, is_evaluation
         self.rows: list[list[int]] | None = None  # of positions in slots, where samples are packed
         self.fitting = [self._fitting(source) for source in sources]
         self.skipped = sum(source.size - len(fitting) for source, fitting in zip(sources, self.fitting))
@@ -185,6 +186,13 @@ class Samples(torch.utils.data.Dataset):
         patches = self.encoder.patches_per_side
         return {**sample, "cell_labels": cell_labels(example.pictures[0], example.characters, layers, patches)}
 
+    def _shortened(self, sample: dict, position: int, step: int) -> dict:
+        """Return the sample, fewer of its image tokens where step and seed say so, without its counts of tiles."""
+        if not self.is_evaluation:
+            place, encoder = (self.recipe.seed, step, position), self.encoder
+            sample = shorten(sample, self.recipe.dropping, place, encoder.image_token_id, encoder.tokens_per_tile)
+        return {name: value for name, value in sample.items() if name != "tile_counts"}
+
     @property
     def shown(self) -> int:
         """How many samples the run shows, packed or not."""
@@ -195,10 +203,16 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> dict:
         """Return a sample, or with packing `{"row": [samples]}`; see `sample`."""
-        return self.sample(position) if self.rows is None else {"row": [*map(self.sample, self.rows[position])]}
+        step = position // self.recipe.batch_size
+        if self.rows is None:
+            return self.sample(position, step)
+        return {"row": [self.sample(place, step) for place in self.rows[position]]}
 
-    def sample(self, position: int) -> dict:
+    def sample(self, position: int, step: int) -> dict:
         """Return the sample of a slot (see `Encoder`), with `redrawn`: how many documents before it were too long.
+
+        Args:
+            step: Of the run, which decides whether tokens are left out, see dropping.py.
 
         Raises:
             ValueError: It is too long (a document with `too_long: raise`, or an image of another size than its header said).
@@ -209,8 +223,10 @@ class Samples(torch.utils.data.Dataset):
         attempts = getattr(source, "MOST_ATTEMPTS", 1) if self.recipe.too_long == "skip" else 1
         for attempt in range(attempts):
             example = source.example(slot.index, slot.round, attempt)
-            sample = self.encoder(example.conversation, example.pictures, ranges, source.use_thumbnail)
+            drops = self.recipe.dropping is not None
+            sample = self.encoder(example.conversation, example.pictures, ranges, source.use_thumbnail, drops)
             if len(sample["input_ids"]) <= limit:
+                sample = self._shortened(sample, position, step) if drops else sample
                 return {**self._with_letters(sample, example, source.use_thumbnail), "redrawn": attempt}
         raise ValueError(
             f"Dataset {source.name}, example {slot.index}: {len(sample['input_ids'])} tokens do not fit max_seq_length "

@@ -28,6 +28,7 @@ class FineTuner(Trainer):
         self.processor, self.redrawn = processor, 0
         self._check_wrapper()
         self._check_tiles()
+        self._check_dropping()
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sharded_layers(self.model)
 
@@ -64,6 +65,23 @@ class FineTuner(Trainer):
                 f"{VISION_CHUNK_TILES}, in one process oftener than in another, which FSDP and ZeRO-3 cannot wait for. Take a "
                 "smaller per_device_train_batch_size or fewer tiles, or ZeRO-2."
             )
+
+    def _check_dropping(self) -> None:
+        """Raise `ValueError` where tokens that are to be dropped cannot be scored, or are nowhere."""
+        dropping = self.args.dropping
+        if dropping is None:
+            return
+        if dropping.needs_scores and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "drop_tokens by scm reads the first layers by themselves, whose weights FSDP and ZeRO-3 split; take by: "
+                "[random, blocks], or DDP."
+            )
+        if self.train_dataset.encoder.has_layouts or self.model.config.projector != "mlp":
+            raise ValueError(
+                "drop_tokens needs tiles whose tokens lie in rows and columns; leave out slices, mining and a resampler."
+            )
+        if all(most == 1 for source in self.train_dataset.sources for _, most, _, _ in source.ranges):
+            raise ValueError("drop_tokens has nothing to leave out: all tile_ranges have one detailed tile at most.")
 
     def create_optimizer(self, model=None):
         recipe = self.args
