@@ -406,6 +406,8 @@ class ChatMixin:
         given = {name: options[name] for name in SCM_OPTIONS if options.get(name) is not None}
         if given and not use_scm:
             raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
+        if not use_scm and not self.config.mining:
+            return
         reader = getattr(processor, "image_processor", None)
         is_sliced = reader is not None and reader.cuts_slices(images_kwargs)
         if is_sliced and self.config.mining:

@@ -346,6 +346,8 @@ class MiniMonkeyForConditionalGeneration(
 
     def image_layouts(self, images: ImageInputs) -> list:
         """Return how each image is written in a prompt, see `image_inputs.image_layouts`."""
+        if images.slice_sizes is None and not self.config.mining:
+            return torch.as_tensor(images.tile_counts).sum(dim=1).tolist()
         return image_layouts(
             images.tile_counts,
             images.tile_grids,

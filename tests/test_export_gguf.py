@@ -238,10 +238,18 @@ def test_an_engine_refuses_what_it_cannot_do(nano_gguf, tmp_path):
 
 @llama_cpp
 def test_chat_with_the_engine(nano_gguf, capsys):
-    arguments = [str(ROOT / "assets" / "example.png"), "Read the text.", "--dtype", "float32", "--device", "cpu"]
+    arguments = [
+        str(ROOT / "assets" / "example.png"),
+        "Read the text.",
+        "--use-scm",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
     assert chat.main(arguments) == 0
     expected = capsys.readouterr().out
-    assert chat.main([*arguments, "--engine", "llama.cpp", "--gguf", str(nano_gguf), "--use-scm"]) == 0
+    assert chat.main([*arguments, "--engine", "llama.cpp", "--gguf", str(nano_gguf)]) == 0
     assert capsys.readouterr().out == expected
 
 

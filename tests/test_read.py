@@ -54,7 +54,7 @@ def test_a_page_is_a_line_with_all_that_is_known_of_it(read, nano, shipped_proce
     first, second = map(json.loads, out)
     assert status == 0 and (first["file"], first["page"]) == (str(EXAMPLE), 1)
     expected = nano.chat(shipped_processor, EXAMPLE, "Read the text.", return_dict=True)
-    assert first["answer"] == expected.text == "Mini\nMonkey"
+    assert first["answer"] == expected.text == "Mini Monkey"
     assert first["confidence"] == pytest.approx(expected.confidence, abs=1e-3)
     assert [word for word, _ in first["words"]] == ["Mini", "Monkey"]
     probabilities = torch.tensor(expected.log_probabilities[:-1]).exp()  # without the end of the answer
@@ -155,7 +155,7 @@ def test_texts_are_files_of_their_own(read, tmp_path, monkeypatch):
     arguments = ("scans", EXAMPLE, "--format", "text", "--out", tmp_path / "texts", "--max-new-tokens", 12)
     assert read(*arguments)[0] == 1
     texts = tmp_path / "texts"
-    assert (texts / str(EXAMPLE).lstrip("/")).with_name("example.png.0001.txt").read_text() == "Mini\nMonkey\n"
+    assert (texts / str(EXAMPLE).lstrip("/")).with_name("example.png.0001.txt").read_text() == "Mini Monkey\n"
     assert (texts / "scans" / "empty.png.error.txt").read_text() == "scans/empty.png is empty.\n"
     second = texts / "scans" / "two.tif.0002.txt"
     assert second.exists()

@@ -143,3 +143,15 @@ def test_slurm_starts_one_launcher_a_node():
     text = (LAUNCH / "slurm.sh").read_text()
     assert subprocess.run(["bash", "-n", LAUNCH / "slurm.sh"]).returncode == 0
     assert "--machine_rank" in text and "launch/zero1.yaml" in text and "--requeue" in text
+
+
+def test_frozen_weights_in_few_bits_take_less(capsys):
+    """At the 2B model's size the frozen layers of tower and language model are 1.8 billion weights."""
+    needed = {}
+    for kind in ("none", "int8", "int4"):
+        chosen = [] if kind == "none" else ["--set", f"frozen_weights={kind}"]
+        status, said = dry_run(capsys, "minimonkey-2b-lora", "--cards", "1", *chosen)
+        needed[kind] = float(said.partition("DDP")[2].split()[0])
+    assert needed["none"] - needed["int8"] == pytest.approx(1.8e9 / GIB * WASTE, abs=0.2)
+    assert needed["int8"] - needed["int4"] == pytest.approx(0.375 * 1.8e9 / GIB * WASTE, abs=0.2)
+    assert dry_run(capsys, "minimonkey-2b-lora-8bit", "--cards", "1", "--card-gib", "10")[0] == 0

@@ -59,9 +59,11 @@ def load_llama_cpp(
         model = EngineModel.from_pretrained(
             source, subfolder=subfolder, dtype=dtype, scored_layers=config.scm_layer + 1 if use_scm else 0
         ).eval()
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     norm, theirs = model.model.language_model.norm.weight.float(), tensors.get("output_norm.weight")
     if (
         theirs is None
+        or len(layers) != config.text_config.num_hidden_layers
         or len(theirs.data) != len(norm)
         or not torch.allclose(torch.tensor(theirs.data), norm, rtol=SAME, atol=SAME)
     ):

@@ -39,4 +39,4 @@ def test_the_script_runs(tmp_path):
         [sys.executable, tmp_path / "batch.py"], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "['Mini\\nMonkey', 'Mini\\nMonkey']"
+    assert done.stdout.splitlines()[-1] == "['Mini Monkey', 'Mini Monkey']"

@@ -52,7 +52,7 @@ def nano_prompts() -> list[list[dict]]:
         [user("What is the total? 多少钱?", shapes[0], receipt, shapes[1])],
         [user("Hello, who are you?")],
         [{"role": "system", "content": "Say little."}, user("Read the text.", example)],
-        [user("Read the text.", example), {"role": "assistant", "content": "Mini\nMonkey"}, user("And this?", receipt)],
+        [user("Read the text.", example), {"role": "assistant", "content": "Mini Monkey"}, user("And this?", receipt)],
     ]
 
 
