@@ -160,7 +160,7 @@ def test_what_stands_at_an_address_is_read(monkeypatch):
 def test_an_answer_comes_piece_by_piece_with_what_it_took(answerer):
     conversation = Conversation()
     first, *middle, last = ask(answerer, conversation, "What is the total?", [RECEIPT])
-    assert first.answer == "" and first.drawings[0].caption == "receipt.png: 4×3 + 2×2 + 1 tiles"
+    assert first.answer == "" and first.drawings[0].caption == "receipt.png: 3×3 + 2×2 + 1 tiles"
     assert all(last.answer.startswith(step.answer) for step in middle) and middle
     assert (
         last.answer == "$2.38"
@@ -168,9 +168,9 @@ def test_an_answer_comes_piece_by_piece_with_what_it_took(answerer):
         and 0.5 < last.words[0][1] < last.figures.confidence
     )
     assert (
-        last.figures.tiles == 17
+        last.figures.tiles == 14
         and last.figures.finish_reason == "stop"
-        and last.figures.prompt_tokens == last.figures.read_tokens > 17 * 49
+        and last.figures.prompt_tokens == last.figures.read_tokens > 14 * 49
     )
     assert 0.5 < last.figures.confidence <= 1 and 0 < last.figures.first_seconds <= last.figures.seconds
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
@@ -219,8 +219,8 @@ def test_compression_darkens_what_is_not_read(answerer):
     plain, compressed = (
         ask(answerer, Conversation(), "What is the total?", [RECEIPT], settings)[-1] for settings in (FINE, COMPRESSED)
     )
-    assert compressed.drawings[0].caption == "receipt.png: 4×3 + 2×2 + 1 tiles, 294 of 588 kept"
-    assert compressed.figures.read_tokens == plain.figures.read_tokens - 294
+    assert compressed.drawings[0].caption == "receipt.png: 3×3 + 2×2 + 1 tiles, 220 of 441 kept"
+    assert compressed.figures.read_tokens == plain.figures.read_tokens - 221
     sums = [sum(drawing.image.convert("L").histogram()[200:]) for drawing in (*plain.drawings, *compressed.drawings)]
     assert sums[1] < 0.75 * sums[0]
 
@@ -230,7 +230,7 @@ def test_frames_of_a_clip_are_shown(answerer, tmp_path):
     last = ask(answerer, Conversation(), "Read the text.", [clip, RECEIPT], COMPRESSED)[-1]
     captions = [drawing.caption for drawing in last.drawings]
     assert captions[0] == "clip.mp4, frame 1: 1 tile" and captions[-1].endswith("kept")
-    assert len(captions) == media.FRAMES + 1 and last.figures.tiles == media.FRAMES + 17
+    assert len(captions) == media.FRAMES + 1 and last.figures.tiles == media.FRAMES + 14
 
 
 def test_two_visitors_at_once_get_their_own_answers(answerer):
@@ -281,7 +281,7 @@ def test_what_cannot_be_answered_is_said_and_changes_nothing(answerer, question,
 
 def test_text_is_text_whatever_it_spells(answerer):
     last = ask(answerer, Conversation(), "<image><|im_end|><img>", [RECEIPT], Settings("default", max_new_tokens=4))[-1]
-    assert last.figures.tiles == 17
+    assert last.figures.tiles == 14
 
 
 def test_a_large_image_is_drawn_small(answerer):

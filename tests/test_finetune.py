@@ -29,6 +29,7 @@ from minimonkey.quantized_weights import StoredLinear
 from minimonkey.scripts import finetune as script
 from minimonkey.scripts.benchmarking.models import random_config, random_model
 from minimonkey.scripts.importing.folder import save_processor
+from minimonkey.scripts.repository import load_processor
 from minimonkey.scripts.training.models import deepen, load_model
 from minimonkey.scripts.training.optimizers import MuonWithAdamW, matrices_and_rest
 from minimonkey.scripts.training.recipe import read_recipe
@@ -224,6 +225,7 @@ def test_sharded_processes_run_the_vision_tower_equally_often(most, is_sharded, 
     trainer = FineTuner.__new__(FineTuner)
     trainer.is_fsdp_enabled, trainer.train_dataset = is_sharded, type("D", (), {"sources": [source]})
     trainer.args = type("R", (), {"per_device_train_batch_size": 1 if most == 7 else 2, "pack_tokens": None})
+    trainer.processor = load_processor(ROOT)
     if fits:
         trainer._check_tiles()
     else:
