@@ -82,8 +82,8 @@ def test_visualize_shows_seams_and_kept_tokens(tmp_path):
     command = ["scripts/visualize.py", "assets/example.png", "Read the text."]
     result = run(*command, "--out", out, "--keep-ratio", 0.25)
     assert result.returncode == 0, result.stderr
-    assert "8 detailed (4x2), 6 adaptive (3x2), 1 thumbnail" in result.stdout
-    assert "tokens of the detailed tiles: 392 before, 98 after" in result.stdout
+    assert "4 detailed (4x1), 3 adaptive (3x1), 1 thumbnail" in result.stdout
+    assert "tokens of the detailed tiles: 196 before, 49 after" in result.stdout
     pixels = {colour for _, colour in Image.open(out).getcolors(2**20)}
     assert {visualize.DETAILED_COLOUR, visualize.ADAPTIVE_COLOUR} <= pixels
     result = run(*command, "--out", out, "--max-tiles", 1, "--min-tiles", 1)

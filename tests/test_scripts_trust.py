@@ -78,11 +78,11 @@ def test_a_model_of_another_kind_is_refused(foreign):
         load_model(foreign)
 
 
-def test_the_processor_is_that_of_auto_classes(processor):
+def test_the_processor_is_that_of_auto_classes(shipped_processor):
     ours = load_processor(ROOT)
-    assert ours.to_dict() == processor.to_dict()
-    assert ours.chat_template == processor.chat_template
-    assert type(ours.tokenizer) is type(processor.tokenizer)
+    assert ours.to_dict() == shipped_processor.to_dict()
+    assert ours.chat_template == shipped_processor.chat_template
+    assert type(ours.tokenizer) is type(shipped_processor.tokenizer)
     picture = torch.zeros(3, 40, 60, dtype=torch.uint8)
-    inputs, expected = (one(images=picture, text="<image> Read.") for one in (ours, processor))
+    inputs, expected = (one(images=picture, text="<image> Read.") for one in (ours, shipped_processor))
     assert all(torch.equal(expected[name], inputs[name]) for name in expected)
