@@ -309,7 +309,9 @@ class MiniMonkeyForConditionalGeneration(
     @property
     def device(self) -> torch.device:
         """The device that the model computes on, wherever its vision tower is kept."""
-        return super().device if self._offloaded_vision is None else self._offloaded_vision.device
+        if self._offloaded_vision is not None:
+            return self._offloaded_vision.device
+        return next(parameter.device for parameter in self.parameters())  # torch.compile does not follow super() here
 
     def _encode_slices(self, views: list[torch.Tensor]) -> torch.Tensor:
         """Return the features (tokens, D) of views (3, H, W); those of one size go through the vision tower together."""
