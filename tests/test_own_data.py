@@ -103,7 +103,7 @@ def test_the_short_command_trains_and_resumes(photos, tmp_path, capsys):
 def test_options_follow_the_model(monkeypatch, tmp_path):
     small = own_options(str(ROOT), {}, 20, tmp_path)
     assert small["train"] == ["language_model", "projector", "vision"] and "lora_r" not in small
-    assert small["tile_ranges"] == [[1, 1, 1, 1]]  # as Nano's processor cuts
+    assert small["tile_ranges"] == [[4, 12, 3, 7]]  # as Nano's processor cuts
     assert (small["batch_size"], small["num_train_epochs"]) == (8, 25)
     assert own_options(str(ROOT), {}, 100_000, tmp_path)["num_train_epochs"] == 1
     monkeypatch.setattr(options_module, "count_parameters", lambda config: 2e9)
