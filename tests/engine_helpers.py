@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from model_helpers import IMAGE_TOKEN, TINY_TEXT, TINY_VISION
 
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.scripts import chat
 from minimonkey.scripts.engines.libllama import require_libllama
 
 
@@ -81,3 +83,13 @@ def saved(folder: Path, shape: str):
 def embeddings(width: int, count: int = 90) -> torch.Tensor:
     """Return embeddings (1, count, width)."""
     return torch.randn(1, count, width, generator=torch.Generator().manual_seed(3))
+
+
+def assert_chat_answers_as_torch(capsys, *engine: str) -> None:
+    """Run chat.py with SCM in torch, and with the options of an engine; both print the same."""
+    image, options = str(ROOT / "assets" / "example.png"), ("--use-scm", "--dtype", "float32", "--device", "cpu")
+    arguments = [image, "Read the text.", *options]
+    assert chat.main(arguments) == 0
+    expected = capsys.readouterr().out
+    assert chat.main([*arguments, *engine]) == 0
+    assert capsys.readouterr().out == expected

@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 from conftest import ROOT
-from engine_helpers import SHAPES, embeddings, has_libllama, needs, saved
+from engine_helpers import SHAPES, assert_chat_answers_as_torch, embeddings, has_libllama, needs, saved
 from model_helpers import tiny_model, tiny_mono
 from PIL import Image
 
-from minimonkey.scripts import chat
 from minimonkey.scripts import export_gguf as command
 from minimonkey.scripts.export_gguf import export_gguf
 from minimonkey.scripts.exporting.gguf_language import for_llama_cpp, language_tensors, published_language_name
@@ -238,19 +237,7 @@ def test_an_engine_refuses_what_it_cannot_do(nano_gguf, tmp_path):
 
 @llama_cpp
 def test_chat_with_the_engine(nano_gguf, capsys):
-    arguments = [
-        str(ROOT / "assets" / "example.png"),
-        "Read the text.",
-        "--use-scm",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
-    assert chat.main(arguments) == 0
-    expected = capsys.readouterr().out
-    assert chat.main([*arguments, "--engine", "llama.cpp", "--gguf", str(nano_gguf)]) == 0
-    assert capsys.readouterr().out == expected
+    assert_chat_answers_as_torch(capsys, "--engine", "llama.cpp", "--gguf", str(nano_gguf))
 
 
 @llama_cpp

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_tiles
-from engine_helpers import embeddings, needs, saved
+from engine_helpers import assert_chat_answers_as_torch, embeddings, needs, saved
 from model_helpers import tiny_model, tiny_mono
 from PIL import Image
 
-from minimonkey.scripts import chat
 from minimonkey.scripts.export_onnx import export_onnx, write_part
 from minimonkey.scripts.exporting.onnx_parts import DECODER, Decoder, Scorer, parts, with_fixed_positions
 from minimonkey.scripts.repository import load_model, load_processor
@@ -89,19 +88,7 @@ def test_scale_compression_keeps_the_same_tokens(nano):
 
 
 def test_chat_with_the_engine(nano, capsys):
-    arguments = [
-        str(ROOT / "assets" / "example.png"),
-        "Read the text.",
-        "--use-scm",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
-    assert chat.main(arguments) == 0
-    expected = capsys.readouterr().out
-    assert chat.main([*arguments, "--engine", "onnx", "--model", str(nano)]) == 0
-    assert capsys.readouterr().out == expected
+    assert_chat_answers_as_torch(capsys, "--engine", "onnx", "--model", str(nano))
 
 
 def test_what_cannot_be_written_or_read_is_said(nano, tmp_path):
