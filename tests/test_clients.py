@@ -37,7 +37,8 @@ LMMS_EVAL_RANGES = (4, 12, 3, 7)
 VLMEVALKIT_RANGES = {"default": (4, 12, 3, 7), "OCRBench": (9, 24, 5, 8), "MME": (5, 11, 2, 6)}
 VLMEVALKIT_SETTINGS = {"do_sample": False, "max_new_tokens": 16, "top_p": None, "num_beams": 1}
 QUESTION = "Read the text."
-SIZES = {"monkey": (112, 112), "window": (896, 448), "silver": (640, 480)}
+# Capitals of these words differ from their small letters in more than height.
+SIZES = {"monkey": (112, 112), "garden": (896, 448), "market": (640, 480)}
 
 TASK = """
 task: words
@@ -201,8 +202,8 @@ def test_tokenizers_of_both_clients_agree(tokenizer, folder):
     ("word", "settings"),
     [
         ("monkey", {"max_new_tokens": 16, "do_sample": False, "temperature": 0, "top_p": 1.0}),
-        ("window", {"max_new_tokens": 1024, "temperature": 0, "top_p": None}),
-        ("silver", {"max_new_tokens": 16, "do_sample": True, "temperature": 0.2, "top_p": 0.9}),
+        ("garden", {"max_new_tokens": 1024, "temperature": 0, "top_p": None}),
+        ("market", {"max_new_tokens": 16, "do_sample": True, "temperature": 0.2, "top_p": 0.9}),
     ],
 )
 def test_lmms_eval(model, tokenizer, pictures, sent, word, settings):
@@ -236,11 +237,11 @@ def ask_as_vlmevalkit(model, tokenizer, tiles: list[torch.Tensor], question: str
 @pytest.mark.parametrize("dataset", VLMEVALKIT_RANGES)
 def test_vlmevalkit_one_picture(model, tokenizer, processor, pictures, sent, dataset):
     """The tiles and the answer are those of our own processor."""
-    ranges, path, settings = VLMEVALKIT_RANGES[dataset], pictures["window"], dict(VLMEVALKIT_SETTINGS)
+    ranges, path, settings = VLMEVALKIT_RANGES[dataset], pictures["garden"], dict(VLMEVALKIT_SETTINGS)
     tiles = detailed_first(path, ranges)
     with torch.no_grad():
         answer = ask_as_vlmevalkit(model, tokenizer, [tiles], f"<image>\n{QUESTION}", settings)
-    assert answer.lower() == "window"
+    assert answer.lower() == "garden"
     assert settings == VLMEVALKIT_SETTINGS
     assert torch.equal(sent["pixel_values"], tiles)
     ids = sent["input_ids"]
@@ -256,7 +257,7 @@ def test_vlmevalkit_one_picture(model, tokenizer, processor, pictures, sent, dat
 )
 def test_vlmevalkit_several_pictures(model, tokenizer, processor, pictures, sent, prompt):
     """An interleaved message, and the frames of a video."""
-    ranges, paths = VLMEVALKIT_RANGES["default"], [pictures["monkey"], pictures["window"]]
+    ranges, paths = VLMEVALKIT_RANGES["default"], [pictures["monkey"], pictures["garden"]]
     tiles = [detailed_first(path, ranges) for path in paths]
     answer = ask_as_vlmevalkit(model, tokenizer, tiles, prompt, dict(VLMEVALKIT_SETTINGS))
     assert last_turn(sent, tokenizer) == turn(prompt.replace("<image>", "<img></img>"))
@@ -283,9 +284,9 @@ def test_vlmevalkit_with_settings_of_the_caller(model, tokenizer, pictures, sett
     ("words", "question", "history"),
     [
         (["monkey"], "<image>\nRead Image-1.", None),
-        (["monkey", "window"], "<image>\nAnd this?", [("<image>\nRead.", "monkey")]),
-        (["monkey", "window"], "And Image-2?", [("<image>\n<image>\nRead Image-1.", "monkey")]),
-        (["monkey", "window"], "And?", [("<image>\nRead.", "monkey"), ("Sure?", "Yes"), ("<image>\nThis?", "window")]),
+        (["monkey", "garden"], "<image>\nAnd this?", [("<image>\nRead.", "monkey")]),
+        (["monkey", "garden"], "And Image-2?", [("<image>\n<image>\nRead Image-1.", "monkey")]),
+        (["monkey", "garden"], "And?", [("<image>\nRead.", "monkey"), ("Sure?", "Yes"), ("<image>\nThis?", "garden")]),
     ],
 )
 def test_vlmevalkit_conversation(model, tokenizer, processor, pictures, sent, words, question, history):

@@ -281,7 +281,7 @@ def test_a_checkpoint_that_was_being_written_is_not_taken(tmp_path):
     ids=["grouped", "packed", "dropping"],
 )
 def test_a_killed_run_goes_on_exactly(tmp_path, capsys, layout):
-    data = write_words(tmp_path, 10)
+    data = write_words(tmp_path, 10, (224, 224) if "drop_tokens" in layout else (112, 112))
     settings = {"data": data, "max_steps": 8, "save_steps": 2, "muon_learning_rate": 1e-4, **layout}
     parts = ["language_model", "projector", "vision"]
     recipe = write_recipe(tmp_path, train=parts, learning_rate=1e-4, save_dtype="float32", **settings)

@@ -17,6 +17,7 @@ from minimonkey.scripts.training.samples import Samples
 
 
 TILES = [[4, 4, 3, 3]]
+SEVERAL_TILES = (224, 224)
 ALWAYS = {"steps": 1, "share": [0.5, 0.5], "by": "random"}
 
 
@@ -189,7 +190,7 @@ def test_compiled_layers_choose_the_same(tmp_path, processor, nano, dropping_nan
 )
 def test_runs_with_dropping(tmp_path, monkeypatch, layout):
     """Another loss than without, the same in rows as in batches, and a model like any other at the end."""
-    data, losses = write_words(tmp_path, 4), []
+    data, losses = write_words(tmp_path, 4, SEVERAL_TILES), []
     base = {"data": data, "tile_ranges": TILES, "depth": None, "max_steps": 2, "per_device_train_batch_size": 1}
     for name, drop in (("with", {**ALWAYS, "by": ["random", "scm"]}), ("without", None)):
         options = {**base, **layout, "drop_tokens": drop, "output_dir": str(tmp_path / name)}
@@ -200,7 +201,7 @@ def test_runs_with_dropping(tmp_path, monkeypatch, layout):
 
 
 def test_letters_are_taught_where_tokens_are_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr("minimonkey.scripts.training.data.documents", stand_in_documents())
+    monkeypatch.setattr("minimonkey.scripts.training.data.documents", stand_in_documents(SEVERAL_TILES))
     parts = ["vision", "projector", "language_model"]
     options = {"train": parts, "letters_weight": 0.3, "tile_ranges": TILES, "depth": 2, "drop_tokens": ALWAYS}
     script.main([str(write_recipe(tmp_path, data={"a": {"synthetic": "word", "length": 4}}, **options))])

@@ -38,10 +38,10 @@ def write_lines(folder: Path, lines: list[dict], name: str = "lines.jsonl") -> s
     return name
 
 
-def write_words(folder: Path, count: int = 6) -> dict:
-    """Pictures of words with their lines; a meta JSON's content."""
+def write_words(folder: Path, count: int = 6, size: tuple[int, int] = (112, 112)) -> dict:
+    """Pictures of words with their lines; a meta JSON's content. Nano cuts no picture under 150 px into tiles."""
     words = [f"word{i}" * (1 + i % 3) for i in range(count)]
-    lines = [line("<image>\nRead.", word, draw(folder / f"{i}.png", word)) for i, word in enumerate(words)]
+    lines = [line("<image>\nRead.", word, draw(folder / f"{i}.png", word, size)) for i, word in enumerate(words)]
     return {"words": {"root": str(folder), "annotation": str(folder / write_lines(folder, lines))}}
 
 
@@ -82,7 +82,7 @@ def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def stand_in_documents() -> types.ModuleType:
+def stand_in_documents(size: tuple[int, int] = (120, 100)) -> types.ModuleType:
     """A module like synthetic.documents, without fonts: answers tell the arguments; every third document is long."""
 
     def document(kind: str, index: int, seed: int, split: str = "training", difficulty: float = 1.0):
@@ -90,7 +90,7 @@ def stand_in_documents() -> types.ModuleType:
             raise ValueError(f"no split {split}")
         text = f"{kind} {index} {seed} {split} {difficulty:.2f}" + " long" * (100 if index % 3 == 2 else 0)
         characters = tuple(CharacterBox(c, (10 * i, 0, 10 * i + 10, 20)) for i, c in enumerate(text[:4]))
-        return Document(Image.new("RGB", (120, 100)), (Question("Read.", text),) * 2, characters)
+        return Document(Image.new("RGB", size), (Question("Read.", text),) * 2, characters)
 
     module = types.ModuleType("synthetic.documents")
     module.KINDS, module.document = {"word": None, "page": None}, document
