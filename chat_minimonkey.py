@@ -531,10 +531,11 @@ class ChatMixin:
 
     def _set_guard(self, request: _Request, stop_repetition: bool | dict[str, int] | None) -> None:
         """Make the guard here, since it tells later on why an answer ended; `generate` is to make none."""
-        if stop_repetition is not None:
-            request.options["stop_repetition"] = stop_repetition
-        request.guard = read_guard(self._setting("stop_repetition", None, request.options), 0, request.decode)
-        request.options["stop_repetition"] = False
+        asked = (stop_repetition, request.options.get("stop_repetition"))
+        asked += (getattr(self.generation_config, "stop_repetition", None),)
+        wanted = next((value for value in asked if value is not None), None)
+        if wanted is not None:
+            request.guard, request.options["stop_repetition"] = read_guard(wanted, 0, request.decode), False
 
     def _record_probabilities(self, options: dict[str, Any]) -> TokenProbabilities:
         """Put what records the probabilities of tokens before the caller's logits processors in `options`."""

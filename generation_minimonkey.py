@@ -259,7 +259,9 @@ class GenerateMixin:
         if OTHER_CACHE_NAME in kwargs:
             kwargs = with_one_cache_name(kwargs)
         check_generation_options(self, generation_config, kwargs)
-        self._guard_against_loops(stop_repetition, generation_config, kwargs)
+        wanted = self._setting("stop_repetition", generation_config, {"stop_repetition": stop_repetition})
+        if wanted is not None:
+            self._guard_against_loops(wanted, kwargs)
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
         input_ids = kwargs.get("input_ids")
         if self.config.kv_cache_dtype is not None and not can_remember:
@@ -666,16 +668,11 @@ class GenerateMixin:
                     f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."
                 )
 
-    def _guard_against_loops(
-        self,
-        stop_repetition: bool | dict[str, int] | None,
-        generation_config: GenerationConfig | None,
-        options: dict[str, Any],
-    ) -> None:
-        """Put what ends rows that repeat themselves among the stopping criteria of `options`, if that is wanted."""
-        wanted = self._setting("stop_repetition", generation_config, {"stop_repetition": stop_repetition})
+    def _guard_against_loops(self, stop_repetition: bool | dict[str, int], options: dict[str, Any]) -> None:
+        """Put what ends rows that repeat themselves among the stopping criteria of `options`, unless it is turned off."""
         prompt, tokenizer = options.get("input_ids"), options.get("tokenizer")
-        guard = read_guard(wanted, 0 if prompt is None else prompt.shape[1], getattr(tokenizer, "decode", None))
+        length = 0 if prompt is None else prompt.shape[1]
+        guard = read_guard(stop_repetition, length, getattr(tokenizer, "decode", None))
         if guard is not None:
             criteria = [*(options.get("stopping_criteria") or []), guard]
             options["stopping_criteria"] = StoppingCriteriaList(criteria)
