@@ -241,8 +241,10 @@ class ChatMixin:
         )
         tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
-        request.options = self._generation_options(request, generation_config, generation, return_dict)
-        self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
+        request.options = self._generation_options(request, generation_config, generation, use_scm, return_dict)
+        if use_scm or self.config.mining:
+            reader = None if tiles is not None else getattr(processor, "image_processor", None)
+            self._check_compression(use_scm, request.options, reader, images_kwargs)
         self._set_guard(request, stop_repetition)
         turns = [] if history is None else check_history(history)
         if tiles is None:
@@ -330,8 +332,10 @@ class ChatMixin:
         )
         tokenizer = getattr(processor, "tokenizer", processor)
         request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
-        request.options = self._generation_options(request, generation_config, generation, return_dict=False)
-        self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
+        request.options = self._generation_options(request, generation_config, generation, use_scm)
+        if use_scm or self.config.mining:
+            reader = None if tiles is not None else getattr(processor, "image_processor", None)
+            self._check_compression(use_scm, request.options, reader, images_kwargs)
         self._set_guard(request, stop_repetition)
         if return_dict:
             request.probabilities = self._record_probabilities(request.options)
@@ -400,15 +404,13 @@ class ChatMixin:
     # --- images ------------------------------------------------------------------------------------------------------
 
     def _check_compression(
-        self, use_scm: bool, options: dict[str, Any], processor, images_kwargs: dict[str, Any] | None
+        self, use_scm: bool, options: dict[str, Any], reader, images_kwargs: dict[str, Any] | None
     ) -> None:
-        """Raise `ValueError` for settings of compression that `generate` would refuse, before an image is opened."""
-        given = {name: options[name] for name in SCM_OPTIONS if options.get(name) is not None}
-        if given and not use_scm:
-            raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
-        if not use_scm and not self.config.mining:
-            return
-        reader = getattr(processor, "image_processor", None)
+        """Raise `ValueError` for what compression, or patch mining, would refuse, before an image is opened.
+
+        Args:
+            reader: The image processor; None for tiles that the caller cut.
+        """
         is_sliced = reader is not None and reader.cuts_slices(images_kwargs)
         if is_sliced and self.config.mining:
             raise ValueError(
@@ -416,10 +418,9 @@ class ChatMixin:
             )
         if not use_scm:
             return
-        self._compression_settings(**given)
-        self._check_compressible(is_sliced)
+        self._compression_settings(is_sliced, **{name: options.get(name) for name in SCM_OPTIONS})
         drops = reader is not None and expand_preset(images_kwargs or {}).get("drop_blank", reader.drop_blank)
-        selection = given.get("scm_select")
+        selection = options.get("scm_select")
         if drops and selection is not None and not callable(selection) and read_selection(selection).needs_grid:
             raise ValueError(
                 f"scm_select={selection!r} needs all tiles of a grid, of which drop_blank=True leaves some out; choose one."
@@ -490,7 +491,12 @@ class ChatMixin:
     # --- prompts -----------------------------------------------------------------------------------------------------
 
     def _generation_options(
-        self, request: _Request, config: GenerationConfig | dict | None, generation: dict[str, Any], return_dict: bool
+        self,
+        request: _Request,
+        config: GenerationConfig | dict | None,
+        generation: dict[str, Any],
+        use_scm: bool,
+        return_dict: bool = False,
     ) -> dict[str, Any]:
         """Return the caller's settings in a fresh dict, checked; an answer ends with the template's separator, whatever other
         ends there are."""
@@ -501,6 +507,9 @@ class ChatMixin:
         options = {**(config or {}), **generation}
         if "scm_query_ends" in options:
             raise ValueError("chat knows where each turn ended and sets scm_query_ends itself; leave it out.")
+        given = [name for name in SCM_OPTIONS if options.get(name) is not None]
+        if given and not use_scm:
+            raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
         dropped = [name for name in NOT_IN_ANSWERS if options.get(name)]
         if dropped:
             raise ValueError(
@@ -531,8 +540,8 @@ class ChatMixin:
 
     def _set_guard(self, request: _Request, stop_repetition: bool | dict[str, int] | None) -> None:
         """Make the guard here, since it tells later on why an answer ended; `generate` is to make none."""
-        asked = (stop_repetition, request.options.get("stop_repetition"))
-        asked += (getattr(self.generation_config, "stop_repetition", None),)
+        by_default = getattr(self.generation_config, "stop_repetition", None)
+        asked = (stop_repetition, request.options.get("stop_repetition"), by_default)
         wanted = next((value for value in asked if value is not None), None)
         if wanted is not None:
             request.guard, request.options["stop_repetition"] = read_guard(wanted, 0, request.decode), False

@@ -127,6 +127,9 @@ class CompressionSettings:
         return self.keep_ratio < 1 or self.selection.mass is not None or self.selection.blank == "save"
 
 
+NO_COMPRESSION = CompressionSettings(keep_ratio=1.0, layer=0, num_layers=1)
+
+
 def find_images(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,

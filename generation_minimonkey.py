@@ -34,6 +34,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .attention_probe import attention_inputs, read_dropping, rotary_means
 from .blank_tiles import blank_tokens
 from .compression import (
+    NO_COMPRESSION,
     AttentionInputs,
     CompressionSettings,
     ImageSpan,
@@ -162,8 +163,8 @@ class GenerateMixin:
             ValueError: See `generate`.
         """
         images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
-        self._check_compressible(images.are_slices)
-        settings = self._compression_settings(**scm_options)
+        are_slices = slice_values is not None or slice_sizes is not None
+        settings = self._compression_settings(are_slices, **scm_options)
         return self._embed(input_ids, attention_mask, images, settings).kept
 
     @extends(GenerationMixin.generate)
@@ -244,9 +245,9 @@ class GenerateMixin:
         images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
         settings = None
         if use_scm:
-            self._check_compressible(images.are_slices)
+            are_slices = slice_values is not None or slice_sizes is not None
             ends = self._setting("eos_token_id", generation_config, kwargs)
-            settings = self._compression_settings(**scm_options, tile_order=tile_order, end_ids=ends)
+            settings = self._compression_settings(are_slices, **scm_options, tile_order=tile_order, end_ids=ends)
         if inputs is not None:
             if kwargs.get("input_ids") is not None:
                 raise ValueError("The prompt's ids were given twice, by position and as input_ids.")
@@ -288,6 +289,7 @@ class GenerateMixin:
 
     def _compression_settings(
         self,
+        are_slices: bool = False,
         scm_keep_ratio: float | None = None,
         scm_layer: int | None = None,
         scm_queries: str | None = None,
@@ -296,7 +298,17 @@ class GenerateMixin:
         tile_order: str = "detailed_first",
         end_ids: int | list[int] | None = None,
     ) -> CompressionSettings:
+        """Return what compression is asked to do; refuse images that have no detailed tokens in the prompt."""
+        if are_slices:
+            raise ValueError(
+                "use_scm=True leaves out tokens of square tiles that an overview behind them asks about; slices of their own "
+                "size come after theirs. Have fewer of them (max_tiles), or a resampler of fewer queries."
+            )
         config, chooses = self.config, callable(scm_select)
+        if config.mining:
+            raise ValueError(
+                "use_scm=True has nothing to leave out: with patch mining an image's thumbnail is all there is."
+            )
         selection = PUBLISHED if scm_select is None or chooses else read_selection(scm_select)
         if scm_keep_ratio is not None and selection.mass is not None:
             raise ValueError(
@@ -350,7 +362,7 @@ class GenerateMixin:
             )
         if turn is not None and (len(input_ids) != 1 or not bool(mask.all())):
             raise ValueError("A turn is of one conversation: pass one row without padding.")
-        settings = settings or self._compression_settings(scm_keep_ratio=1.0)
+        settings = settings or NO_COMPRESSION
         spans: list[list[ImageSpan]] = [[] for _ in input_ids]
         features = input_ids.new_empty(0, self.config.text_config.hidden_size, dtype=self.dtype)
         tile_counts, per_tile, is_whole = images.tile_counts, 1, not images.are_slices and not self.config.mining
@@ -553,18 +565,6 @@ class GenerateMixin:
         tiles_and_features = zip(turn.keys, counts.tolist(), grids.tolist())
         turn.memory.remember_images({key: (count, grid, features[key]) for key, count, grid in tiles_and_features})
         return torch.cat([features[key] for key in turn.keys])
-
-    def _check_compressible(self, are_slices: bool) -> None:
-        """Refuse scale compression of images that have no detailed tokens in the prompt."""
-        if are_slices:
-            raise ValueError(
-                "use_scm=True leaves out tokens of square tiles that an overview behind them asks about; slices of their own "
-                "size come after theirs. Have fewer of them (max_tiles), or a resampler of fewer queries."
-            )
-        if self.config.mining:
-            raise ValueError(
-                "use_scm=True has nothing to leave out: with patch mining an image's thumbnail is all there is."
-            )
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
         """Tell whether this generation can go on from a cache and leave one: one row, an ordinary cache, no other decoding."""
