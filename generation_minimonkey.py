@@ -255,7 +255,8 @@ class GenerateMixin:
         if logits_processor is not None:
             kwargs["logits_processor"] = logits_processor
         turn = kwargs.pop(CACHE_NAME) if isinstance(kwargs.get(CACHE_NAME), Turn) else None
-        has_images = images.pixels is not None or bool(turn is not None and turn.keys)
+        has_pixels = pixel_values is not None or slice_values is not None
+        has_images = has_pixels or bool(turn is not None and turn.keys)
         self._check_what_fits(generation_config, kwargs, has_images, use_scm)
         if OTHER_CACHE_NAME in kwargs:
             kwargs = with_one_cache_name(kwargs)
@@ -365,12 +366,12 @@ class GenerateMixin:
         settings = settings or NO_COMPRESSION
         spans: list[list[ImageSpan]] = [[] for _ in input_ids]
         features = input_ids.new_empty(0, self.config.text_config.hidden_size, dtype=self.dtype)
-        tile_counts, per_tile, is_whole = images.tile_counts, 1, not images.are_slices and not self.config.mining
+        tile_counts, per_tile, is_whole = images.tile_counts, 1, images.slice_sizes is None and not self.config.mining
         if turn is not None and turn.keys:
             features = self._recall_features(turn, images)
             if is_whole:
                 per_tile = len(features) // int(torch.as_tensor(tile_counts).sum())
-        elif images.pixels is None:
+        elif images.pixel_values is None:
             self._check_no_image_tokens(input_ids)
         elif tile_counts is None:
             raise ValueError(
@@ -379,7 +380,7 @@ class GenerateMixin:
             )
         else:
             per_tile = self.tokens_per_tile(images.pixel_values)
-        if tile_counts is not None and (images.pixels is not None or len(features)):
+        if tile_counts is not None and (images.pixel_values is not None or len(features)):
             if not is_whole:  # only remembered, never compressed: each token is a tile that stays
                 tile_counts = torch.tensor([(0, 0, len(turn.memory.features[key])) for key in turn.keys])
             spans = find_images(
@@ -548,14 +549,13 @@ class GenerateMixin:
         unseen = {key: number for number, key in reversed([*enumerate(turn.keys)]) if key not in turn.features}
         unseen = dict(sorted(unseen.items(), key=lambda pair: pair[1]))
         features = dict(turn.features)
-        new = images.of([*unseen.values()])
-        if not images.are_slices:
-            given, expected = 0 if new.pixels is None else len(new.pixels), int(new.tile_counts.sum())
-            if given != expected:
+        if unseen or images.pixel_values is not None:
+            new = images.of([*unseen.values()])
+            given, expected = 0 if new.pixel_values is None else len(new.pixel_values), int(new.tile_counts.sum())
+            if given != expected and not new.are_slices:
                 raise ValueError(
                     f"pixel_values hold {given} tiles, but the images that are new in this turn have {expected}."
                 )
-        if unseen:
             per_tile = 1 if new.are_slices else self.tokens_per_tile(new.pixel_values)
             tokens = [image_tokens(layout, per_tile) for layout in self.image_layouts(new)]
             features |= zip(unseen, self.image_features(new).flatten(0, -2).split(tokens))
