@@ -37,10 +37,9 @@ from .conversation import (
 )
 from .generation_minimonkey import check_generation_options
 from .image_inputs import ImageInputs
-from .image_processing_minimonkey import expand_preset, list_images
+from .image_processing_minimonkey import cut_images, expand_preset, list_images
 from .processing_minimonkey import (
     VIDEO_OPTIONS,
-    cut_images,
     list_videos,
     place_frames,
     video_options,
@@ -75,7 +74,7 @@ class Conversation:
 
 @dataclass
 class _Cut:
-    """The tiles or slices of all images of a call.
+    """The tiles or slices of all images of a call; of slices `tokens_per_tile` is not used.
 
     With a memory there is a `turn`, and the pixels are only those of the images that are new to it.
     """
@@ -83,13 +82,6 @@ class _Cut:
     images: ImageInputs = ImageInputs()
     tokens_per_tile: int = 0
     turn: Turn | None = None
-
-    @staticmethod
-    def of(pixels: dict[str, torch.Tensor], layout: torch.Tensor, *others) -> "_Cut":
-        """Return a cut with `layout` (images, 7), counts and grids, or (images, 11) with the sizes of slices behind them."""
-        known = {"tile_counts": layout[:, :3], "tile_grids": layout[:, 3:7]}
-        known |= {"slice_sizes": layout[:, 7:]} if layout.shape[1] > 7 else {}
-        return _Cut(ImageInputs(**pixels, **known), *others)
 
 
 @dataclass
@@ -236,11 +228,11 @@ class ChatMixin:
         if token_budget is not None:
             tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
+        tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
+        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         _check_settings(
             tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
         )
-        tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
-        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, use_scm, return_dict)
         if use_scm or self.config.mining:
             reader = None if tiles is not None else getattr(processor, "image_processor", None)
@@ -327,11 +319,11 @@ class ChatMixin:
         if token_budget is not None:
             tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         _check_settings(
             tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
         )
-        tokenizer = getattr(processor, "tokenizer", processor)
-        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         request.options = self._generation_options(request, generation_config, generation, use_scm)
         if use_scm or self.config.mining:
             reader = None if tiles is not None else getattr(processor, "image_processor", None)
@@ -457,7 +449,7 @@ class ChatMixin:
         """
         images = [image for conversation in request.conversations for image in conversation.images]
         memory = request.memory
-        turn = None if memory is None else memory.begin_turn(keys)
+        turn = None if memory is None else Turn(memory, keys, memory.tile_counts, memory.tile_grids, memory.features)
         if not images:
             return _Cut(turn=turn)
         new, known = range(len(images)), {}
@@ -478,15 +470,16 @@ class ChatMixin:
                 # uint8 tiles are normalised by the model, see encode_images.
                 dtype = self.dtype if cut[name].is_floating_point() else cut[name].dtype
                 pixels = {name: cut[name].to(self.device, dtype)}
-            is_usual = "slice_values" in pixels or pixels["pixel_values"].shape[-1] == self.config.tile_size
-            tokens_per_tile = self.config.image_seq_length if is_usual else self.tokens_per_tile(pixels["pixel_values"])
-            if turn is None:
-                return _Cut.of(pixels, layout, tokens_per_tile)
-            known |= {keys[i]: own for i, own in zip(new, layout.tolist())}
+            known |= {} if turn is None else {keys[i]: own for i, own in zip(new, layout.tolist())}
+            tokens_per_tile = self.tokens_per_tile(pixels["pixel_values"]) if "pixel_values" in pixels else 0
         else:
             written = 1 if self.config.mining else sum(turn.tile_counts[keys[0]])
-            tokens_per_tile = len(turn.features[keys[0]]) // written  # of slices this is not used
-        return _Cut.of(pixels, torch.tensor([known[key] for key in keys]), tokens_per_tile, turn)
+            tokens_per_tile = len(turn.features[keys[0]]) // written
+        if turn is not None:
+            layout = torch.tensor([known[key] for key in keys])
+        sizes = {"slice_sizes": layout[:, 7:]} if layout.shape[1] > 7 else {}
+        images = ImageInputs(**pixels, tile_counts=layout[:, :3], tile_grids=layout[:, 3:7], **sizes)
+        return _Cut(images, tokens_per_tile, turn)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -589,20 +582,13 @@ class ChatMixin:
         rows = {"input_ids": [prompt.token_ids for prompt in prompts]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.device)
         options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        images = vars(cut.images)
-        options |= {"pixel_values": images["pixel_values"], "use_scm": scm_tile_order is not None}
+        options |= {name: value for name, value in vars(cut.images).items() if value is not None}
+        options["use_scm"] = scm_tile_order is not None
         if scm_tile_order is not None and has_images:
             ends = _query_ends(request.conversations, prompts)
             options |= {"tile_order": scm_tile_order, "scm_query_ends": ends}
         if cut.turn is not None:
             options[CACHE_NAME] = cut.turn
-        if (
-            cut.turn is not None
-            or (has_images and scm_tile_order is not None)
-            or self.config.mining
-            or cut.images.are_slices
-        ):
-            options |= {name: value for name, value in images.items() if name != "pixel_values" and value is not None}
         if request.guard is not None:
             request.guard.prompt_length = options["input_ids"].shape[1]
             criteria = [*(options.get("stopping_criteria") or []), request.guard]

@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -450,6 +450,22 @@ def list_images(images) -> list:
     if 0 in getattr(images, "shape", ()):
         raise ValueError(EMPTY.format("images", f"an array of shape {tuple(images.shape)}"))
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+
+
+def cut_images(image_processor, images: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
+    """Cut images that have options of their own, beside `options` for all, with the image processor, in order."""
+    parts = [
+        image_processor([image for image, _ in group], **{**own, **options})
+        for own, group in groupby(images, key=lambda image: image[1])
+    ]
+    return dict(parts[0]) if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
+
+
+def _joined(parts: list):
+    """Join tensors, arrays or lists into one."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return [item for part in parts for item in part] if isinstance(parts[0], list) else np.concatenate(parts)
 
 
 class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):

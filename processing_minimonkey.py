@@ -10,7 +10,6 @@ its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the 
 
 import re
 from collections.abc import Iterable
-from itertools import groupby
 from math import isqrt
 from typing import Any
 
@@ -42,7 +41,7 @@ from .grounding import draw_boxes, parse_boxes
 from .guided_generation import generation_prompt
 from .image_decoding import pages_of
 from .image_inputs import image_layouts
-from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, list_images
+from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, cut_images, list_images
 from .multi_view import stitch_views
 from .tiling import RANGE_NAMES, SLICES
 from .transformers_bridge import MultiModalData, custom_object_save
@@ -149,15 +148,6 @@ def place_frames(
     return texts, [next(remaining[kind]) for kind in kinds]
 
 
-def cut_images(image_processor, images: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
-    """Cut images that have options of their own, beside `options` for all, with the image processor, in order."""
-    parts = [
-        image_processor([image for image, _ in group], **{**own, **options})
-        for own, group in groupby(images, key=lambda image: image[1])
-    ]
-    return dict(parts[0]) if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
-
-
 def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) -> tuple[dict, dict]:
     """Return how frames of videos are chosen, and the image processor's options for them: one tile each, else as for images.
 
@@ -173,13 +163,6 @@ def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) 
     if "video_backend" in sampling:
         sampling["backend"] = sampling.pop("video_backend")
     return sampling, {**images_kwargs, **ranges}  # which a preset leaves as they are
-
-
-def _joined(parts: list):
-    """Join tensors, arrays or lists into one."""
-    if isinstance(parts[0], torch.Tensor):
-        return torch.cat(parts)
-    return [item for part in parts for item in part] if isinstance(parts[0], list) else np.concatenate(parts)
 
 
 def _of_the_same_kind(mask, ids):
