@@ -275,7 +275,17 @@ class GenerateMixin:
         embedded = self._embed(input_ids, kwargs.get("attention_mask"), images, settings, turn, can_remember)
         if settings is not None and settings.selection.stage == "layer":
             self._read_to_layer(generation_config, kwargs, embedded)
-        generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
+        kwargs["inputs_embeds"], mask, kept = embedded.embeddings, embedded.mask, embedded.kept
+        if embedded.cache is not None:
+            kwargs[CACHE_NAME] = embedded.cache
+        if self.config.visual_experts:
+            is_image = input_ids == self.config.image_token_id
+            kwargs["visual_token_mask"] = is_image.to(embedded.embeddings.device)
+        # Tokens were left out, or rows end with padding, where generation would go on.
+        repacked = kept is not None and (sum(map(len, kept)) < int(mask.sum()) or not bool(mask[:, -1].all()))
+        repacked = repacked or embedded.cached is not None
+        if repacked:
+            generation_config = self._repack(generation_config, kwargs, embedded)
         if (chunk_size := self._setting("prefill_chunk_size", generation_config, kwargs)) is not None:
             generation_config = self._read_in_chunks(generation_config, kwargs, chunk_size)
         output = super().generate(generation_config=generation_config, **kwargs)
@@ -408,6 +418,24 @@ class GenerateMixin:
                     for image in spans[0]
                 ]
             ]
+        if settings is NO_COMPRESSION:
+            kept = [row.nonzero().squeeze(1) for row in mask]
+        else:
+            kept = self._compress(embeddings, mask, spans, settings, images, turn)
+        if recalled.start:
+            kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
+        return _Embedded(embeddings, mask, kept, settings, prompt, cache, spans, recalled.start)
+
+    def _compress(
+        self,
+        embeddings: torch.Tensor,
+        mask: torch.Tensor,
+        spans: list[list[ImageSpan]],
+        settings: CompressionSettings,
+        images: ImageInputs,
+        turn: Turn | None,
+    ) -> list[torch.Tensor]:
+        """Return the positions of each row that stay, see `compression.kept_positions`; markers get their run's embedding."""
         blank = None
         if settings.selection.blank != "scored" and settings.select is None and any(spans):
             blank = self._blank_tokens(spans, images, turn)
@@ -417,9 +445,7 @@ class GenerateMixin:
         for row, row_runs in enumerate(runs):
             for place, first, stop in row_runs:
                 embeddings[row, place] = embeddings[row, first:stop].mean(dim=0)
-        if recalled.start:
-            kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
-        return _Embedded(embeddings, mask, kept, settings, prompt, cache, spans, recalled.start)
+        return kept
 
     def _blank_tokens(
         self, spans: list[list[ImageSpan]], images: ImageInputs, turn: Turn | None
@@ -469,12 +495,7 @@ class GenerateMixin:
         Puts into `embedded` a cache of what was read. The last token of a turn that brought an image, and all after it, is
         left to the generation and sees what stays alone, so that a later turn that is computed anew is the same.
         """
-        if self._setting("cache_implementation", generation_config, options) is not None or (
-            self._setting("use_cache", generation_config, options) is False
-        ):
-            raise ValueError(
-                "scm_select with stage='layer' makes a cache of its own; leave out cache_implementation and use_cache=False."
-            )
+        copies = self._check_own_cache("scm_select with stage='layer'", generation_config, options)
         mask, layer = embedded.mask, embedded.settings.layer
         if not embedded.settings.compresses:
             return
@@ -493,8 +514,6 @@ class GenerateMixin:
             caches.append(cache)
             cached.append(cache.get_seq_length())
         if embedded.prompt is None and any(cached):
-            copies = ("num_beams", "num_return_sequences")
-            copies = max(self._setting(name, generation_config, options) or 1 for name in copies)
             embedded.cache, embedded.cached = joined_caches(caches, new_cache(self), copies), cached
 
     def _read_in_chunks(
@@ -513,12 +532,7 @@ class GenerateMixin:
             raise ValueError(
                 "prefill_chunk_size of model.generation_config would be applied twice; pass it to generate."
             )
-        if self._setting("cache_implementation", generation_config, options) is not None or (
-            self._setting("use_cache", generation_config, options) is False
-        ):
-            raise ValueError(
-                "prefill_chunk_size with images makes a cache of its own; leave out cache_implementation and use_cache=False."
-            )
+        copies = self._check_own_cache("prefill_chunk_size with images", generation_config, options)
         embeddings, mask = options["inputs_embeds"], options.get("attention_mask")
         mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.long) if mask is None else mask
         places = options.get("position_ids")
@@ -531,9 +545,6 @@ class GenerateMixin:
             routing = {"visual_token_mask": options["visual_token_mask"][:, part]} if self.config.visual_experts else {}
             reading = {CACHE_NAME: cache, "use_cache": True, "position_ids": places[:, part], **routing}
             self.model.language_model(inputs_embeds=embeddings[:, part], attention_mask=mask[:, :start], **reading)
-        copies = max(
-            self._setting(name, generation_config, options) or 1 for name in ("num_beams", "num_return_sequences")
-        )
         if start > past and is_fresh and copies > 1:
             cache.batch_repeat_interleave(copies)
         options |= {CACHE_NAME: cache}
@@ -542,6 +553,16 @@ class GenerateMixin:
         if generation_config is not None:
             generation_config.prefill_chunk_size = None
         return generation_config
+
+    def _check_own_cache(self, what: str, generation_config: GenerationConfig | None, options: dict[str, Any]) -> int:
+        """Refuse settings beside which `what` cannot make a cache; return how many copies of a row the generation needs."""
+        if self._setting("cache_implementation", generation_config, options) is not None or (
+            self._setting("use_cache", generation_config, options) is False
+        ):
+            raise ValueError(f"{what} makes a cache of its own; leave out cache_implementation and use_cache=False.")
+        return max(
+            self._setting(name, generation_config, options) or 1 for name in ("num_beams", "num_return_sequences")
+        )
 
     def _recall_features(self, turn: Turn, images: ImageInputs) -> torch.Tensor:
         """Return the features (tokens, D) of all images of a conversation; compute only those of unseen images."""
@@ -590,46 +611,37 @@ class GenerateMixin:
             new_ids = sequences[0, embedded.embeddings.shape[1] :].tolist()
             memory.remember(embedded.prompt, embedded.kept[0], embedded.cache, new_ids)
 
-    def _use_embedded(
+    def _repack(
         self, generation_config: GenerationConfig | None, options: dict[str, Any], embedded: _Embedded
-    ) -> tuple[GenerationConfig | None, bool]:
-        """Put the prompt's embeddings into `options`, without what is left out, and padded on the left.
-
-        Returns:
-            The generation configuration for it, and whether tokens were left out or moved.
-        """
-        input_ids, embeddings, mask, kept = options["input_ids"], embedded.embeddings, embedded.mask, embedded.kept
-        is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
-        # Tokens were left out, or rows end with padding, where generation would go on.
-        repacked = kept is not None and (sum(map(len, kept)) < int(mask.sum()) or not bool(mask[:, -1].all()))
-        repacked = repacked or embedded.cached is not None
-        if repacked:
-            generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
-            # What reads the ids finds each row's own: all padding comes first, and none is penalised.
-            order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(input_ids.device)
-            options["input_ids"] = input_ids.gather(1, order)
-            penalty = self._setting("repetition_penalty", generation_config, options)
-            if penalty is not None and penalty != 1:
-                processors = [PaddedRepetitionPenalty(penalty, mask.eq(0).sum(dim=1))]
-                processors += options.get("logits_processor") or []
-                options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
-            tensors = (embeddings, is_image, mask.long().cumsum(dim=1) - 1)  # the last: of each token in its row alone
-            if embedded.cached is None:
-                (embeddings, is_image, places), options["attention_mask"] = pack(tensors, kept)
-            else:  # what is in the cache comes first in all rows
-                rows = list(zip(kept, embedded.cached))
-                first, first_mask = pack(tensors, [own[:count] for own, count in rows])
-                rest, rest_mask = pack(tensors, [own[count:] for own, count in rows])
-                embeddings, is_image, places = (torch.cat(pair, dim=1) for pair in zip(first, rest))
-                options["attention_mask"] = torch.cat([first_mask, rest_mask], dim=1)
-            if embedded.settings is not None and embedded.settings.selection.positions == "original":
-                options["position_ids"] = places.to(embeddings.device)
-        options["inputs_embeds"] = embeddings
-        if embedded.cache is not None:
-            options[CACHE_NAME] = embedded.cache
+    ) -> GenerationConfig | None:
+        """Leave out of the prompt in `options` what is not kept, and pad it on the left; return the configuration for that."""
+        input_ids, mask, kept = options["input_ids"], embedded.mask, embedded.kept
+        generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
+        # What reads the ids finds each row's own: all padding comes first, and none is penalised.
+        order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(input_ids.device)
+        options["input_ids"] = input_ids.gather(1, order)
+        penalty = self._setting("repetition_penalty", generation_config, options)
+        if penalty is not None and penalty != 1:
+            processors = [PaddedRepetitionPenalty(penalty, mask.eq(0).sum(dim=1))]
+            processors += options.get("logits_processor") or []
+            options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
+        parts = {"inputs_embeds": embedded.embeddings}
         if self.config.visual_experts:
-            options["visual_token_mask"] = is_image
-        return generation_config, repacked
+            parts["visual_token_mask"] = options["visual_token_mask"]
+        if embedded.settings is not None and embedded.settings.selection.positions == "original":
+            places = mask.long().cumsum(dim=1) - 1  # of each token in its row alone
+            parts["position_ids"] = places.to(embedded.embeddings.device)
+        tensors = tuple(parts.values())
+        if embedded.cached is None:
+            packed, options["attention_mask"] = pack(tensors, kept)
+        else:  # what is in the cache comes first in all rows
+            rows = list(zip(kept, embedded.cached))
+            first, first_mask = pack(tensors, [own[:count] for own, count in rows])
+            rest, rest_mask = pack(tensors, [own[count:] for own, count in rows])
+            packed = [torch.cat(pair, dim=1) for pair in zip(first, rest)]
+            options["attention_mask"] = torch.cat([first_mask, rest_mask], dim=1)
+        options |= zip(parts, packed)
+        return generation_config
 
     def _check_no_image_tokens(self, input_ids: torch.Tensor | None) -> None:
         tokens = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
