@@ -235,8 +235,7 @@ class ChatMixin:
         )
         request.options = self._generation_options(request, generation_config, generation, use_scm, return_dict)
         if use_scm or self.config.mining:
-            reader = None if tiles is not None else getattr(processor, "image_processor", None)
-            self._check_compression(use_scm, request.options, reader, images_kwargs)
+            self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
         self._set_guard(request, stop_repetition)
         turns = [] if history is None else check_history(history)
         if tiles is None:
@@ -326,8 +325,7 @@ class ChatMixin:
         )
         request.options = self._generation_options(request, generation_config, generation, use_scm)
         if use_scm or self.config.mining:
-            reader = None if tiles is not None else getattr(processor, "image_processor", None)
-            self._check_compression(use_scm, request.options, reader, images_kwargs)
+            self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
         self._set_guard(request, stop_repetition)
         if return_dict:
             request.probabilities = self._record_probabilities(request.options)
@@ -396,13 +394,10 @@ class ChatMixin:
     # --- images ------------------------------------------------------------------------------------------------------
 
     def _check_compression(
-        self, use_scm: bool, options: dict[str, Any], reader, images_kwargs: dict[str, Any] | None
+        self, use_scm: bool, options: dict[str, Any], processor, images_kwargs: dict[str, Any] | None
     ) -> None:
-        """Raise `ValueError` for what compression, or patch mining, would refuse, before an image is opened.
-
-        Args:
-            reader: The image processor; None for tiles that the caller cut.
-        """
+        """Raise `ValueError` for what compression, or patch mining, would refuse, before an image is opened."""
+        reader = getattr(processor, "image_processor", None)
         is_sliced = reader is not None and reader.cuts_slices(images_kwargs)
         if is_sliced and self.config.mining:
             raise ValueError(
@@ -470,7 +465,8 @@ class ChatMixin:
                 # uint8 tiles are normalised by the model, see encode_images.
                 dtype = self.dtype if cut[name].is_floating_point() else cut[name].dtype
                 pixels = {name: cut[name].to(self.device, dtype)}
-            known |= {} if turn is None else {keys[i]: own for i, own in zip(new, layout.tolist())}
+            if turn is not None:
+                known |= {keys[i]: own for i, own in zip(new, layout.tolist())}
             tokens_per_tile = self.tokens_per_tile(pixels["pixel_values"]) if "pixel_values" in pixels else 0
         else:
             written = 1 if self.config.mining else sum(turn.tile_counts[keys[0]])
