@@ -43,7 +43,6 @@ from .processing_minimonkey import (
     list_videos,
     place_frames,
     video_options,
-    with_pages,
 )
 from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, image_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
@@ -578,8 +577,7 @@ class ChatMixin:
         rows = {"input_ids": [prompt.token_ids for prompt in prompts]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.device)
         options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        options |= {name: value for name, value in vars(cut.images).items() if value is not None}
-        options["use_scm"] = scm_tile_order is not None
+        options |= {**vars(cut.images), "use_scm": scm_tile_order is not None}
         if scm_tile_order is not None and has_images:
             ends = _query_ends(request.conversations, prompts)
             options |= {"tile_order": scm_tile_order, "scm_query_ends": ends}
@@ -777,7 +775,8 @@ def _read(
     images, videos = list_images(images), [] if videos is None else list_videos(videos)
     asked = [text for text, _ in history]
     if images:
-        images = with_pages(images, [*asked, question], processor.image_processor, images_kwargs)
+        placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in (*asked, question))
+        images = processor.image_processor.with_pages(images, placeholders, **images_kwargs)
     if not is_placed:
         question = _placed(question, asked, images, videos)
     for given, placeholder in ((images, IMAGE_PLACEHOLDER), (videos, VIDEO_PLACEHOLDER)):

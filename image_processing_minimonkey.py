@@ -36,6 +36,7 @@ from .blank_tiles import shown_tiles
 from .image_decoding import (
     array_to_rgb,
     load_image,
+    pages_of,
     resize_image,
     resizing_steps,
     tensor_to_rgb,
@@ -243,6 +244,18 @@ class _MsacMixin:
         if isinstance(image_url_or_urls, SOURCES):
             return load_image(image_url_or_urls, self.untrusted_sources)
         return image_url_or_urls
+
+    def with_pages(self, images: list, placeholders: int, **images_kwargs: Any) -> list:
+        """Return `images`, with the pages of TIFF files as images of their own.
+
+        Where a text has one placeholder for each file, its first page alone is shown, with a warning later on.
+
+        Raises:
+            ValueError: A path, where sources are untrusted.
+        """
+        untrusted = images_kwargs.get("untrusted_sources", self.untrusted_sources)
+        pages = [page for image in images for page in pages_of(image, untrusted)]
+        return images if placeholders == len(images) else pages
 
     def process_image(self, image, input_data_format=None, untrusted_sources=False, **kwargs) -> Image.Image:
         """Return one image of any accepted type as upright 8-bit RGB."""

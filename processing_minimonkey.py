@@ -39,7 +39,6 @@ from .conversation import (
 )
 from .grounding import draw_boxes, parse_boxes
 from .guided_generation import generation_prompt
-from .image_decoding import pages_of
 from .image_inputs import image_layouts
 from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, cut_images, list_images
 from .multi_view import stitch_views
@@ -170,20 +169,6 @@ def _of_the_same_kind(mask, ids):
     if isinstance(ids, torch.Tensor):
         return torch.as_tensor(mask)
     return np.asarray(mask) if isinstance(ids, np.ndarray) else mask
-
-
-def with_pages(images: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
-    """Return `images`, with the pages of TIFF files as images of their own.
-
-    Where `texts` have one `<image>` for each file, its first page alone is shown, which the image processor warns about.
-
-    Raises:
-        ValueError: A path, where sources are untrusted.
-    """
-    untrusted = options.get("untrusted_sources", image_processor.untrusted_sources)
-    pages = [page for image in images for page in pages_of(image, untrusted)]
-    has_pages = len(pages) > len(images)
-    return pages if has_pages and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(images) else images
 
 
 def list_videos(videos) -> list:
@@ -383,11 +368,13 @@ class MiniMonkeyProcessor(ProcessorMixin):
             rows = images if len(texts) > 1 else [list_images(images)]  # of several texts some may have no images
             found = []
             for row, (text, given) in enumerate(zip(texts, rows)):
-                of_row = with_pages(list_images(given), [text], self.image_processor, options)
+                placeholders = text.count(IMAGE_PLACEHOLDER)
+                of_row = self.image_processor.with_pages(list_images(given), placeholders, **options)
                 check_placeholders([text], len(of_row), f"Row {row}")
                 found += of_row
             return found
-        images = with_pages(list_images(images), texts, self.image_processor, options)
+        placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+        images = self.image_processor.with_pages(list_images(images), placeholders, **options)
         check_placeholders(texts, len(images))
         return images
 
