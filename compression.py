@@ -127,6 +127,9 @@ class CompressionSettings:
         return self.keep_ratio < 1 or self.selection.mass is not None or self.selection.blank == "save"
 
 
+NO_COMPRESSION = CompressionSettings(keep_ratio=1.0, layer=0, num_layers=1)
+
+
 def find_images(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -176,7 +179,9 @@ def find_images(
             raise ValueError(f"scm_query_ends[{number}] is {end}; it must lie after the image, which ends at {last}.")
         start, stop = int(unpadded[row, first]) - 1, int(unpadded[row, last])
         detailed_start = start + (adaptive if settings.tile_order == "adaptive_first" else 0)
-        tile_map = _tile_map(number, tiles[0], tokens_per_tile, tile_grids, settings)
+        tile_map = TileMap(1, tiles[0], isqrt(tokens_per_tile))
+        if settings.selection.needs_grid and tiles[0]:
+            tile_map = _tile_map(number, tile_map, tile_grids, settings.selection)
         question_end = next(
             (i for i in range(last + 1, end) if settings.end_ids and int(input_ids[row, i]) in settings.end_ids), end
         )
@@ -186,27 +191,22 @@ def find_images(
     return images
 
 
-def _tile_map(
-    number: int, tiles: int, per_tile: int, tile_grids: torch.Tensor | None, settings: CompressionSettings
-) -> TileMap:
-    """Return how the detailed tiles of an image lie; one below the other where nothing needs to know."""
-    side = isqrt(per_tile)
-    if not settings.selection.needs_grid or not tiles:
-        return TileMap(1, tiles, side)
-    asked = "shape" if settings.selection.shape != "token" else "blank"
-    asked = f"scm_select with {asked}={getattr(settings.selection, asked)!r}"
+def _tile_map(number: int, column: TileMap, tile_grids: torch.Tensor | None, selection: Selection) -> TileMap:
+    """Return how the detailed tiles of an image lie, given them one below the other."""
+    asked = "shape" if selection.shape != "token" else "blank"
+    asked = f"scm_select with {asked}={getattr(selection, asked)!r}"
     if tile_grids is None:
         raise ValueError(
             f"{asked} needs to know how tiles lie: pass tile_grids (images, 4), "
             "which the processor returns beside tile_counts."
         )
     columns, rows = torch.as_tensor(tile_grids)[number, :2].tolist()
-    if columns * rows != tiles:
+    if columns * rows != column.rows:
         raise ValueError(
-            f"Image {number} has {tiles} detailed tiles, but its grid has {columns} x {rows}; {asked} needs all tiles of a "
-            "grid (drop_blank=False)."
+            f"Image {number} has {column.rows} detailed tiles, but its grid has {columns} x {rows}; {asked} needs all tiles of "
+            "a grid (drop_blank=False)."
         )
-    return TileMap(columns, rows, side)
+    return TileMap(columns, rows, column.side)
 
 
 def _check_images(

@@ -117,10 +117,6 @@ class PromptMemory:
         tensors = [*self.features.values(), *(t for layer in layers for t in (layer.keys, layer.values))]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def begin_turn(self, keys: list[bytes]) -> "Turn":
-        """Return what the next turn, about the images `keys`, starts from."""
-        return Turn(self, keys, self.tile_counts, self.tile_grids, self.features)
-
     def remember_images(self, images: dict[bytes, tuple[list[int], list[int], torch.Tensor]]) -> None:
         """Keep the tile counts, grids and features of exactly these images, those of the prompt that is about to be read."""
         self.tile_counts = {key: counts for key, (counts, _, _) in images.items()}
