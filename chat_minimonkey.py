@@ -407,7 +407,7 @@ class ChatMixin:
         self._compression_settings(is_sliced, **{name: options.get(name) for name in SCM_OPTIONS})
         drops = reader is not None and expand_preset(images_kwargs or {}).get("drop_blank", reader.drop_blank)
         selection = options.get("scm_select")
-        if drops and selection is not None and not callable(selection) and read_selection(selection).needs_grid:
+        if drops and read_selection(selection).needs_grid:
             raise ValueError(
                 f"scm_select={selection!r} needs all tiles of a grid, of which drop_blank=True leaves some out; choose one."
             )

@@ -38,7 +38,6 @@ from .compression import (
     AttentionInputs,
     CompressionSettings,
     ImageSpan,
-    Select,
     find_images,
     kept_positions,
     pack,
@@ -47,7 +46,7 @@ from .conversation import image_tokens
 from .image_inputs import ImageInputs
 from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, joined_caches, new_cache
 from .repetition import read_guard
-from .token_selection import PUBLISHED, read_selection
+from .token_selection import Select, read_selection
 from .transformers_bridge import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -216,8 +215,8 @@ class GenerateMixin:
             tile_order: Whether an image's detailed or its adaptive tiles come first, which only compression needs to know;
                 the processor's is "detailed_first".
             scm_select: How the detailed tokens that stay are chosen: a name of `token_selection.SELECTIONS` ("smooth",
-                "block", "tile", ...), or a dict of what `token_selection.Selection` takes. A function chooses instead of
-                attention, see `compression.CompressionSettings`.
+                "block", "tile", ...), or a dict of what `token_selection.Selection` takes. A function, alone or as its
+                `select`, chooses instead of attention.
             stop_repetition: True ends rows that repeat themselves; a dict does so with settings of
                 `repetition.RepetitionGuard`, which sees letters if `tokenizer` is given. By default what the generation
                 configuration says (`"stop_repetition": true` in generation_config.json, for servers).
@@ -315,12 +314,11 @@ class GenerateMixin:
                 "use_scm=True leaves out tokens of square tiles that an overview behind them asks about; slices of their own "
                 "size come after theirs. Have fewer of them (max_tiles), or a resampler of fewer queries."
             )
-        config, chooses = self.config, callable(scm_select)
+        config, selection = self.config, read_selection(scm_select)
         if config.mining:
             raise ValueError(
                 "use_scm=True has nothing to leave out: with patch mining an image's thumbnail is all there is."
             )
-        selection = PUBLISHED if scm_select is None or chooses else read_selection(scm_select)
         if scm_keep_ratio is not None and selection.mass is not None:
             raise ValueError(
                 f"scm_select with mass={selection.mass} decides itself how many tokens stay; leave out scm_keep_ratio, and set "
@@ -342,7 +340,6 @@ class GenerateMixin:
             query_ends=scm_query_ends,
             tile_order=tile_order,
             selection=selection,
-            select=scm_select if chooses else None,
             end_ids=tuple(ends) if queries in ("question", "balanced") else (),
         )
 
@@ -437,7 +434,7 @@ class GenerateMixin:
     ) -> list[torch.Tensor]:
         """Return the positions of each row that stay, see `compression.kept_positions`; markers get their run's embedding."""
         blank = None
-        if settings.selection.blank != "scored" and settings.select is None and any(spans):
+        if settings.selection.blank != "scored" and any(spans):
             blank = self._blank_tokens(spans, images, turn)
         rotary = partial(rotary_means, self.model.language_model, like=embeddings[0])
         probe = partial(self._probe, settings.layer)

@@ -369,6 +369,18 @@ def test_predictions_do_not_depend_on_where_a_run_was_interrupted(nano, processo
     assert list(read_predictions(path)) == suite.ids
 
 
+def test_a_random_choice_closes_up_or_keeps_its_places(nano, processor):
+    item = suite_of("page", 1).item(0)
+    answers = {}
+    for name in ("random", "random-original"):
+        answering = Answering(nano, processor, 12, TILES, 0.3, name)
+        images = [answering.open(item)]
+        answers[name] = answering([item], images)[0].text
+        assert answering.count_tokens(images[0])[1] < answering.count_tokens(images[0])[0]
+    chosen = [selection(name, ["a"])["select"](0, 98, 49) for name in answers]
+    assert chosen[0] == chosen[1] and answers["random"] != answers["random-original"]
+
+
 def test_tiles_that_several_ways_show_are_encoded_once(nano, processor, monkeypatch):
     suite, encoded, encode = suite_of("scene", 3), [], type(nano).encode_tiles
 
