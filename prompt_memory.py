@@ -45,8 +45,9 @@ class Prompt:
     def common_start(self, other: "Prompt") -> int:
         """Count its first tokens that mean the same in `other`: all that the language model computes for them is equal."""
         same = common_length(self.token_ids, other.token_ids)
-        is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
-        is_compressed = self.settings.compresses or other.settings.compresses
+        is_compressed, is_compressed_alike = self.settings.compresses or other.settings.compresses, False
+        if is_compressed:
+            is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
         for i, (key, span) in enumerate(self.images):
             if span.start >= same:
                 break
