@@ -5,9 +5,11 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -203,15 +205,38 @@ def workers_of(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.ray
-def test_a_worker_that_is_killed_loses_no_page_and_doubles_none(tmp_path):
-    """Run by `make test-ray`, in an environment with Ray."""
+AGENT_PORTS = ("dashboard-agent-grpc", "dashboard-agent-listen", "metrics-export", "runtime-env-agent")
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """The environment of a program that joins a cluster of Ray on this machine, started as docs/reading.md says.
+
+    Where other programs run too, its node daemon gives up after 15 s on helpers that choose a port themselves, and its
+    workers, which are nicer than others by 15, hardly come to their turn.
+    """
     pytest.importorskip("ray")
+    with ExitStack() as sockets:
+        held = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in ("port", *AGENT_PORTS)]
+        port, *ports = [one.getsockname()[1] for one in held]
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=4"]
+    command += ["--include-dashboard=false", *(f"--{name}-port={own}" for name, own in zip(AGENT_PORTS, ports))]
+    environment = {**os.environ, "RAY_worker_niceness": "0", "READING_TEST": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) as ray:
+        try:
+            assert any("Ray runtime started" in line for line in ray.stdout)
+            yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        finally:
+            ray.terminate()
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_killed_loses_no_page_and_doubles_none(tmp_path, cluster):
+    """Run by `make test-ray`, in an environment with Ray."""
     path, out = write_pages(tmp_path / "scan.tif", [f"word {number}" for number in range(60)]), tmp_path / "out.jsonl"
     options = ["--max-batch-tokens", "400", "--max-new-tokens", "12", "--dtype", "float32"]
     command = [sys.executable, "scripts/read.py", str(path), *options, "--out"]
-    environment = {**os.environ, "READING_TEST": str(tmp_path)}
-    program = subprocess.Popen([*command, str(out), "--ray", "2"], cwd=ROOT, env=environment)
+    program = subprocess.Popen([*command, str(out), "--ray", "2"], cwd=ROOT, env=cluster)
     while not out.exists() or out.read_bytes().count(b"\n") < 4:
         assert program.poll() is None
         time.sleep(0.01)

@@ -20,7 +20,7 @@ def snippets(kind: str) -> list[str]:
 
 
 def test_commands_are_taken():
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     lines = [line for text in snippets("bash") for line in text.splitlines() if "vllm" in line]

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from checkpoint_helpers import language_folder
-from conftest import FIXTURES, synthetic_picture
+from conftest import FIXTURES, ROOT, synthetic_picture
 from model_helpers import tiny_mono
 from vllm_helpers import SIZES, answers_of, expected_answers, start_engine, user
 
 from minimonkey.scripts.assemble import assemble
 from minimonkey.scripts.export_checkpoint import export_checkpoint
 from minimonkey.scripts.import_checkpoint import import_checkpoint
+from minimonkey.scripts.repository import load_processor
 
 
 pytestmark = pytest.mark.vllm
@@ -26,7 +27,9 @@ def prompts() -> list[list[dict]]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict:
     """The InternLM2 is imported from the published format; what vLLM serves is in all cases a folder of ours."""
-    made = {}
+    made = {"mono": tmp_path_factory.mktemp("mono")}
+    tiny_mono().save_pretrained(made["mono"])
+    load_processor(ROOT).save_pretrained(made["mono"])
     for name, (model_type, template) in FAMILIES.items():
         folder = tmp_path_factory.mktemp(name)
         options = {"pad_token_id": 0, "eos_token_id": 1} if model_type == "phi3" else {}
@@ -44,10 +47,10 @@ def expected(folders):
     """Of all families, before the first engine changes transformers' classes."""
     return {
         name: [
-            expected_answers(folder, prompts(), RANGES),
-            expected_answers(folder, prompts(), RANGES, **SCM, scm_queries="visual"),
+            expected_answers(folders[name], prompts(), RANGES),
+            expected_answers(folders[name], prompts(), RANGES, **SCM, scm_queries="visual"),
         ]
-        for name, folder in folders.items()
+        for name in FAMILIES
     }
 
 
@@ -58,8 +61,6 @@ def test_answers_are_those_of_transformers(family, folders, expected):
     assert answers_of(engine, prompts(), {**RANGES, **SCM}) == expected[family][1]
 
 
-def test_visual_experts_are_refused(tmp_path, expected):
-    mono = tiny_mono()
-    mono.config.text_config._attn_implementation = "vllm"
+def test_visual_experts_are_refused(folders, expected):
     with pytest.raises(ValueError, match="vLLM cannot run .* visual experts"):
-        type(mono)._from_config(mono.config)
+        start_engine(folders["mono"], max_model_len=512)
