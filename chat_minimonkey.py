@@ -37,14 +37,12 @@ from .conversation import (
 )
 from .generation_minimonkey import check_generation_options
 from .image_inputs import ImageInputs
-from .image_processing_minimonkey import expand_preset, list_images
+from .image_processing_minimonkey import cut_images, expand_preset, list_images
 from .processing_minimonkey import (
     VIDEO_OPTIONS,
-    cut_images,
     list_videos,
     place_frames,
     video_options,
-    with_pages,
 )
 from .prompt_memory import PromptMemory, Turn, forget_all, forget_the_oldest, image_key, recall
 from .published_calls import PUBLISHED_NAMES, name_arguments
@@ -75,7 +73,7 @@ class Conversation:
 
 @dataclass
 class _Cut:
-    """The tiles or slices of all images of a call.
+    """The tiles or slices of all images of a call; of slices `tokens_per_tile` is not used.
 
     With a memory there is a `turn`, and the pixels are only those of the images that are new to it.
     """
@@ -83,13 +81,6 @@ class _Cut:
     images: ImageInputs = ImageInputs()
     tokens_per_tile: int = 0
     turn: Turn | None = None
-
-    @staticmethod
-    def of(pixels: dict[str, torch.Tensor], layout: torch.Tensor, *others) -> "_Cut":
-        """Return a cut with `layout` (images, 7), counts and grids, or (images, 11) with the sizes of slices behind them."""
-        known = {"tile_counts": layout[:, :3], "tile_grids": layout[:, 3:7]}
-        known |= {"slice_sizes": layout[:, 7:]} if layout.shape[1] > 7 else {}
-        return _Cut(ImageInputs(**pixels, **known), *others)
 
 
 @dataclass
@@ -236,13 +227,14 @@ class ChatMixin:
         if token_budget is not None:
             tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
+        tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
+        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         _check_settings(
             tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
         )
-        tokenizer, is_listed = getattr(processor, "tokenizer", processor), messages is not None
-        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
-        request.options = self._generation_options(request, generation_config, generation, return_dict)
-        self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
+        request.options = self._generation_options(request, generation_config, generation, use_scm, return_dict)
+        if use_scm or self.config.mining:
+            self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
         self._set_guard(request, stop_repetition)
         turns = [] if history is None else check_history(history)
         if tiles is None:
@@ -325,13 +317,14 @@ class ChatMixin:
         if token_budget is not None:
             tile_budget, images_kwargs = self._tiles_for(token_budget, tile_budget, images_kwargs)
         tiles = _check_media(processor, images, videos, images_kwargs, videos_kwargs, tile_budget)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
         _check_settings(
             tiles, num_patches_list, target_aspect_ratio, tile_order, use_scm, system_message, max_prompt_tokens
         )
-        tokenizer = getattr(processor, "tokenizer", processor)
-        request = _Request(tokenizer, get_template(self.config.template), grounding_tokens, skip_special_tokens)
-        request.options = self._generation_options(request, generation_config, generation, return_dict=False)
-        self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
+        request.options = self._generation_options(request, generation_config, generation, use_scm)
+        if use_scm or self.config.mining:
+            self._check_compression(use_scm, request.options, processor if tiles is None else None, images_kwargs)
         self._set_guard(request, stop_repetition)
         if return_dict:
             request.probabilities = self._record_probabilities(request.options)
@@ -402,12 +395,7 @@ class ChatMixin:
     def _check_compression(
         self, use_scm: bool, options: dict[str, Any], processor, images_kwargs: dict[str, Any] | None
     ) -> None:
-        """Raise `ValueError` for settings of compression that `generate` would refuse, before an image is opened."""
-        given = {name: options[name] for name in SCM_OPTIONS if options.get(name) is not None}
-        if given and not use_scm:
-            raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
-        if not use_scm and not self.config.mining:
-            return
+        """Raise `ValueError` for what compression, or patch mining, would refuse, before an image is opened."""
         reader = getattr(processor, "image_processor", None)
         is_sliced = reader is not None and reader.cuts_slices(images_kwargs)
         if is_sliced and self.config.mining:
@@ -416,11 +404,10 @@ class ChatMixin:
             )
         if not use_scm:
             return
-        self._compression_settings(**given)
-        self._check_compressible(is_sliced)
+        self._compression_settings(is_sliced, **{name: options.get(name) for name in SCM_OPTIONS})
         drops = reader is not None and expand_preset(images_kwargs or {}).get("drop_blank", reader.drop_blank)
-        selection = given.get("scm_select")
-        if drops and selection is not None and not callable(selection) and read_selection(selection).needs_grid:
+        selection = options.get("scm_select")
+        if drops and read_selection(selection).needs_grid:
             raise ValueError(
                 f"scm_select={selection!r} needs all tiles of a grid, of which drop_blank=True leaves some out; choose one."
             )
@@ -456,7 +443,7 @@ class ChatMixin:
         """
         images = [image for conversation in request.conversations for image in conversation.images]
         memory = request.memory
-        turn = None if memory is None else memory.begin_turn(keys)
+        turn = None if memory is None else Turn(memory, keys, memory.tile_counts, memory.tile_grids, memory.features)
         if not images:
             return _Cut(turn=turn)
         new, known = range(len(images)), {}
@@ -477,20 +464,27 @@ class ChatMixin:
                 # uint8 tiles are normalised by the model, see encode_images.
                 dtype = self.dtype if cut[name].is_floating_point() else cut[name].dtype
                 pixels = {name: cut[name].to(self.device, dtype)}
-            is_usual = "slice_values" in pixels or pixels["pixel_values"].shape[-1] == self.config.tile_size
-            tokens_per_tile = self.config.image_seq_length if is_usual else self.tokens_per_tile(pixels["pixel_values"])
-            if turn is None:
-                return _Cut.of(pixels, layout, tokens_per_tile)
-            known |= {keys[i]: own for i, own in zip(new, layout.tolist())}
+            if turn is not None:
+                known |= {keys[i]: own for i, own in zip(new, layout.tolist())}
+            tokens_per_tile = self.tokens_per_tile(pixels["pixel_values"]) if "pixel_values" in pixels else 0
         else:
             written = 1 if self.config.mining else sum(turn.tile_counts[keys[0]])
-            tokens_per_tile = len(turn.features[keys[0]]) // written  # of slices this is not used
-        return _Cut.of(pixels, torch.tensor([known[key] for key in keys]), tokens_per_tile, turn)
+            tokens_per_tile = len(turn.features[keys[0]]) // written
+        if turn is not None:
+            layout = torch.tensor([known[key] for key in keys])
+        sizes = {"slice_sizes": layout[:, 7:]} if layout.shape[1] > 7 else {}
+        images = ImageInputs(**pixels, tile_counts=layout[:, :3], tile_grids=layout[:, 3:7], **sizes)
+        return _Cut(images, tokens_per_tile, turn)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
     def _generation_options(
-        self, request: _Request, config: GenerationConfig | dict | None, generation: dict[str, Any], return_dict: bool
+        self,
+        request: _Request,
+        config: GenerationConfig | dict | None,
+        generation: dict[str, Any],
+        use_scm: bool,
+        return_dict: bool = False,
     ) -> dict[str, Any]:
         """Return the caller's settings in a fresh dict, checked; an answer ends with the template's separator, whatever other
         ends there are."""
@@ -501,6 +495,9 @@ class ChatMixin:
         options = {**(config or {}), **generation}
         if "scm_query_ends" in options:
             raise ValueError("chat knows where each turn ended and sets scm_query_ends itself; leave it out.")
+        given = [name for name in SCM_OPTIONS if options.get(name) is not None]
+        if given and not use_scm:
+            raise ValueError(f"{', '.join(given)} works only with use_scm=True.")
         dropped = [name for name in NOT_IN_ANSWERS if options.get(name)]
         if dropped:
             raise ValueError(
@@ -531,10 +528,11 @@ class ChatMixin:
 
     def _set_guard(self, request: _Request, stop_repetition: bool | dict[str, int] | None) -> None:
         """Make the guard here, since it tells later on why an answer ended; `generate` is to make none."""
-        if stop_repetition is not None:
-            request.options["stop_repetition"] = stop_repetition
-        request.guard = read_guard(self._setting("stop_repetition", None, request.options), 0, request.decode)
-        request.options["stop_repetition"] = False
+        by_default = getattr(self.generation_config, "stop_repetition", None)
+        asked = (stop_repetition, request.options.get("stop_repetition"), by_default)
+        wanted = next((value for value in asked if value is not None), None)
+        if wanted is not None:
+            request.guard, request.options["stop_repetition"] = read_guard(wanted, 0, request.decode), False
 
     def _record_probabilities(self, options: dict[str, Any]) -> TokenProbabilities:
         """Put what records the probabilities of tokens before the caller's logits processors in `options`."""
@@ -579,20 +577,12 @@ class ChatMixin:
         rows = {"input_ids": [prompt.token_ids for prompt in prompts]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.device)
         options |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        images = vars(cut.images)
-        options |= {"pixel_values": images["pixel_values"], "use_scm": scm_tile_order is not None}
+        options |= {**vars(cut.images), "use_scm": scm_tile_order is not None}
         if scm_tile_order is not None and has_images:
             ends = _query_ends(request.conversations, prompts)
             options |= {"tile_order": scm_tile_order, "scm_query_ends": ends}
         if cut.turn is not None:
             options[CACHE_NAME] = cut.turn
-        if (
-            cut.turn is not None
-            or (has_images and scm_tile_order is not None)
-            or self.config.mining
-            or cut.images.are_slices
-        ):
-            options |= {name: value for name, value in images.items() if name != "pixel_values" and value is not None}
         if request.guard is not None:
             request.guard.prompt_length = options["input_ids"].shape[1]
             criteria = [*(options.get("stopping_criteria") or []), request.guard]
@@ -785,7 +775,8 @@ def _read(
     images, videos = list_images(images), [] if videos is None else list_videos(videos)
     asked = [text for text, _ in history]
     if images:
-        images = with_pages(images, [*asked, question], processor.image_processor, images_kwargs)
+        placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in (*asked, question))
+        images = processor.image_processor.with_pages(images, placeholders, **images_kwargs)
     if not is_placed:
         question = _placed(question, asked, images, videos)
     for given, placeholder in ((images, IMAGE_PLACEHOLDER), (videos, VIDEO_PLACEHOLDER)):

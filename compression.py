@@ -16,7 +16,7 @@ is given to it:
 Shapes: B rows, N tokens of a row (padding counted), n tokens that are not padding, I images, D width, H heads, d width of one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 from numbers import Integral, Real
@@ -73,10 +73,6 @@ class ImageSpan:
         return self.detailed_stop - self.detailed_start
 
 
-# (row, detailed tokens, how many stay) -> which stay; called for the images of a row in their order.
-Select = Callable[[int, int, int], Sequence[int]]
-
-
 @dataclass(frozen=True)
 class CompressionSettings:
     """What one call of SCM is asked to do; raises `ValueError` for values that cannot work.
@@ -93,8 +89,6 @@ class CompressionSettings:
         query_ends: For each image the index into its padded row before which its queries end; None is the row's end.
         tile_order: Whether an image's detailed or its adaptive tiles come first.
         selection: How the tokens that stay are chosen by their scores; by default as published.
-        select: Chooses the tokens that stay without scores, for comparisons: called with the row's number, how many detailed
-            tokens an image has and how many stay, gives their indices.
         end_ids: Tokens that end a message.
     """
 
@@ -105,7 +99,6 @@ class CompressionSettings:
     query_ends: list[int] | None = None
     tile_order: str = "detailed_first"
     selection: Selection = Selection()
-    select: Select | None = None
     end_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -125,6 +118,9 @@ class CompressionSettings:
     def compresses(self) -> bool:
         """Whether any token is to be left out."""
         return self.keep_ratio < 1 or self.selection.mass is not None or self.selection.blank == "save"
+
+
+NO_COMPRESSION = CompressionSettings(keep_ratio=1.0, layer=0, num_layers=1)
 
 
 def find_images(
@@ -176,7 +172,9 @@ def find_images(
             raise ValueError(f"scm_query_ends[{number}] is {end}; it must lie after the image, which ends at {last}.")
         start, stop = int(unpadded[row, first]) - 1, int(unpadded[row, last])
         detailed_start = start + (adaptive if settings.tile_order == "adaptive_first" else 0)
-        tile_map = _tile_map(number, tiles[0], tokens_per_tile, tile_grids, settings)
+        tile_map = TileMap(1, tiles[0], isqrt(tokens_per_tile))
+        if settings.selection.needs_grid and tiles[0]:
+            tile_map = _tile_map(number, tile_map, tile_grids, settings.selection)
         question_end = next(
             (i for i in range(last + 1, end) if settings.end_ids and int(input_ids[row, i]) in settings.end_ids), end
         )
@@ -186,27 +184,22 @@ def find_images(
     return images
 
 
-def _tile_map(
-    number: int, tiles: int, per_tile: int, tile_grids: torch.Tensor | None, settings: CompressionSettings
-) -> TileMap:
-    """Return how the detailed tiles of an image lie; one below the other where nothing needs to know."""
-    side = isqrt(per_tile)
-    if not settings.selection.needs_grid or not tiles:
-        return TileMap(1, tiles, side)
-    asked = "shape" if settings.selection.shape != "token" else "blank"
-    asked = f"scm_select with {asked}={getattr(settings.selection, asked)!r}"
+def _tile_map(number: int, column: TileMap, tile_grids: torch.Tensor | None, selection: Selection) -> TileMap:
+    """Return how the detailed tiles of an image lie, given them one below the other."""
+    asked = "shape" if selection.shape != "token" else "blank"
+    asked = f"scm_select with {asked}={getattr(selection, asked)!r}"
     if tile_grids is None:
         raise ValueError(
             f"{asked} needs to know how tiles lie: pass tile_grids (images, 4), "
             "which the processor returns beside tile_counts."
         )
     columns, rows = torch.as_tensor(tile_grids)[number, :2].tolist()
-    if columns * rows != tiles:
+    if columns * rows != column.rows:
         raise ValueError(
-            f"Image {number} has {tiles} detailed tiles, but its grid has {columns} x {rows}; {asked} needs all tiles of a "
-            "grid (drop_blank=False)."
+            f"Image {number} has {column.rows} detailed tiles, but its grid has {columns} x {rows}; {asked} needs all tiles of "
+            "a grid (drop_blank=False)."
         )
-    return TileMap(columns, rows, side)
+    return TileMap(columns, rows, column.side)
 
 
 def _check_images(
@@ -258,16 +251,16 @@ def kept_positions(
     Raises:
         ValueError: Nothing comes after an image, so there is nothing to score with; or blank tokens are not known.
     """
-    if blank is None and settings.selection.blank != "scored" and settings.select is None and any(images):
+    if blank is None and settings.selection.blank != "scored" and any(images):
         raise ValueError(f"scm_select with blank={settings.selection.blank!r} needs the pixels of the images.")
-    kept, runs = [], []
+    kept, runs, select = [], [], settings.selection.select
     for row, (row_embeddings, mask, row_images) in enumerate(zip(embeddings, attention_mask, images)):
         positions = mask.nonzero().squeeze(1)  # (n,)
         stays = torch.ones_like(positions, dtype=torch.bool)
         numbered = enumerate(row_images) if settings.compresses else []
         compressible = {number: image for number, image in numbered if image.detailed_tokens}
         marked: list[Run] = []
-        if compressible and settings.select is None:
+        if compressible and select is None:
             unpadded = row_embeddings  # whole rows are not copied
             if len(positions) < len(row_embeddings):
                 unpadded = row_embeddings[positions.to(embeddings.device)]
@@ -276,8 +269,8 @@ def kept_positions(
             is_blank = None if blank is None else blank[row][number].to(embeddings.device)
             saved = int(is_blank.sum()) if is_blank is not None and settings.selection.blank == "save" else 0
             count = int((image.detailed_tokens - saved) * settings.keep_ratio)
-            if settings.select is not None:
-                chosen = torch.as_tensor(settings.select(row, image.detailed_tokens, count), dtype=torch.long)
+            if select is not None:
+                chosen = torch.as_tensor(select(row, image.detailed_tokens, count), dtype=torch.long)
             else:
                 coordinates = None
                 if settings.selection.coordinates:

@@ -34,10 +34,10 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .attention_probe import attention_inputs, read_dropping, rotary_means
 from .blank_tiles import blank_tokens
 from .compression import (
+    NO_COMPRESSION,
     AttentionInputs,
     CompressionSettings,
     ImageSpan,
-    Select,
     find_images,
     kept_positions,
     pack,
@@ -46,7 +46,7 @@ from .conversation import image_tokens
 from .image_inputs import ImageInputs
 from .prompt_memory import Prompt, PromptMemory, Recalled, Turn, joined_caches, new_cache
 from .repetition import read_guard
-from .token_selection import PUBLISHED, read_selection
+from .token_selection import Select, read_selection
 from .transformers_bridge import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -162,8 +162,8 @@ class GenerateMixin:
             ValueError: See `generate`.
         """
         images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
-        self._check_compressible(images.are_slices)
-        settings = self._compression_settings(**scm_options)
+        are_slices = slice_values is not None or slice_sizes is not None
+        settings = self._compression_settings(are_slices, **scm_options)
         return self._embed(input_ids, attention_mask, images, settings).kept
 
     @extends(GenerationMixin.generate)
@@ -215,8 +215,8 @@ class GenerateMixin:
             tile_order: Whether an image's detailed or its adaptive tiles come first, which only compression needs to know;
                 the processor's is "detailed_first".
             scm_select: How the detailed tokens that stay are chosen: a name of `token_selection.SELECTIONS` ("smooth",
-                "block", "tile", ...), or a dict of what `token_selection.Selection` takes. A function chooses instead of
-                attention, see `compression.CompressionSettings`.
+                "block", "tile", ...), or a dict of what `token_selection.Selection` takes. A function, alone or as its
+                `select`, chooses instead of attention.
             stop_repetition: True ends rows that repeat themselves; a dict does so with settings of
                 `repetition.RepetitionGuard`, which sees letters if `tokenizer` is given. By default what the generation
                 configuration says (`"stop_repetition": true` in generation_config.json, for servers).
@@ -244,9 +244,9 @@ class GenerateMixin:
         images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
         settings = None
         if use_scm:
-            self._check_compressible(images.are_slices)
+            are_slices = slice_values is not None or slice_sizes is not None
             ends = self._setting("eos_token_id", generation_config, kwargs)
-            settings = self._compression_settings(**scm_options, tile_order=tile_order, end_ids=ends)
+            settings = self._compression_settings(are_slices, **scm_options, tile_order=tile_order, end_ids=ends)
         if inputs is not None:
             if kwargs.get("input_ids") is not None:
                 raise ValueError("The prompt's ids were given twice, by position and as input_ids.")
@@ -254,12 +254,15 @@ class GenerateMixin:
         if logits_processor is not None:
             kwargs["logits_processor"] = logits_processor
         turn = kwargs.pop(CACHE_NAME) if isinstance(kwargs.get(CACHE_NAME), Turn) else None
-        has_images = images.pixels is not None or bool(turn is not None and turn.keys)
+        has_pixels = pixel_values is not None or slice_values is not None
+        has_images = has_pixels or bool(turn is not None and turn.keys)
         self._check_what_fits(generation_config, kwargs, has_images, use_scm)
         if OTHER_CACHE_NAME in kwargs:
             kwargs = with_one_cache_name(kwargs)
         check_generation_options(self, generation_config, kwargs)
-        self._guard_against_loops(stop_repetition, generation_config, kwargs)
+        wanted = self._setting("stop_repetition", generation_config, {"stop_repetition": stop_repetition})
+        if wanted is not None:
+            self._guard_against_loops(wanted, kwargs)
         can_remember = turn is not None and self._can_remember(generation_config, kwargs)
         input_ids = kwargs.get("input_ids")
         if self.config.kv_cache_dtype is not None and not can_remember:
@@ -271,7 +274,17 @@ class GenerateMixin:
         embedded = self._embed(input_ids, kwargs.get("attention_mask"), images, settings, turn, can_remember)
         if settings is not None and settings.selection.stage == "layer":
             self._read_to_layer(generation_config, kwargs, embedded)
-        generation_config, repacked = self._use_embedded(generation_config, kwargs, embedded)
+        kwargs["inputs_embeds"], mask, kept = embedded.embeddings, embedded.mask, embedded.kept
+        if embedded.cache is not None:
+            kwargs[CACHE_NAME] = embedded.cache
+        if self.config.visual_experts:
+            is_image = input_ids == self.config.image_token_id
+            kwargs["visual_token_mask"] = is_image.to(embedded.embeddings.device)
+        # Tokens were left out, or rows end with padding, where generation would go on.
+        repacked = kept is not None and (sum(map(len, kept)) < int(mask.sum()) or not bool(mask[:, -1].all()))
+        repacked = repacked or embedded.cached is not None
+        if repacked:
+            generation_config = self._repack(generation_config, kwargs, embedded)
         if (chunk_size := self._setting("prefill_chunk_size", generation_config, kwargs)) is not None:
             generation_config = self._read_in_chunks(generation_config, kwargs, chunk_size)
         output = super().generate(generation_config=generation_config, **kwargs)
@@ -286,6 +299,7 @@ class GenerateMixin:
 
     def _compression_settings(
         self,
+        are_slices: bool = False,
         scm_keep_ratio: float | None = None,
         scm_layer: int | None = None,
         scm_queries: str | None = None,
@@ -294,8 +308,17 @@ class GenerateMixin:
         tile_order: str = "detailed_first",
         end_ids: int | list[int] | None = None,
     ) -> CompressionSettings:
-        config, chooses = self.config, callable(scm_select)
-        selection = PUBLISHED if scm_select is None or chooses else read_selection(scm_select)
+        """Return what compression is asked to do; refuse images that have no detailed tokens in the prompt."""
+        if are_slices:
+            raise ValueError(
+                "use_scm=True leaves out tokens of square tiles that an overview behind them asks about; slices of their own "
+                "size come after theirs. Have fewer of them (max_tiles), or a resampler of fewer queries."
+            )
+        config, selection = self.config, read_selection(scm_select)
+        if config.mining:
+            raise ValueError(
+                "use_scm=True has nothing to leave out: with patch mining an image's thumbnail is all there is."
+            )
         if scm_keep_ratio is not None and selection.mass is not None:
             raise ValueError(
                 f"scm_select with mass={selection.mass} decides itself how many tokens stay; leave out scm_keep_ratio, and set "
@@ -317,7 +340,6 @@ class GenerateMixin:
             query_ends=scm_query_ends,
             tile_order=tile_order,
             selection=selection,
-            select=scm_select if chooses else None,
             end_ids=tuple(ends) if queries in ("question", "balanced") else (),
         )
 
@@ -348,15 +370,15 @@ class GenerateMixin:
             )
         if turn is not None and (len(input_ids) != 1 or not bool(mask.all())):
             raise ValueError("A turn is of one conversation: pass one row without padding.")
-        settings = settings or self._compression_settings(scm_keep_ratio=1.0)
+        settings = settings or NO_COMPRESSION
         spans: list[list[ImageSpan]] = [[] for _ in input_ids]
         features = input_ids.new_empty(0, self.config.text_config.hidden_size, dtype=self.dtype)
-        tile_counts, per_tile, is_whole = images.tile_counts, 1, not images.are_slices and not self.config.mining
+        tile_counts, per_tile, is_whole = images.tile_counts, 1, images.slice_sizes is None and not self.config.mining
         if turn is not None and turn.keys:
             features = self._recall_features(turn, images)
             if is_whole:
                 per_tile = len(features) // int(torch.as_tensor(tile_counts).sum())
-        elif images.pixels is None:
+        elif images.pixel_values is None:
             self._check_no_image_tokens(input_ids)
         elif tile_counts is None:
             raise ValueError(
@@ -365,7 +387,7 @@ class GenerateMixin:
             )
         else:
             per_tile = self.tokens_per_tile(images.pixel_values)
-        if tile_counts is not None and (images.pixels is not None or len(features)):
+        if tile_counts is not None and (images.pixel_values is not None or len(features)):
             if not is_whole:  # only remembered, never compressed: each token is a tile that stays
                 tile_counts = torch.tensor([(0, 0, len(turn.memory.features[key])) for key in turn.keys])
             spans = find_images(
@@ -393,8 +415,26 @@ class GenerateMixin:
                     for image in spans[0]
                 ]
             ]
+        if settings is NO_COMPRESSION:
+            kept = [row.nonzero().squeeze(1) for row in mask]
+        else:
+            kept = self._compress(embeddings, mask, spans, settings, images, turn)
+        if recalled.start:
+            kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
+        return _Embedded(embeddings, mask, kept, settings, prompt, cache, spans, recalled.start)
+
+    def _compress(
+        self,
+        embeddings: torch.Tensor,
+        mask: torch.Tensor,
+        spans: list[list[ImageSpan]],
+        settings: CompressionSettings,
+        images: ImageInputs,
+        turn: Turn | None,
+    ) -> list[torch.Tensor]:
+        """Return the positions of each row that stay, see `compression.kept_positions`; markers get their run's embedding."""
         blank = None
-        if settings.selection.blank != "scored" and settings.select is None and any(spans):
+        if settings.selection.blank != "scored" and any(spans):
             blank = self._blank_tokens(spans, images, turn)
         rotary = partial(rotary_means, self.model.language_model, like=embeddings[0])
         probe = partial(self._probe, settings.layer)
@@ -402,9 +442,7 @@ class GenerateMixin:
         for row, row_runs in enumerate(runs):
             for place, first, stop in row_runs:
                 embeddings[row, place] = embeddings[row, first:stop].mean(dim=0)
-        if recalled.start:
-            kept = [torch.cat([recalled.kept.to(kept[0].device), kept[0][kept[0] >= recalled.start]])]
-        return _Embedded(embeddings, mask, kept, settings, prompt, cache, spans, recalled.start)
+        return kept
 
     def _blank_tokens(
         self, spans: list[list[ImageSpan]], images: ImageInputs, turn: Turn | None
@@ -454,12 +492,7 @@ class GenerateMixin:
         Puts into `embedded` a cache of what was read. The last token of a turn that brought an image, and all after it, is
         left to the generation and sees what stays alone, so that a later turn that is computed anew is the same.
         """
-        if self._setting("cache_implementation", generation_config, options) is not None or (
-            self._setting("use_cache", generation_config, options) is False
-        ):
-            raise ValueError(
-                "scm_select with stage='layer' makes a cache of its own; leave out cache_implementation and use_cache=False."
-            )
+        copies = self._check_own_cache("scm_select with stage='layer'", generation_config, options)
         mask, layer = embedded.mask, embedded.settings.layer
         if not embedded.settings.compresses:
             return
@@ -478,8 +511,6 @@ class GenerateMixin:
             caches.append(cache)
             cached.append(cache.get_seq_length())
         if embedded.prompt is None and any(cached):
-            copies = ("num_beams", "num_return_sequences")
-            copies = max(self._setting(name, generation_config, options) or 1 for name in copies)
             embedded.cache, embedded.cached = joined_caches(caches, new_cache(self), copies), cached
 
     def _read_in_chunks(
@@ -498,12 +529,7 @@ class GenerateMixin:
             raise ValueError(
                 "prefill_chunk_size of model.generation_config would be applied twice; pass it to generate."
             )
-        if self._setting("cache_implementation", generation_config, options) is not None or (
-            self._setting("use_cache", generation_config, options) is False
-        ):
-            raise ValueError(
-                "prefill_chunk_size with images makes a cache of its own; leave out cache_implementation and use_cache=False."
-            )
+        copies = self._check_own_cache("prefill_chunk_size with images", generation_config, options)
         embeddings, mask = options["inputs_embeds"], options.get("attention_mask")
         mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.long) if mask is None else mask
         places = options.get("position_ids")
@@ -516,9 +542,6 @@ class GenerateMixin:
             routing = {"visual_token_mask": options["visual_token_mask"][:, part]} if self.config.visual_experts else {}
             reading = {CACHE_NAME: cache, "use_cache": True, "position_ids": places[:, part], **routing}
             self.model.language_model(inputs_embeds=embeddings[:, part], attention_mask=mask[:, :start], **reading)
-        copies = max(
-            self._setting(name, generation_config, options) or 1 for name in ("num_beams", "num_return_sequences")
-        )
         if start > past and is_fresh and copies > 1:
             cache.batch_repeat_interleave(copies)
         options |= {CACHE_NAME: cache}
@@ -528,20 +551,29 @@ class GenerateMixin:
             generation_config.prefill_chunk_size = None
         return generation_config
 
+    def _check_own_cache(self, what: str, generation_config: GenerationConfig | None, options: dict[str, Any]) -> int:
+        """Refuse settings beside which `what` cannot make a cache; return how many copies of a row the generation needs."""
+        if self._setting("cache_implementation", generation_config, options) is not None or (
+            self._setting("use_cache", generation_config, options) is False
+        ):
+            raise ValueError(f"{what} makes a cache of its own; leave out cache_implementation and use_cache=False.")
+        return max(
+            self._setting(name, generation_config, options) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+
     def _recall_features(self, turn: Turn, images: ImageInputs) -> torch.Tensor:
         """Return the features (tokens, D) of all images of a conversation; compute only those of unseen images."""
         counts = torch.as_tensor(images.tile_counts)
         unseen = {key: number for number, key in reversed([*enumerate(turn.keys)]) if key not in turn.features}
         unseen = dict(sorted(unseen.items(), key=lambda pair: pair[1]))
         features = dict(turn.features)
-        new = images.of([*unseen.values()])
-        if not images.are_slices:
-            given, expected = 0 if new.pixels is None else len(new.pixels), int(new.tile_counts.sum())
-            if given != expected:
+        if unseen or images.pixel_values is not None:
+            new = images.of([*unseen.values()])
+            given, expected = 0 if new.pixel_values is None else len(new.pixel_values), int(new.tile_counts.sum())
+            if given != expected and not new.are_slices:
                 raise ValueError(
                     f"pixel_values hold {given} tiles, but the images that are new in this turn have {expected}."
                 )
-        if unseen:
             per_tile = 1 if new.are_slices else self.tokens_per_tile(new.pixel_values)
             tokens = [image_tokens(layout, per_tile) for layout in self.image_layouts(new)]
             features |= zip(unseen, self.image_features(new).flatten(0, -2).split(tokens))
@@ -551,18 +583,6 @@ class GenerateMixin:
         tiles_and_features = zip(turn.keys, counts.tolist(), grids.tolist())
         turn.memory.remember_images({key: (count, grid, features[key]) for key, count, grid in tiles_and_features})
         return torch.cat([features[key] for key in turn.keys])
-
-    def _check_compressible(self, are_slices: bool) -> None:
-        """Refuse scale compression of images that have no detailed tokens in the prompt."""
-        if are_slices:
-            raise ValueError(
-                "use_scm=True leaves out tokens of square tiles that an overview behind them asks about; slices of their own "
-                "size come after theirs. Have fewer of them (max_tiles), or a resampler of fewer queries."
-            )
-        if self.config.mining:
-            raise ValueError(
-                "use_scm=True has nothing to leave out: with patch mining an image's thumbnail is all there is."
-            )
 
     def _can_remember(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> bool:
         """Tell whether this generation can go on from a cache and leave one: one row, an ordinary cache, no other decoding."""
@@ -588,46 +608,37 @@ class GenerateMixin:
             new_ids = sequences[0, embedded.embeddings.shape[1] :].tolist()
             memory.remember(embedded.prompt, embedded.kept[0], embedded.cache, new_ids)
 
-    def _use_embedded(
+    def _repack(
         self, generation_config: GenerationConfig | None, options: dict[str, Any], embedded: _Embedded
-    ) -> tuple[GenerationConfig | None, bool]:
-        """Put the prompt's embeddings into `options`, without what is left out, and padded on the left.
-
-        Returns:
-            The generation configuration for it, and whether tokens were left out or moved.
-        """
-        input_ids, embeddings, mask, kept = options["input_ids"], embedded.embeddings, embedded.mask, embedded.kept
-        is_image = (input_ids == self.config.image_token_id).to(embeddings.device)
-        # Tokens were left out, or rows end with padding, where generation would go on.
-        repacked = kept is not None and (sum(map(len, kept)) < int(mask.sum()) or not bool(mask[:, -1].all()))
-        repacked = repacked or embedded.cached is not None
-        if repacked:
-            generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
-            # What reads the ids finds each row's own: all padding comes first, and none is penalised.
-            order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(input_ids.device)
-            options["input_ids"] = input_ids.gather(1, order)
-            penalty = self._setting("repetition_penalty", generation_config, options)
-            if penalty is not None and penalty != 1:
-                processors = [PaddedRepetitionPenalty(penalty, mask.eq(0).sum(dim=1))]
-                processors += options.get("logits_processor") or []
-                options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
-            tensors = (embeddings, is_image, mask.long().cumsum(dim=1) - 1)  # the last: of each token in its row alone
-            if embedded.cached is None:
-                (embeddings, is_image, places), options["attention_mask"] = pack(tensors, kept)
-            else:  # what is in the cache comes first in all rows
-                rows = list(zip(kept, embedded.cached))
-                first, first_mask = pack(tensors, [own[:count] for own, count in rows])
-                rest, rest_mask = pack(tensors, [own[count:] for own, count in rows])
-                embeddings, is_image, places = (torch.cat(pair, dim=1) for pair in zip(first, rest))
-                options["attention_mask"] = torch.cat([first_mask, rest_mask], dim=1)
-            if embedded.settings is not None and embedded.settings.selection.positions == "original":
-                options["position_ids"] = places.to(embeddings.device)
-        options["inputs_embeds"] = embeddings
-        if embedded.cache is not None:
-            options[CACHE_NAME] = embedded.cache
+    ) -> GenerationConfig | None:
+        """Leave out of the prompt in `options` what is not kept, and pad it on the left; return the configuration for that."""
+        input_ids, mask, kept = options["input_ids"], embedded.mask, embedded.kept
+        generation_config = self._lengths_in_new_tokens(generation_config, options, input_ids.shape[1])
+        # What reads the ids finds each row's own: all padding comes first, and none is penalised.
+        order = mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True).to(input_ids.device)
+        options["input_ids"] = input_ids.gather(1, order)
+        penalty = self._setting("repetition_penalty", generation_config, options)
+        if penalty is not None and penalty != 1:
+            processors = [PaddedRepetitionPenalty(penalty, mask.eq(0).sum(dim=1))]
+            processors += options.get("logits_processor") or []
+            options |= {"logits_processor": LogitsProcessorList(processors), "repetition_penalty": 1.0}
+        parts = {"inputs_embeds": embedded.embeddings}
         if self.config.visual_experts:
-            options["visual_token_mask"] = is_image
-        return generation_config, repacked
+            parts["visual_token_mask"] = options["visual_token_mask"]
+        if embedded.settings is not None and embedded.settings.selection.positions == "original":
+            places = mask.long().cumsum(dim=1) - 1  # of each token in its row alone
+            parts["position_ids"] = places.to(embedded.embeddings.device)
+        tensors = tuple(parts.values())
+        if embedded.cached is None:
+            packed, options["attention_mask"] = pack(tensors, kept)
+        else:  # what is in the cache comes first in all rows
+            rows = list(zip(kept, embedded.cached))
+            first, first_mask = pack(tensors, [own[:count] for own, count in rows])
+            rest, rest_mask = pack(tensors, [own[count:] for own, count in rows])
+            packed = [torch.cat(pair, dim=1) for pair in zip(first, rest)]
+            options["attention_mask"] = torch.cat([first_mask, rest_mask], dim=1)
+        options |= zip(parts, packed)
+        return generation_config
 
     def _check_no_image_tokens(self, input_ids: torch.Tensor | None) -> None:
         tokens = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
@@ -666,16 +677,11 @@ class GenerateMixin:
                     f"{name} counts tokens that scale compression leaves out; leave it out or set use_scm=False."
                 )
 
-    def _guard_against_loops(
-        self,
-        stop_repetition: bool | dict[str, int] | None,
-        generation_config: GenerationConfig | None,
-        options: dict[str, Any],
-    ) -> None:
-        """Put what ends rows that repeat themselves among the stopping criteria of `options`, if that is wanted."""
-        wanted = self._setting("stop_repetition", generation_config, {"stop_repetition": stop_repetition})
+    def _guard_against_loops(self, stop_repetition: bool | dict[str, int], options: dict[str, Any]) -> None:
+        """Put what ends rows that repeat themselves among the stopping criteria of `options`, unless it is turned off."""
         prompt, tokenizer = options.get("input_ids"), options.get("tokenizer")
-        guard = read_guard(wanted, 0 if prompt is None else prompt.shape[1], getattr(tokenizer, "decode", None))
+        length = 0 if prompt is None else prompt.shape[1]
+        guard = read_guard(stop_repetition, length, getattr(tokenizer, "decode", None))
         if guard is not None:
             criteria = [*(options.get("stopping_criteria") or []), guard]
             options["stopping_criteria"] = StoppingCriteriaList(criteria)

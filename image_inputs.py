@@ -32,11 +32,6 @@ class ImageInputs:
     slice_sizes: torch.Tensor | None = None
 
     @property
-    def pixels(self) -> torch.Tensor | None:
-        """The pixels of tiles or slices."""
-        return self.pixel_values if self.slice_values is None else self.slice_values
-
-    @property
     def are_slices(self) -> bool:
         """Whether these are slices of their own size."""
         return self.slice_sizes is not None or self.slice_values is not None

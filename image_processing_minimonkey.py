@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from .blank_tiles import shown_tiles
 from .image_decoding import (
     array_to_rgb,
     load_image,
+    pages_of,
     resize_image,
     resizing_steps,
     tensor_to_rgb,
@@ -244,6 +245,18 @@ class _MsacMixin:
             return load_image(image_url_or_urls, self.untrusted_sources)
         return image_url_or_urls
 
+    def with_pages(self, images: list, placeholders: int, **images_kwargs: Any) -> list:
+        """Return `images`, with the pages of TIFF files as images of their own.
+
+        Where a text has one placeholder for each file, its first page alone is shown, with a warning later on.
+
+        Raises:
+            ValueError: A path, where sources are untrusted.
+        """
+        untrusted = images_kwargs.get("untrusted_sources", self.untrusted_sources)
+        pages = [page for image in images for page in pages_of(image, untrusted)]
+        return images if placeholders == len(images) else pages
+
     def process_image(self, image, input_data_format=None, untrusted_sources=False, **kwargs) -> Image.Image:
         """Return one image of any accepted type as upright 8-bit RGB."""
         if isinstance(image, SOURCES):
@@ -450,6 +463,22 @@ def list_images(images) -> list:
     if 0 in getattr(images, "shape", ()):
         raise ValueError(EMPTY.format("images", f"an array of shape {tuple(images.shape)}"))
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+
+
+def cut_images(image_processor, images: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
+    """Cut images that have options of their own, beside `options` for all, with the image processor, in order."""
+    parts = [
+        image_processor([image for image, _ in group], **{**own, **options})
+        for own, group in groupby(images, key=lambda image: image[1])
+    ]
+    return dict(parts[0]) if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
+
+
+def _joined(parts: list):
+    """Join tensors, arrays or lists into one."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return [item for part in parts for item in part] if isinstance(parts[0], list) else np.concatenate(parts)
 
 
 class MiniMonkeyImageProcessorPil(_MsacMixin, PilBackend):

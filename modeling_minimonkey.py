@@ -11,7 +11,8 @@ Shapes: B rows, N tokens of a row, T tiles of all images of the batch, S tile si
 D width of the language model.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -167,6 +168,7 @@ class MiniMonkeyForConditionalGeneration(
     config_class = MiniMonkeyConfig
     vision_chunk_tiles = VISION_CHUNK_TILES
     _offloaded_vision: OffloadedModules | None = None
+    _vision_present: Callable[[], AbstractContextManager] = nullcontext
 
     def __init__(self, config: MiniMonkeyConfig):
         super(InternVLForConditionalGeneration, self).__init__(config)
@@ -284,9 +286,6 @@ class MiniMonkeyForConditionalGeneration(
         with self._vision_present():
             return torch.cat([self.get_image_features(chunk, return_dict=True).pooler_output for chunk in chunks])
 
-    def _vision_present(self):
-        return nullcontext() if self._offloaded_vision is None else self._offloaded_vision.present()
-
     def offload_vision(self) -> int:
         """Keep the weights of vision tower and projector out of the way but for the time that tiles are encoded.
 
@@ -304,6 +303,7 @@ class MiniMonkeyForConditionalGeneration(
         language = self.model.language_model
         parts = [part for part in self.model.children() if part is not language]  # a resampler or patch mining too
         self._offloaded_vision = OffloadedModules(parts, self.device)
+        self._vision_present = self._offloaded_vision.present
         return self._offloaded_vision.nbytes()
 
     @property
@@ -365,30 +365,20 @@ class MiniMonkeyForConditionalGeneration(
             raise ValueError("Patch mining needs tile_counts and tile_grids, which the processor returns.")
         layouts = self.image_layouts(images)
         if images.are_slices:
-            self._check_pixels(images.slice_values)
-            expected, what = sum(layout.tokens for layout in layouts), f"slices of {len(layouts)} images"
+            pixels, expected = images.slice_values, sum(layout.tokens for layout in layouts)
+            what = f"slices of {len(layouts)} images"
         else:
             tiles, counted = len(images.pixel_values), int(torch.as_tensor(images.tile_counts).sum())
             if tiles != counted:
                 raise ValueError(f"pixel_values hold {tiles} tiles, but tile_counts are of {counted}.")
-            expected, what = (
-                self.tokens_per_tile(images.pixel_values) * len(layouts),
-                f"{len(layouts)} mined thumbnails",
-            )
-        if input_ids is not None:
-            self._check_tokens(input_ids, expected, what)
+            pixels, expected = images.pixel_values, self.tokens_per_tile(images.pixel_values) * len(layouts)
+            what = f"{len(layouts)} mined thumbnails"
+        self._check_fit(pixels, input_ids, expected, what)
 
-    def _check_tokens(self, input_ids: torch.Tensor, expected: int, what: str, each: str = "") -> None:
-        tokens = (input_ids == self.config.image_token_id).sum()
-        torch_compilable_check(
-            tokens == expected,
-            lambda: (
-                f"The prompt has {int(tokens)} image tokens (id {self.config.image_token_id}), but {what} give {expected} "
-                f"features{each}."
-            ),
-        )
-
-    def _check_pixels(self, pixels: torch.Tensor) -> None:
+    def _check_fit(
+        self, pixels: torch.Tensor, input_ids: torch.Tensor | None, expected: int, what: str, each: str = ""
+    ) -> None:
+        """Raise `ValueError` for pixels that do not fit the model, or a prompt (B, N) that has not so many image tokens."""
         if not pixels.is_floating_point() and pixels.dtype != torch.uint8:
             raise ValueError(
                 f"pixel_values must be normalised floating-point tiles, or uint8, got {pixels.dtype}; use the processor."
@@ -398,6 +388,16 @@ class MiniMonkeyForConditionalGeneration(
                 f"pixel_values are on {pixels.device}, the model is on {self.device}; "
                 "move the inputs with inputs.to(model.device)."
             )
+        if input_ids is None:
+            return
+        tokens = (input_ids == self.config.image_token_id).sum()
+        torch_compilable_check(
+            tokens == expected,
+            lambda: (
+                f"The prompt has {int(tokens)} image tokens (id {self.config.image_token_id}), but {what} give {expected} "
+                f"features{each}."
+            ),
+        )
 
     def place_features(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Return embeddings (B, N, D) of a prompt (B, N) with `features` (..., D) in the places of its image tokens."""
@@ -418,10 +418,9 @@ class MiniMonkeyForConditionalGeneration(
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3]:
             raise ValueError(f"pixel_values must be tiles of shape (tiles, {channels}, S, S), got {shape}.")
-        self._check_pixels(pixel_values)
-        per_tile = self.config.view_tokens(shape[3], shape[2])
-        if input_ids is not None:
-            self._check_tokens(input_ids, shape[0] * per_tile, f"{shape[0]} tiles", f" ({per_tile} each)")
+        is_usual = shape[2] == self.config.tile_size
+        per_tile = self.config.image_seq_length if is_usual else self.config.view_tokens(shape[3], shape[2])
+        self._check_fit(pixel_values, input_ids, shape[0] * per_tile, f"{shape[0]} tiles", f" ({per_tile} each)")
         return per_tile
 
     @can_return_tuple
@@ -464,13 +463,13 @@ class MiniMonkeyForConditionalGeneration(
         features = None
         if pixel_values is not None and image_flags is not None:
             pixel_values = pixel_values[image_flags.flatten() == 1]
-        images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
-        if images.pixels is not None:
+        if pixel_values is not None or slice_values is not None:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError(
                     "pixel_values need input_ids, whose image tokens say where the features belong, and no inputs_embeds."
                 )
             visual_token_mask = input_ids == self.config.image_token_id
+            images = ImageInputs(pixel_values, tile_counts, tile_grids, slice_values, slice_sizes)
             features = self.image_features(images, input_ids)
             inputs_embeds, input_ids = self.place_features(input_ids, features), None
         elif input_ids is not None and input_ids.shape[-1] > 1 and not torch.compiler.is_compiling():

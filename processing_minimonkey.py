@@ -10,7 +10,6 @@ its tiles, `</img>`. This happens in one place, `expand_placeholders`, from the 
 
 import re
 from collections.abc import Iterable
-from itertools import groupby
 from math import isqrt
 from typing import Any
 
@@ -40,9 +39,8 @@ from .conversation import (
 )
 from .grounding import draw_boxes, parse_boxes
 from .guided_generation import generation_prompt
-from .image_decoding import pages_of
 from .image_inputs import image_layouts
-from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, list_images
+from .image_processing_minimonkey import EMPTY, MiniMonkeyImageProcessorKwargs, cut_images, list_images
 from .multi_view import stitch_views
 from .tiling import RANGE_NAMES, SLICES
 from .transformers_bridge import MultiModalData, custom_object_save
@@ -149,15 +147,6 @@ def place_frames(
     return texts, [next(remaining[kind]) for kind in kinds]
 
 
-def cut_images(image_processor, images: list[tuple[Any, dict[str, Any]]], **options: Any) -> dict[str, Any]:
-    """Cut images that have options of their own, beside `options` for all, with the image processor, in order."""
-    parts = [
-        image_processor([image for image, _ in group], **{**own, **options})
-        for own, group in groupby(images, key=lambda image: image[1])
-    ]
-    return dict(parts[0]) if len(parts) == 1 else {name: _joined([part[name] for part in parts]) for name in parts[0]}
-
-
 def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) -> tuple[dict, dict]:
     """Return how frames of videos are chosen, and the image processor's options for them: one tile each, else as for images.
 
@@ -175,32 +164,11 @@ def video_options(images_kwargs: dict[str, Any], videos_kwargs: dict[str, Any]) 
     return sampling, {**images_kwargs, **ranges}  # which a preset leaves as they are
 
 
-def _joined(parts: list):
-    """Join tensors, arrays or lists into one."""
-    if isinstance(parts[0], torch.Tensor):
-        return torch.cat(parts)
-    return [item for part in parts for item in part] if isinstance(parts[0], list) else np.concatenate(parts)
-
-
 def _of_the_same_kind(mask, ids):
     """Return a mask (B, N) as a tensor, an array or lists, whichever the ids (B, N) are."""
     if isinstance(ids, torch.Tensor):
         return torch.as_tensor(mask)
     return np.asarray(mask) if isinstance(ids, np.ndarray) else mask
-
-
-def with_pages(images: list, texts: list[str], image_processor, options: dict[str, Any]) -> list:
-    """Return `images`, with the pages of TIFF files as images of their own.
-
-    Where `texts` have one `<image>` for each file, its first page alone is shown, which the image processor warns about.
-
-    Raises:
-        ValueError: A path, where sources are untrusted.
-    """
-    untrusted = options.get("untrusted_sources", image_processor.untrusted_sources)
-    pages = [page for image in images for page in pages_of(image, untrusted)]
-    has_pages = len(pages) > len(images)
-    return pages if has_pages and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != len(images) else images
 
 
 def list_videos(videos) -> list:
@@ -400,11 +368,13 @@ class MiniMonkeyProcessor(ProcessorMixin):
             rows = images if len(texts) > 1 else [list_images(images)]  # of several texts some may have no images
             found = []
             for row, (text, given) in enumerate(zip(texts, rows)):
-                of_row = with_pages(list_images(given), [text], self.image_processor, options)
+                placeholders = text.count(IMAGE_PLACEHOLDER)
+                of_row = self.image_processor.with_pages(list_images(given), placeholders, **options)
                 check_placeholders([text], len(of_row), f"Row {row}")
                 found += of_row
             return found
-        images = with_pages(list_images(images), texts, self.image_processor, options)
+        placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+        images = self.image_processor.with_pages(list_images(images), placeholders, **options)
         check_placeholders(texts, len(images))
         return images
 

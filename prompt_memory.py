@@ -45,8 +45,9 @@ class Prompt:
     def common_start(self, other: "Prompt") -> int:
         """Count its first tokens that mean the same in `other`: all that the language model computes for them is equal."""
         same = common_length(self.token_ids, other.token_ids)
-        is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
-        is_compressed = self.settings.compresses or other.settings.compresses
+        is_compressed, is_compressed_alike = self.settings.compresses or other.settings.compresses, False
+        if is_compressed:
+            is_compressed_alike = replace(self.settings, query_ends=None) == replace(other.settings, query_ends=None)
         for i, (key, span) in enumerate(self.images):
             if span.start >= same:
                 break
@@ -116,10 +117,6 @@ class PromptMemory:
         layers = [] if self._state is None else self._state.cache.layers
         tensors = [*self.features.values(), *(t for layer in layers for t in (layer.keys, layer.values))]
         return sum(tensor.nbytes for tensor in tensors)
-
-    def begin_turn(self, keys: list[bytes]) -> "Turn":
-        """Return what the next turn, about the images `keys`, starts from."""
-        return Turn(self, keys, self.tile_counts, self.tile_grids, self.features)
 
     def remember_images(self, images: dict[bytes, tuple[list[int], list[int], torch.Tensor]]) -> None:
         """Keep the tile counts, grids and features of exactly these images, those of the prompt that is about to be read."""

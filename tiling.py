@@ -115,19 +115,16 @@ def check_tiling(
 
 
 def grids_within(
-    width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int, max_scale: float | None
+    width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int, max_scale: float
 ) -> tuple[Grid, ...]:
     """Return the grids of a range that enlarge an image at most `max_scale` times, or as much as fills one tile.
 
     The longer side may grow as much as the shorter one must, so that a line of text keeps its shape. Where a small image leaves
     no grid of `min_tiles`, it has all the smaller.
     """
-    grids = grids_in_range(min_tiles, max_tiles)
-    if max_scale is None:
-        return grids
     scale = max(max_scale, tile_size / min(width, height))
     columns, rows = (max(1, int(scale * side / tile_size + 1e-6)) for side in (width, height))
-    fitting = tuple(grid for grid in grids if grid[0] <= columns and grid[1] <= rows)
+    fitting = tuple(grid for grid in grids_in_range(min_tiles, max_tiles) if grid[0] <= columns and grid[1] <= rows)
     if fitting or min_tiles == 1:
         return fitting
     return tuple(grid for grid in grids_in_range(1, max_tiles) if grid[0] <= columns and grid[1] <= rows)
@@ -202,19 +199,18 @@ def choose_grids(
     if width < 1 or height < 1 or tile_size < 1:
         raise ValueError(f"Sizes must be at least 1 pixel, got a {width} x {height} image, tile size {tile_size}.")
     check_tiling(*ranges, tiling=tiling, relaxed_alpha=relaxed_alpha, max_scale=max_scale)
-    rule = tiling.removeprefix("msac-")
+    rule, grids = tiling.removeprefix("msac-"), [grids_in_range(*ranges[:2]), grids_in_range(*ranges[2:])]
+    if max_scale is not None:
+        grids = [grids_within(width, height, *own, tile_size, max_scale) for own in (ranges[:2], ranges[2:])]
     if rule in ("logscore", SLICES):
         detailed = logscore_grid(width, height, *ranges[:2], tile_size)
     elif rule == "relaxed":
         detailed = relaxed_grid(width, height, *ranges[:2], tile_size, relaxed_alpha)
     else:
-        detailed = closest_grid(
-            width, height, grids_within(width, height, *ranges[:2], tile_size, max_scale), tile_size
-        )
+        detailed = closest_grid(width, height, grids[0], tile_size)
     if not tiling.startswith("msac"):
         return detailed, SINGLE_TILE
-    grids = grids_within(width, height, *ranges[2:], tile_size, max_scale)
-    candidates = tuple(grid for grid in grids if detailed[0] % grid[0] or detailed[1] % grid[1])
+    candidates = tuple(grid for grid in grids[1] if detailed[0] % grid[0] or detailed[1] % grid[1])
     return detailed, closest_grid(width, height, candidates, tile_size)
 
 

@@ -9,7 +9,7 @@ Shapes: n tokens of the detailed tiles of one image, in the order of the prompt:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -27,6 +27,9 @@ CHOICES = {
     "blank": ("scored", "last", "save"),
 }
 SHARES = ("floor", "markers", "coordinates", "least", "most")
+
+# (row, detailed tokens, how many stay) -> which stay; called for the images of a row in their order.
+Select = Callable[[int, int, int], Sequence[int]]
 
 Run = tuple[int, int, int]
 """Dropped tokens in a row that one token stands for: (index of the last, first, stop)."""
@@ -200,6 +203,7 @@ class Selection:
     """How the detailed tokens that stay are chosen; raises `ValueError` for values that cannot work, or not together.
 
     Args:
+        select: Chooses them without scores, for comparisons; goes with `positions` alone.
         shape: "token": one by one, as published. "smooth": by the scores in a `window` around each. "block": whole windows.
         window: (height, width) in tokens; by default (1, 5) for "smooth" and (2, 4) for "block".
         how: Whether "smooth" takes the "mean" or the "max" of a window.
@@ -219,6 +223,7 @@ class Selection:
             see what stays alone.
     """
 
+    select: Select | None = None
     shape: str = "token"
     window: tuple[int, int] | None = None
     how: str = "mean"
@@ -252,6 +257,12 @@ class Selection:
         window = self.window
         if window is not None and not (len(window) == 2 and all(type(side) is int and side > 0 for side in window)):
             raise ValueError(f"scm_select: window is (height, width) in tokens, both at least 1, got {window!r}.")
+        if self.select is not None and not callable(self.select):
+            raise ValueError(f"scm_select: select is a function (row, tokens, count) -> indices, got {self.select!r}.")
+        if self.select is not None and replace(self, select=None, positions="renumbered") != PUBLISHED:
+            raise ValueError(
+                "scm_select: a function chooses by itself; beside it there can be positions, and nothing else."
+            )
         if self.window is not None and self.shape == "token":
             raise ValueError("scm_select: a window belongs to shape 'smooth' or 'block'; name one of them.")
         if self.shape == "block" and (self.budget == "tile" or self.markers):
@@ -341,15 +352,16 @@ SELECTIONS = {
 }
 
 
-def read_selection(value: "str | Mapping[str, Any] | Selection") -> Selection:
-    """Return a selection from a name of SELECTIONS, or a dict of the fields of `Selection` ("name" among them: on top of it).
+def read_selection(value: "str | Mapping[str, Any] | Select | Selection | None") -> Selection:
+    """Return a selection from a name of SELECTIONS, a dict of the fields of `Selection` ("name" among them: on top of it) or
+    its `select` alone; None is the published one.
 
     Raises:
         ValueError: An unknown name or field, or values that cannot work.
     """
-    if isinstance(value, Selection):
-        return value
-    options = {"name": value} if isinstance(value, str) else value
+    if value is None or isinstance(value, Selection):
+        return value or PUBLISHED
+    options = {"name": value} if isinstance(value, str) else {"select": value} if callable(value) else value
     if not isinstance(options, Mapping):
         raise ValueError(f"scm_select is a name, a dict or a function, got {value!r}.")
     options = dict(options)
@@ -365,6 +377,6 @@ def read_selection(value: "str | Mapping[str, Any] | Selection") -> Selection:
     return replace(SELECTIONS[name], **options)
 
 
-def asks_for_blank(value: "str | Mapping[str, Any] | Selection | Any | None") -> bool:
+def asks_for_blank(value: "str | Mapping[str, Any] | Select | Selection | None") -> bool:
     """Tell whether what `scm_select` takes needs to know which tokens are blank; raises as `read_selection` does."""
-    return value is not None and not callable(value) and read_selection(value).blank != "scored"
+    return read_selection(value).blank != "scored"

@@ -23,7 +23,7 @@ from minimonkey.scripts.benchmarking.measure import peak_extra_bytes
 from minimonkey.scripts.evaluation.figure import draw
 from minimonkey.scripts.evaluation.flops import way_flops
 from minimonkey.scripts.evaluation.predictions import Predictions, weights_digest
-from minimonkey.scripts.evaluation.runner import Answering, answer_suite
+from minimonkey.scripts.evaluation.runner import Answering, Asked, answer_suite
 from minimonkey.scripts.evaluation.suites import Suite, synthetic_suite
 from minimonkey.scripts.evaluation.tables import Comparison, markdown
 from minimonkey.scripts.evaluation.ways import (
@@ -104,16 +104,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Reading:
-    """One suite that is to be read in one way."""
+    """One suite that is to be read in several ways, by subject; the first of a subject is what its others are compared with."""
 
     name: str
     suite: Suite
-    way: Way
-    predictions: Predictions
+    predictions: dict[Way, Predictions]
+    subjects: dict[str, list[Way]]
 
 
-def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
-    """Plan what is read, by suite and subject, with the predictions of an earlier run.
+def plan(args: argparse.Namespace) -> list[Reading]:
+    """Plan what is read, with the predictions of an earlier run.
 
     Raises:
         ValueError: Predictions in the folder that were made with other weights or settings, or no fonts.
@@ -123,19 +123,17 @@ def plan(args: argparse.Namespace) -> dict[tuple[str, str], list[Reading]]:
     names = ("model", "subfolder", "difficulty", "seed", "batch_size", "device", "dtype", "scm_layer")
     shared = {name: getattr(args, name) for name in names}
     shared |= {"weights": weights_digest(args.model, args.subfolder), "materials": materials()}
-    readings = {}
+    readings = []
     for name in args.suites:
         kind, questions, metric = SUITES[name]
         suite = synthetic_suite(kind, args.items, args.seed, args.difficulty, metric, questions)
         settings = {**shared, "suite": suite.name, "questions": questions, "metric": metric, "items": len(suite)}
         tiled = tilings(ranges, args.tilings)
         dropped = compressions(ranges, args.compressors, args.keep_ratios) if name in args.compressed else []
-        planned = {
-            way: Reading(name, suite, way, _predictions(args.out, name, way, settings)) for way in tiled + dropped
-        }
-        readings[name, "tilings"] = [planned[way] for way in tiled]
-        if dropped:
-            readings[name, "compression"] = [planned[way] for way in (tiled[0], *dropped)]
+        predictions = {way: _predictions(args.out, name, way, settings) for way in tiled + dropped}
+        readings.append(
+            Reading(name, suite, predictions, {"tilings": tiled, "compression": dropped and [tiled[0], *dropped]})
+        )
     return readings
 
 
@@ -152,10 +150,13 @@ class Reader:
         self.processor = load_processor(args.model)
         self.model = load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device)
 
-    def __call__(self, reading: Reading) -> list[dict]:
-        """Return the predictions of a way, including those of an earlier run."""
-        suite, way = reading.suite, reading.way
-        print(f"{reading.name}, {way.name}", file=sys.stderr)
+    def __call__(self, reading: Reading) -> dict[Way, list[dict]]:
+        """Return the predictions of every way, including those of an earlier run."""
+        print(f"{reading.name}: {', '.join(way.name for way in reading.predictions)}", file=sys.stderr)
+        ways = [self._asked(reading.suite, way, predictions) for way, predictions in reading.predictions.items()]
+        return dict(zip(reading.predictions, answer_suite(reading.suite, ways, self.batch_size)))
+
+    def _asked(self, suite: Suite, way: Way, predictions: Predictions) -> Asked:
         answering = Answering(
             self.model,
             self.processor,
@@ -166,11 +167,11 @@ class Reader:
             self.layer,
         )
         peak = None
-        if len(reading.predictions.lines) < len(suite):  # warm-up: a first pass takes longer, and seconds are compared
+        if len(predictions.lines) < len(suite):  # warm-up: a first pass takes longer, and seconds are compared
             items = [suite.item(index) for index in range(2)]
             images = [answering.open(item) for item in items]
             peak = peak_extra_bytes(lambda: answering(items, images), self.model.device)
-        return answer_suite(suite, answering, reading.predictions, self.batch_size, {"peak_bytes": peak})
+        return Asked(answering, predictions, {"peak_bytes": peak})
 
     def flops(self, row: dict, way: Way) -> dict:
         """Return what an item of a row takes, in the encoder and until the first new token."""
@@ -180,11 +181,15 @@ class Reader:
 
 
 def compare_ways(args: argparse.Namespace) -> list[dict]:
-    """Compare every suite of `args` in every way, first the tilings of all, then compression; return a row for each."""
-    readings, read, rows = plan(args), Reader(args), []
-    for (name, subject), chosen in sorted(readings.items(), key=lambda pair: pair[0][1], reverse=True):
-        comparison = Comparison(name, subject, {reading.way: read(reading) for reading in chosen})
-        rows += [read.flops(row, way) for row, way in zip(comparison.rows(), comparison.shown)]
+    """Compare every suite of `args` in every way; return a row for each, first the tilings of all, then compression."""
+    readings, read = plan(args), Reader(args)
+    lines = [read(reading) for reading in readings]
+    rows = []
+    for subject in ("tilings", "compression"):
+        for reading, shown in zip(readings, lines):
+            ways = reading.subjects[subject]
+            comparison = Comparison(reading.name, subject, {way: shown[way] for way in ways}).rows()
+            rows += [read.flops(row, way) for row, way in zip(comparison, ways)]
     return rows
 
 

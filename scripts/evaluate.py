@@ -26,7 +26,7 @@ from minimonkey.scripts.evaluation.dropping import DROPS
 from minimonkey.scripts.evaluation.metrics import METRICS
 from minimonkey.scripts.evaluation.predictions import Predictions, read_predictions, weights_digest
 from minimonkey.scripts.evaluation.report import compare, describe, describe_comparison, score
-from minimonkey.scripts.evaluation.runner import Answering, answer_suite
+from minimonkey.scripts.evaluation.runner import Answering, Asked, answer_suite
 from minimonkey.scripts.evaluation.suites import (
     DEFAULT_METRIC,
     PRESET_METRICS,
@@ -213,7 +213,7 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = settings_of(args, suite, max_new_tokens)
     predictions = Predictions(args.out, settings, args.resume)
     answering = load(args, max_new_tokens)
-    lines = answer_suite(suite, answering, predictions, args.batch_size)
+    (lines,) = answer_suite(suite, [Asked(answering, predictions)], args.batch_size)
     result = score(lines) | {name: value for name, value in settings.items() if value is not None}
     is_word = args.benchmark is None and args.suite == "word"
     print(describe(result, f"{len(lines)} {'unseen words in unseen fonts' if is_word else 'items of ' + suite.name}"))

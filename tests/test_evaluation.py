@@ -33,7 +33,7 @@ from minimonkey.scripts.evaluation.metrics import (
 )
 from minimonkey.scripts.evaluation.predictions import Predictions, read_predictions
 from minimonkey.scripts.evaluation.report import compare, score
-from minimonkey.scripts.evaluation.runner import Answering, answer_suite, prediction
+from minimonkey.scripts.evaluation.runner import Answering, Asked, answer_suite, prediction
 from minimonkey.scripts.evaluation.suites import SYNTHETIC, Item, Suite, read_benchmark, synthetic_suite
 from minimonkey.scripts.synthetic.vocabulary import READ_ALL
 
@@ -360,13 +360,43 @@ def test_questions_for_the_whole_text_or_for_values():
 def test_predictions_do_not_depend_on_where_a_run_was_interrupted(nano, processor, tmp_path):
     suite, settings = suite_of("scene", 5), {"suite": "scene"}
     answering = Answering(nano, processor, 6, TILES, scm_keep_ratio=0.5, compressor="random")
-    whole = answer_suite(suite, answering, Predictions(None, settings), batch_size=2)
+    (whole,) = answer_suite(suite, [Asked(answering, Predictions(None, settings))], batch_size=2)
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in whole[:3]))
     (tmp_path / "predictions.jsonl.settings.json").write_text(json.dumps(settings))
-    resumed = answer_suite(suite, answering, Predictions(path, settings, resume=True), batch_size=2)
+    (resumed,) = answer_suite(suite, [Asked(answering, Predictions(path, settings, resume=True))], batch_size=2)
     assert [line | {"seconds": 0} for line in resumed] == [line | {"seconds": 0} for line in whole]
     assert list(read_predictions(path)) == suite.ids
+
+
+def test_a_random_choice_closes_up_or_keeps_its_places(nano, processor):
+    item = suite_of("page", 1).item(0)
+    answers = {}
+    for name in ("random", "random-original"):
+        answering = Answering(nano, processor, 12, TILES, 0.3, name)
+        images = [answering.open(item)]
+        answers[name] = answering([item], images)[0].text
+        assert answering.count_tokens(images[0])[1] < answering.count_tokens(images[0])[0]
+    chosen = [selection(name, ["a"])["select"](0, 98, 49) for name in answers]
+    assert chosen[0] == chosen[1] and answers["random"] != answers["random-original"]
+
+
+def test_tiles_that_several_ways_show_are_encoded_once(nano, processor, monkeypatch):
+    suite, encoded, encode = suite_of("scene", 3), [], type(nano).encode_tiles
+
+    def count(model, pixel_values):
+        encoded.append(len(pixel_values))
+        return encode(model, pixel_values)
+
+    monkeypatch.setattr(type(nano), "encode_tiles", count)
+    ways = [Answering(nano, processor, 6, TILES, *options) for options in ((), (0.5, "random"), (0.5, "token"))]
+    apart = [answer_suite(suite, [Asked(way, Predictions(None, {}))], batch_size=2)[0] for way in ways]
+    once, encoded[:] = encoded[: len(encoded) // 3], []
+    together = answer_suite(suite, [Asked(way, Predictions(None, {})) for way in ways], batch_size=2)
+    assert encoded == once and len(once) == 2
+    for first, second in zip(apart, together):
+        assert [line | {"seconds": 0} for line in first] == [line | {"seconds": 0} for line in second]
+    assert "encode_tiles" not in vars(nano)
 
 
 def test_a_new_run_keeps_the_old_file_until_there_is_an_answer(tmp_path):

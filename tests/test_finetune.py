@@ -30,7 +30,7 @@ from minimonkey.scripts import finetune as script
 from minimonkey.scripts.benchmarking.models import random_config, random_model
 from minimonkey.scripts.importing.folder import save_processor
 from minimonkey.scripts.repository import load_processor
-from minimonkey.scripts.training.models import deepen, load_model
+from minimonkey.scripts.training.models import deepen, load_model, model_folder
 from minimonkey.scripts.training.optimizers import MuonWithAdamW, matrices_and_rest
 from minimonkey.scripts.training.recipe import read_recipe
 from minimonkey.scripts.training.trainer import FineTuner, last_checkpoint
@@ -303,6 +303,17 @@ def test_a_killed_run_goes_on_exactly(tmp_path, capsys, layout):
     assert len(metrics(whole)["losses"]) == 8
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (whole, broken)]
     assert not changed(*weights)
+
+
+def test_an_untrained_nano_of_other_dimensions(tmp_path):
+    dimensions = {"vision": {"patch_size": 14, "num_hidden_layers": 2}, "text": {"num_hidden_layers": 1}}
+    recipe = read_recipe(write_recipe(tmp_path, model="untrained-nano", depth=None, dimensions=dimensions))
+    model = load_model(model_folder(recipe), recipe)
+    assert model.encode_tiles(torch.zeros(2, 3, 112, 112)).shape == (2, 16, 192)
+    assert (len(model.model.vision_tower.encoder.layer), len(model.model.language_model.layers)) == (2, 1)
+    for other in ("small", {"tower": {}}, {"vision": 3}):
+        with pytest.raises(ValueError, match="dimensions must be vision and text"):
+            read_recipe(write_recipe(tmp_path, model="untrained-nano", dimensions=other))
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,9 @@ def test_coordinates_are_the_highest_of_each_tile():
     [
         ("best", "no 'best'; known are token, smooth"),
         (7, "a name, a dict or a function, got 7"),
-        ({"form": "block"}, "has no form; known are name, shape"),
+        ({"select": "best"}, "select is a function"),
+        ({"select": max, "shape": "block"}, "a function chooses by itself"),
+        ({"form": "block"}, "has no form; known are name, select"),
         ({"shape": "round"}, "shape is one of token, smooth, block, got 'round'"),
         ({"budget": "page"}, "budget is one of image, tile"),
         ({"positions": "old"}, "positions is one of renumbered, original"),

@@ -464,6 +464,7 @@ def test_shipped_recipes_are_valid(path):
         ("lr_scheduler_type=steep", "steep"),
         ("muon_learning_rate=1", "leave out muon_learning_rate"),
         ("muon_learning_rate=0", "muon_learning_rate must be more than 0"),
+        ("dimensions={vision: {patch_size: 7}}", "begins as untrained-nano"),
         ("eval_steps=2", "eval_data"),
         ("eval_strategy=epoch", "eval_data"),
         ("letters_weight=1", "letters teach the vision tower"),

@@ -1,21 +1,21 @@
 """Which detailed tokens an image loses: by the choices of scale compression, or as many at random or evenly spread.
 
 The last two are the baselines that every choice has to beat: `model.generate(use_scm=True, scm_select=selection("random",
-names))`.
+names))`; they close up as published does, or with "-original" keep their places.
 """
 
 import random
-from collections.abc import Callable
 
 from minimonkey.token_selection import SELECTIONS
 
 
-BASELINES = ("random", "uniform")
+KEEPS_PLACES = "-original"
+BASELINES = ("random", "uniform", f"random{KEEPS_PLACES}", f"uniform{KEEPS_PLACES}")
 CHOICES = tuple(name for name in SELECTIONS if name != "mass")  # which keeps as many tokens as it likes
 DROPS = ("scm", *BASELINES, *CHOICES)
 
 
-def selection(drop: str, row_names: list[str]) -> Callable[[int, int, int], list[int]] | str | None:
+def selection(drop: str, row_names: list[str]) -> dict | str | None:
     """Return what `scm_select` of `generate` takes.
 
     Args:
@@ -35,9 +35,9 @@ def selection(drop: str, row_names: list[str]) -> Callable[[int, int, int], list
     def select(row: int, tokens: int, count: int) -> list[int]:
         if row >= len(generators):
             raise ValueError(f"There are {len(generators)} names for more rows.")
-        return choose(tokens, count, drop, generators[row])
+        return choose(tokens, count, drop.removesuffix(KEEPS_PLACES), generators[row])
 
-    return select
+    return {"select": select, "positions": "original" if drop.endswith(KEEPS_PLACES) else "renumbered"}
 
 
 def choose(tokens: int, count: int, drop: str, rng: random.Random) -> list[int]:

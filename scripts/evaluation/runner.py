@@ -10,6 +10,7 @@ from PIL import Image
 from minimonkey.chat_answer import ChatAnswer
 from minimonkey.conversation import image_tokens
 from minimonkey.scripts.evaluation.dropping import selection
+from minimonkey.scripts.evaluation.encoded import EncodedOnce
 from minimonkey.scripts.evaluation.metrics import METRICS, nearest_reference
 from minimonkey.scripts.evaluation.predictions import Predictions
 from minimonkey.scripts.evaluation.suites import Item, Suite
@@ -111,29 +112,41 @@ class Answering:
         return tokens, tokens - sum(count - int(count * self.scm_keep_ratio) for count in detailed)
 
 
-def answer_suite(
-    suite: Suite, answering: Answering, predictions: Predictions, batch_size: int, noted: dict[str, Any] | None = None
-) -> list[dict]:
-    """Return one prediction for each item, in order; items that already have one are not asked again.
+@dataclass(frozen=True)
+class Asked:
+    """A way to ask a suite, and where its answers go; `noted` is added to each that is new."""
 
-    `noted` is added to each that is new. A batch of which some are missing is asked as a whole, since the other items change
-    the last bits of an item's numbers.
+    answering: Answering
+    predictions: Predictions
+    noted: dict[str, Any] = field(default_factory=dict)
+
+
+def answer_suite(suite: Suite, ways: list[Asked], batch_size: int) -> list[list[dict]]:
+    """Return one prediction for each item, in order, by each way; items that already have one are not asked again.
+
+    The ways take turns at every batch, and tiles that several of them show are encoded once; `seconds` count as if each had
+    encoded its own. A batch of which some are missing is asked as a whole, since the other items change the last bits of an
+    item's numbers.
     """
     for start in range(0, len(suite), batch_size):
         indices = range(start, min(start + batch_size, len(suite)))
-        missing = {suite.ids[index] for index in indices} - predictions.lines.keys()
-        if missing:
-            lines = _answer_batch([suite.item(index) for index in indices], answering)
-            predictions.add([line | (noted or {}) for line in lines if line["id"] in missing])
+        ids = {suite.ids[index] for index in indices}
+        missing = [(way, ids - way.predictions.lines.keys()) for way in ways]
+        if any(lacking for _, lacking in missing):
+            items = [suite.item(index) for index in indices]
+            with EncodedOnce(ways[0].answering.model).in_place() as encoded:
+                for way, lacking in missing:
+                    lines = _answer_batch(items, way.answering, encoded) if lacking else []
+                    way.predictions.add([line | way.noted for line in lines if line["id"] in lacking])
         print(f"{indices.stop}/{len(suite)}", end="\r", file=sys.stderr)
-    return [predictions.lines[item_id] for item_id in suite.ids]
+    return [[way.predictions.lines[item_id] for item_id in suite.ids] for way in ways]
 
 
-def _answer_batch(items: list[Item], answering: Answering) -> list[dict]:
-    started = time.perf_counter()
+def _answer_batch(items: list[Item], answering: Answering, encoded: EncodedOnce) -> list[dict]:
+    started, saved = time.perf_counter(), encoded.seconds_saved
     images = [answering.open(item) for item in items]
     answers = answering(items, images)
-    seconds = (time.perf_counter() - started) / len(items)
+    seconds = (time.perf_counter() - started + encoded.seconds_saved - saved) / len(items)
     return [
         prediction(item, answer.text, answering.count_tokens(pictures))
         | {"seconds": round(seconds, 4), "finish_reason": answer.finish_reason}

@@ -16,12 +16,17 @@ from minimonkey.scripts.synthetic.byte_tokenizer import build_byte_tokenizer
 from minimonkey.tiling import RANGE_NAMES
 
 
-TILE_SIZE, PATCH_SIZE = 112, 8
+TILE_SIZE = 112
 ONE_TILE = (1, 1, 1, 1)
 
 
-def write_untrained(out: Path) -> None:
-    """Write configuration, tokenizer, processor and chat template of Nano, and weights to start from."""
+def write_untrained(out: Path, vision: dict[str, int] | None = None, text: dict[str, int] | None = None) -> None:
+    """Write configuration, tokenizer, processor and chat template of Nano, and weights to start from.
+
+    Args:
+        vision: Fields of `vision_config` that differ from Nano's, to try another design.
+        text: The same of `text_config`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_byte_tokenizer(DEFAULT_SYSTEM_MESSAGE)
     template = chat_template_jinja(get_template("internlm2-chat"))
@@ -32,9 +37,10 @@ def write_untrained(out: Path) -> None:
             "num_attention_heads": 4,
             "intermediate_size": 576,
             "image_size": TILE_SIZE,
-            "patch_size": PATCH_SIZE,
+            "patch_size": 8,
             "attention_bias": True,
             "layer_scale_init_value": 1.0,
+            **(vision or {}),
         },
         text_config={
             "model_type": "llama",
@@ -50,6 +56,7 @@ def write_untrained(out: Path) -> None:
             "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
             "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": False,
+            **(text or {}),
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
     )
@@ -84,7 +91,7 @@ def initialize(model: nn.Module) -> None:
     tower, config = model.model.vision_tower, model.config.vision_config
     projection = tower.embeddings.patch_embeddings.projection
     nn.init.normal_(projection.weight, std=0.6 / math.sqrt(projection.weight[0].numel()))
-    side, heads = TILE_SIZE // PATCH_SIZE, config.num_attention_heads
+    side, heads = TILE_SIZE // config.patch_size[0], config.num_attention_heads
     quarter = config.hidden_size // heads // 4
     frequencies = torch.logspace(math.log10(0.2), math.log10(2.4), quarter)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")

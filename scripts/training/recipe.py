@@ -37,6 +37,8 @@ class Recipe(TrainingArguments):
 
     model: str
     """A MiniMonkey folder or Hub id, or `untrained-nano`."""
+    dimensions: dict[str, Any] | str | None = None
+    """Of an untrained Nano, where they are to differ: `{vision: {num_hidden_layers: 4}, text: {hidden_size: 256}}`."""
     data: dict[str, Any] | str | None = field()
     """A meta JSON in the InternVL format, or its content."""
     eval_data: dict[str, Any] | str | None = None
@@ -159,7 +161,7 @@ class Recipe(TrainingArguments):
     """Pad the sequences of a micro batch to a multiple of this, so that few shapes occur: a CPU prepares each new one."""
 
     def __post_init__(self):
-        for name in ("data", "eval_data", "tile_ranges", "drop_tokens"):
+        for name in ("data", "dimensions", "eval_data", "tile_ranges", "drop_tokens"):
             setattr(self, name, _structure(name, getattr(self, name)))
         _check(self)
         self._choose_types()
@@ -339,6 +341,7 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             f"attn_implementation {recipe.attn_implementation!r} is a kernel of the Hub, which needs: pip install kernels"
         )
+    _check_dimensions(recipe)
     _check_numbers(recipe)
     warmup_ratio = recipe.warmup_steps if recipe.warmup_steps < 1 else 0
     if warmup_ratio < 0 or not 0 < recipe.decay_ratio <= 1 - warmup_ratio:
@@ -409,6 +412,18 @@ def _check_packing(recipe: Recipe) -> None:
         )
     if recipe.order == "grouped":
         raise ValueError("Packed rows are equally long already; take order: shuffled or curriculum.")
+
+
+def _check_dimensions(recipe: Recipe) -> None:
+    if recipe.dimensions is None:
+        return
+    if recipe.model != UNTRAINED_NANO:
+        raise ValueError(f"dimensions are those of a model that begins as {UNTRAINED_NANO}, not of {recipe.model!r}.")
+    parts = recipe.dimensions.items() if isinstance(recipe.dimensions, dict) else [("", None)]
+    if not all(part in ("vision", "text") and isinstance(fields, dict) for part, fields in parts):
+        raise ValueError(
+            f"dimensions must be vision and text, each with fields of its configuration, got {recipe.dimensions!r}."
+        )
 
 
 def _check_numbers(recipe: Recipe) -> None:
