@@ -15,10 +15,10 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="minimonkey-modules-")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="minimonkey-datasets-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Processes that run tests beside each other share the processors.
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-)
+# Processes that run tests beside each other share the processors; the process that starts them must not decide for them.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
