@@ -14,8 +14,9 @@ LOWEST = requirements/floor.txt
 
 OVERLAYS = .overlays
 FLOOR_TRANSFORMERS = $(shell grep '^transformers==' $(LOWEST))
-# A file of tests to each free processor; four processes at most, since each loads torch.
-PYTEST = -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+# A file of tests to each free processor, in the order of their names, which leaves no slow one to the end; four processes at most,
+# since each loads torch.
+PYTEST = -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CORE = $(PYTEST) -m core
 PACKAGES = import sysconfig; print(sysconfig.get_path('purelib'))
 VERSION = import importlib.metadata; print(importlib.metadata.version('transformers'))
