@@ -37,7 +37,7 @@ def model_folder(recipe: Recipe) -> str:
     if not folder.exists():
         torch.manual_seed(recipe.seed)
         with new_folder(folder, f"{UNTRAINED_NANO}, seed {recipe.seed}") as work:
-            write_untrained(work, **(recipe.dimensions or {}))
+            write_untrained(work, **(recipe.dimensions if isinstance(recipe.dimensions, dict) else {}))
     return str(folder)
 
 
