@@ -55,6 +55,7 @@ SUITES = {
     "receipts": ("receipt", "values", "exact_match"),
     "forms": ("form", "values", "exact_match"),
     "seams": ("seam", "text", "word_accuracy"),
+    "scenes": ("scene", "text", "exact_match"),
 }
 COMPRESSED = ("receipts", "seams")
 
