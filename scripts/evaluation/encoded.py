@@ -36,7 +36,7 @@ class EncodedOnce:
         """Put it in the place of the model's own method, and forget all tiles at the end."""
         self._model.encode_tiles = self
         try:
-            yield self
+            yield
         finally:
             del self._model.encode_tiles
             self._kept.clear()

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,7 +135,8 @@ def answer_suite(suite: Suite, ways: list[Asked], batch_size: int) -> list[list[
         missing = [(way, ids - way.predictions.lines.keys()) for way in ways]
         if any(lacking for _, lacking in missing):
             items = [suite.item(index) for index in indices]
-            with EncodedOnce(ways[0].answering.model).in_place() as encoded:
+            encoded = EncodedOnce(ways[0].answering.model)
+            with encoded.in_place() if len(ways) > 1 else nullcontext():
                 for way, lacking in missing:
                     lines = _answer_batch(items, way.answering, encoded) if lacking else []
                     way.predictions.add([line | way.noted for line in lines if line["id"] in lacking])
