@@ -69,8 +69,7 @@ def write(config, depth: int, folder: Path) -> None:
     """Write a model with random weights, its processor, and an example of a picture and a long answer."""
     from minimonkey.scripts.training.models import config_of_depth
 
-    processor = load_processor(ROOT)
-    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    processor, token = load_processor(ROOT), published_config("Nano").image_token_id
     config = type(config)(**{**config_of_depth(config, depth).to_dict(), "image_token_id": token})
     model = random_model(config, torch.device("cpu"), torch.bfloat16)
     model.save_pretrained(folder / "model")
@@ -84,16 +83,9 @@ def steps(folder: Path, depth: int, tokens: int) -> dict:
     """Return the options that let a recipe take two steps on this example, the second with AdamW's moments in memory."""
     data = {"page": {"root": str(folder), "annotation": str(folder / "lines.jsonl"), "repeat_time": 2}}
     row = {"batch_size": 1, "per_device_train_batch_size": 1, "pad_to_multiple_of": tokens, "dataloader_num_workers": 0}
-    written = {"output_dir": str(folder / f"out-{depth}"), "report_to": "none", "lora_merge": False}
-    return {
-        "model": str(folder / "model"),
-        "depth": depth,
-        "data": data,
-        "max_steps": 2,
-        "use_cpu": True,
-        **row,
-        **written,
-    }
+    written = {"output_dir": str(folder / f"out-{depth}"), "report_to": "none", "disable_tqdm": True}
+    model = {"model": str(folder / "model"), "depth": depth, "lora_merge": False}
+    return {**model, "data": data, "max_steps": 2, "use_cpu": True, **row, **written}
 
 
 def measured(recipe: Path) -> dict:
