@@ -8,6 +8,7 @@
     python scripts/benchmark.py cpu --size 2B --depth 2     ways to store and compute weights, beside the machine's floor
     python scripts/benchmark.py process --preset int4       peak memory and times of a process of its own
     python scripts/benchmark.py engines --size 1B           torch, llama.cpp and onnxruntime in turns
+    python scripts/benchmark.py step scripts/training/recipes/minimonkey-2b-lora.yaml    memory of a real training step
     python scripts/benchmark.py compression --size Nano --tiles 4+3+1 --repeats 1
 
 Prints a table for people and one JSON line for machines. Runs anywhere: weights are random and nothing is downloaded.
@@ -30,6 +31,7 @@ from minimonkey.scripts.benchmarking import (
     process,
     serving,
     stages,
+    step,
     vision,
 )
 from minimonkey.scripts.precision import choose_dtype
@@ -51,6 +53,7 @@ SUBJECTS = {
     "cpu": cpu,
     "process": process,
     "drift": drift,
+    "step": step,
 }
 
 

@@ -29,7 +29,6 @@ import os
 import sys
 from pathlib import Path
 
-from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.scripts.benchmarking.models import published_config
 from minimonkey.scripts.importing.config import read_json
 from minimonkey.scripts.repository import ROOT, load_processor, number_within, preparing, readable, whole_number
@@ -39,7 +38,7 @@ from minimonkey.scripts.training.data import SyntheticSource, read_sources
 from minimonkey.scripts.training.encode import Encoder
 from minimonkey.scripts.training.estimate import Cards, Estimate
 from minimonkey.scripts.training.grafting import graft_processor, grafted_config
-from minimonkey.scripts.training.models import load_model, model_folder, run_config, save
+from minimonkey.scripts.training.models import config_of_depth, load_model, model_folder, run_config, save
 from minimonkey.scripts.training.own_data import count_examples, own_data
 from minimonkey.scripts.training.own_options import LEARNING_RATES, own_options
 from minimonkey.scripts.training.recipe import Recipe, changed_options, make_recipe, read_options, read_overrides
@@ -181,9 +180,10 @@ def dry_run(recipe: Recipe, args: argparse.Namespace) -> int:
     cards = Cards(args.cards, args.card_gib, args.card_tflops)
     if Path(recipe.model).is_dir():
         with readable(recipe.model):
-            config = grafted_config(MiniMonkeyConfig.from_pretrained(recipe.model), recipe)
+            config = run_config(recipe.model, recipe)
     else:
-        config = grafted_config(published_config(recipe.model), recipe)
+        config = published_config(recipe.model)
+        config = grafted_config(config if recipe.depth is None else config_of_depth(config, recipe.depth), recipe)
         print(f"{recipe.model} is not here; estimated for a model of the published size.")
     estimate = Estimate.of(config, recipe, cards)
     print(estimate.describe())

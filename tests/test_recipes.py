@@ -145,6 +145,15 @@ def test_slurm_starts_one_launcher_a_node():
     assert "--machine_rank" in text and "launch/zero1.yaml" in text and "--requeue" in text
 
 
+def test_a_dry_run_of_fewer_layers(capsys):
+    whole, cut = (
+        float(dry_run(capsys, "minimonkey-2b-lora", *change)[1].partition(" million")[0].split()[-1])
+        for change in ((), ("--set", "depth=3"))
+    )
+    layer = 12.6 + 62.9 + 1.0  # of the tower, of the language model, and its adapters, in millions
+    assert whole - cut == pytest.approx(21 * layer, rel=0.02)
+
+
 def test_frozen_weights_in_few_bits_take_less(capsys):
     """At the 2B model's size the frozen layers of tower and language model are 1.8 billion weights."""
     needed = {}

@@ -14,6 +14,9 @@ from PIL import Image
 from minimonkey.scripts import visualize
 
 
+LORA = "scripts/training/recipes/minimonkey-2b-lora.yaml"
+
+
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
@@ -117,6 +120,7 @@ def test_benchmark_of_compression():
         ["vision", "--size", "Nano", "--tiles", 4, "--chunks", 2, "--repeats", 1],
         ["decode", "--size", "Nano", "--tokens", 2, "--repeats", 1],
         ["load", "--size", "Nano", "--repeats", 1],
+        ["step", LORA, "--size", "Nano", "--depths", 1, 2, "--set", "max_seq_length=1536"],
         ["blank", "--width", 300, "--height", 400, "--repeats", 1, "--pages", 1],
         [
             "cpu",

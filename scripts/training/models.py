@@ -86,15 +86,16 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
 
 def run_config(folder: str, recipe: Recipe) -> MiniMonkeyConfig:
     """Return the configuration of the model that is trained: the folder's, as deep and with what the recipe says."""
-    config = (
-        MiniMonkeyConfig.from_pretrained(folder) if recipe.depth is None else _config_of_depth(folder, recipe.depth)
-    )
-    return grafted_config(config, recipe)
-
-
-def _config_of_depth(folder: str, depth: int):
-    """Return the configuration with the first `depth` layers of vision tower and language model."""
     config = MiniMonkeyConfig.from_pretrained(folder)
+    return grafted_config(config if recipe.depth is None else config_of_depth(config, recipe.depth), recipe)
+
+
+def config_of_depth(config: MiniMonkeyConfig, depth: int) -> MiniMonkeyConfig:
+    """Return the configuration with the first `depth` layers of vision tower and language model.
+
+    Raises:
+        ValueError: One of them has fewer.
+    """
     fields = {**config.to_dict(), "scm_layer": None}
     for name in ("vision_config", "text_config"):
         part = getattr(config, name).to_dict()
@@ -261,6 +262,7 @@ def _whole_model(trained: Path, recipe: Recipe, base: str) -> nn.Module:
     model_class = MiniMonkeyForConditionalGeneration
     if recipe.lora_r is None:
         return model_class.from_pretrained(trained, dtype=getattr(torch, recipe.save_dtype))
-    options = {} if recipe.depth is None else {"config": _config_of_depth(base, recipe.depth)}
+    config = MiniMonkeyConfig.from_pretrained(base)
+    options = {} if recipe.depth is None else {"config": config_of_depth(config, recipe.depth)}
     model = model_class.from_pretrained(base, dtype=torch.float32, **options)
     return PeftModel.from_pretrained(model, trained).merge_and_unload()
