@@ -71,6 +71,9 @@ class SelfTraining:
             self.model.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
         )
 
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.bf16)
+
     # --- asking ------------------------------------------------------------------------------------------------------
 
     def ask(
@@ -90,14 +93,15 @@ class SelfTraining:
         answers: list[str] = []
         for start in range(0, len(asked), self.recipe.ask_at_once):
             batch = asked[start : start + self.recipe.ask_at_once]
-            answers += self.model.batch_chat(
-                self.processor,
-                [query.images for query in batch],
-                [query.question for query in batch],
-                max_new_tokens=self.recipe.max_new_tokens,
-                images_kwargs=ranges,
-                **sampling,
-            )
+            with self._precision():
+                answers += self.model.batch_chat(
+                    self.processor,
+                    [query.images for query in batch],
+                    [query.question for query in batch],
+                    max_new_tokens=self.recipe.max_new_tokens,
+                    images_kwargs=ranges,
+                    **sampling,
+                )
         return [answers[start : start + times] for start in range(0, len(answers), times)]
 
     def judge(self, query: Query, answers: Sequence[str]) -> list[Sample]:
@@ -165,7 +169,8 @@ class SelfTraining:
         batch.pop("redrawn")
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
         weights = (batch["labels"] != IGNORED).float()
-        loss, _ = weighted_loss(self.model, batch | {"use_cache": False}, weights, total.to(self.model.device))
+        with self._precision():
+            loss, _ = weighted_loss(self.model, batch | {"use_cache": False}, weights, total.to(self.model.device))
         return loss
 
     # --- rounds ------------------------------------------------------------------------------------------------------

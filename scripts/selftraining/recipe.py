@@ -28,6 +28,7 @@ class SelfRecipe:
             Reward-Pass@2 on the validation questions is taken, on a tie the nearest to the present one (ours).
         reward: What right means, see rewards.py.
         batch_size, micro_batch: Answers of a step, and of them at once.
+        dtype, bf16: Type of the weights; whether to compute in bfloat16 whatever they are, as Trainer's `bf16` does.
     """
 
     model: str
@@ -55,6 +56,7 @@ class SelfRecipe:
     seed: int = 1
     device: str = "auto"
     dtype: str = "float32"
+    bf16: bool = False
 
     def __post_init__(self):
         for name in (
@@ -73,6 +75,8 @@ class SelfRecipe:
         for name in ("model", "output_dir"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}.")
+        if not isinstance(self.bf16, bool):
+            raise ValueError(f"bf16 is true or false, got {self.bf16!r}.")
         for name in ("temperature", "learning_rate"):
             if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}.")
