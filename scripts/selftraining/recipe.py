@@ -9,6 +9,7 @@ from minimonkey.scripts.training.recipe import check_ranges, read_options, read_
 
 
 MODES = ("continuous", "restart", "supervised")
+PROCESS = ("rule", "learned")
 GRID = [round(0.3 + 0.1 * step, 1) for step in range(14)]  # 0.3 to 1.6, as published
 
 
@@ -27,6 +28,8 @@ class SelfRecipe:
         temperature, retune_every, temperatures: Of sampling; every so many rounds (0: never) the one of these with the best
             Reward-Pass@2 on the validation questions is taken, on a tie the nearest to the present one (ours).
         reward: What right means, see rewards.py.
+        process: What ranks right answers: "rule", see rewards.py, or "learned", a head trained before the first round on answers
+            sampled to `process_queries` questions, see process.py.
         batch_size, micro_batch: Answers of a step, and of them at once.
         dtype, bf16: Type of the weights; whether to compute in bfloat16 whatever they are, as Trainer's `bf16` does.
     """
@@ -46,6 +49,8 @@ class SelfRecipe:
     retune_every: int = 2
     temperatures: list[float] = field(default_factory=lambda: list(GRID))
     reward: str = "value"
+    process: str = "rule"
+    process_queries: int = 3000
     max_new_tokens: int = 256
     tile_ranges: list[list[int]] = field(default_factory=lambda: [[1, 12, 1, 1]])
     learning_rate: float = 1e-6
@@ -68,6 +73,7 @@ class SelfRecipe:
             "batch_size",
             "micro_batch",
             "ask_at_once",
+            "process_queries",
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -84,6 +90,8 @@ class SelfRecipe:
             raise ValueError(
                 f"mode is {', '.join(MODES)}, reward {', '.join(REWARDS)}; got {self.mode!r}, {self.reward!r}."
             )
+        if self.process not in PROCESS:
+            raise ValueError(f"process is {' or '.join(PROCESS)}, got {self.process!r}.")
         if self.retune_every < 0 or not self.temperatures or min(self.temperatures) <= 0:
             raise ValueError(
                 f"retune_every is at least 0, temperatures are above 0: {self.retune_every}, {self.temperatures}."
