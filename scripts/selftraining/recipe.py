@@ -28,8 +28,8 @@ class SelfRecipe:
         temperature, retune_every, temperatures: Of sampling; every so many rounds (0: never) the one of these with the best
             Reward-Pass@2 on the validation questions is taken, on a tie the nearest to the present one (ours).
         reward: What right means, see rewards.py.
-        process: What ranks right answers: "rule", see rewards.py, or "learned", a head trained before the first round on answers
-            sampled to `process_queries` questions, see process.py.
+        process: What ranks right answers: "rule", see rewards.py, or "learned", a head trained before the first round on the
+            answers sampled to `process_queries` questions, see process.py.
         batch_size, micro_batch: Answers of a step, and of them at once.
         dtype, bf16: Type of the weights; whether to compute in bfloat16 whatever they are, as Trainer's `bf16` does.
     """
