@@ -292,7 +292,7 @@ def wrong(worked: str) -> str:
 
 def test_the_command_learns_the_process_reward_first(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "value", lambda answer, right: len(answer) % 2 == 0)
-    options = {"process": "learned", "process_queries": 5, "samples": 6, "rounds": 1, "retune_every": 0}
+    options = {"process": "learned", "bf16": True, "process_queries": 5, "samples": 6, "rounds": 1, "retune_every": 0}
     recipe = write(tmp_path, "learned", **options)
     assert self_train.main([str(recipe)]) == 0
     assert '"ranked_right"' in capsys.readouterr().out
