@@ -287,7 +287,7 @@ class SelfTraining:
         changed = [
             name
             for name, value in now.items()
-            if name not in ("output_dir", "rounds") and state["recipe"][name] != value
+            if name not in ("output_dir", "rounds") and state["recipe"].get(name, value) != value
         ]
         if changed:
             raise ValueError(f"The run in {folder} had another {', '.join(changed)}; take another output_dir.")
