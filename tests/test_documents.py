@@ -275,6 +275,5 @@ def test_a_camera_that_shows_a_vehicle_is_where_it_is():
 
 
 def test_shapes_are_counted():
-    counts = [document("count", index, 3).questions for index in range(60)]
-    assert all(1 <= sum(int(question.answer) for question in asked) <= 6 for asked in counts)
-    assert {question.answer for asked in counts for question in asked} >= {"0", "1", "2", "3", "4"}
+    counts = [int(document("count", index, 3).questions[0].answer) for index in range(60)]
+    assert set(counts) == {1, 2, 3, 4, 5, 6}

@@ -1,8 +1,8 @@
 """Small tasks that reading does not teach, to adapt a model to: finding a word, counting, naming a shape, six cameras.
 
     find     a few words in one tile             "Where is tea?"            "<box>[[71, 107, 366, 330]]</box>"
-    count    shapes of several kinds             "How many rings are there?"      "2"
-    shape    one shape on a texture              "Which shape is this: ring, star ...?"   "star"
+    count    one to six shapes of one kind       "How many rings are there?"      "2"
+    shape    one shape                           "Which shape is this: ring, star ...?"   "star"
     views    six cameras of a car, stitched      "Which camera shows the red truck?"      "CAM_BACK"
 
 Boxes and stitched views are those of the published data (grounding.py, multi_view.py); a camera is one tile of Nano's. Of
@@ -19,7 +19,6 @@ from minimonkey.grounding import format_box, normalise
 from minimonkey.multi_view import stitch_views
 from minimonkey.scripts.synthetic.canvas import LEFT, TILE_SIZE, Canvas, Colour, Document
 from minimonkey.scripts.synthetic.damage import finish
-from minimonkey.scripts.synthetic.drawings import photograph
 from minimonkey.scripts.synthetic.text_images import degrade
 from minimonkey.scripts.synthetic.vocabulary import ask, distinct_words, document_style
 
@@ -99,37 +98,33 @@ SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, Colour], N
 PLURALS = {name: f"{name}es" if name == "cross" else f"{name}s" for name in SHAPES}
 
 
-def _contrasting(rng: random.Random, background: Colour) -> Colour:
-    """Choose a colour that stands out from another."""
-    while True:
-        colour = tuple(rng.randint(0, 255) for _ in range(3))
-        if sum(abs(a - b) for a, b in zip(colour, background)) > 240:
-            return colour
+def _paper_and_ink(rng: random.Random) -> tuple[Colour, Colour]:
+    """Choose a light colour and a dark one."""
+    return tuple(rng.randint(200, 255) for _ in range(3)), tuple(rng.randint(0, 110) for _ in range(3))
 
 
 def count(rng: random.Random, split: str, difficulty: float) -> Document:
-    """Draw one to six shapes of two kinds, one in each of nine places, and ask how many there are of each."""
-    background = tuple(rng.randint(0, 255) for _ in range(3))
-    image = Image.new("RGB", (TILE_SIZE, TILE_SIZE), background)
+    """Draw one to six shapes of one kind, one in each of nine places, and ask how many there are."""
+    paper, ink = _paper_and_ink(rng)
+    image = Image.new("RGB", (TILE_SIZE, TILE_SIZE), paper)
     draw, pitch = ImageDraw.Draw(image), TILE_SIZE / 3
-    kinds = rng.sample(sorted(SHAPES), 2)
-    drawn = [rng.choice(kinds) for _ in range(rng.randint(1, MOST_SHAPES))]
-    for name, place in zip(drawn, rng.sample(range(9), len(drawn))):
+    name, number = rng.choice(sorted(SHAPES)), rng.randint(1, MOST_SHAPES)
+    for place in rng.sample(range(9), number):
         row, column = divmod(place, 3)
         reach = rng.uniform(0.28, 0.42) * pitch
         x, y = (pitch * (at + 0.5) + rng.uniform(-0.08, 0.08) * pitch for at in (column, row))
-        SHAPES[name](draw, x, y, reach, _contrasting(rng, background))
-    questions = [ask(rng, HOW_MANY, str(drawn.count(name)), shapes=PLURALS[name]) for name in kinds]
-    return Document(degrade(image, rng, difficulty, most_blur=1.0), tuple(questions), ())
+        SHAPES[name](draw, x, y, reach, ink)
+    question = ask(rng, HOW_MANY, str(number), shapes=PLURALS[name])
+    return Document(degrade(image, rng, difficulty, most_blur=1.0), (question,), ())
 
 
 def shape(rng: random.Random, split: str, difficulty: float) -> Document:
-    """Draw one shape, small or large, on something like a photograph, and ask which of six it is."""
-    image = photograph((TILE_SIZE, TILE_SIZE), rng)
-    name, reach = rng.choice(sorted(SHAPES)), rng.uniform(0.18, 0.4) * TILE_SIZE
+    """Draw one shape, small or large, and ask which of six it is."""
+    paper, ink = _paper_and_ink(rng)
+    image = Image.new("RGB", (TILE_SIZE, TILE_SIZE), paper)
+    name, reach = rng.choice(sorted(SHAPES)), rng.uniform(0.2, 0.42) * TILE_SIZE
     x, y = (rng.uniform(reach + 2, TILE_SIZE - reach - 2) for _ in range(2))
-    middle = image.resize((1, 1)).getpixel((0, 0))
-    SHAPES[name](ImageDraw.Draw(image), x, y, reach, _contrasting(rng, middle))
+    SHAPES[name](ImageDraw.Draw(image), x, y, reach, ink)
     question = ask(rng, WHICH_SHAPE, name, shapes=", ".join(SHAPES))
     return Document(degrade(image, rng, difficulty, most_blur=1.0), (question,), ())
 
