@@ -43,6 +43,10 @@ def start(recipe: SelfRecipe, resume: bool) -> SelfTraining:
         print(f"Going on after round {training.round}.")
     elif not (output / "before.json").exists():
         write_test(training, output, "before")
+    if recipe.process == "learned":
+        learned = training.learn_process(output / "process.pt")
+        if learned:
+            print(f"Process reward: {json.dumps(learned)}", flush=True)
     return training
 
 

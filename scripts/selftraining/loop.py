@@ -18,6 +18,7 @@ import torch
 
 from minimonkey.conversation import IMAGE_PLACEHOLDER
 from minimonkey.scripts.evaluation.intervals import wilson_interval
+from minimonkey.scripts.selftraining.process import StepReward
 from minimonkey.scripts.selftraining.questions import Queries, Query
 from minimonkey.scripts.selftraining.recipe import SelfRecipe
 from minimonkey.scripts.selftraining.rewards import (
@@ -60,6 +61,9 @@ class SelfTraining:
             model.config.tile_size,
             always_with_tile=False,
         )
+        self.step_reward = None
+        if recipe.process == "learned":
+            self.step_reward = StepReward(model, self._encoded, self.collate, processor.tokenizer.decode)
         self.first = copy.deepcopy(model.state_dict()) if recipe.mode == "restart" else None
         self.optimizer = self._new_optimizer()
         self.temperature, self.round, self.learned = recipe.temperature, 0, []
@@ -70,6 +74,9 @@ class SelfTraining:
         return torch.optim.AdamW(
             self.model.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
         )
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.bf16)
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -90,20 +97,41 @@ class SelfTraining:
         answers: list[str] = []
         for start in range(0, len(asked), self.recipe.ask_at_once):
             batch = asked[start : start + self.recipe.ask_at_once]
-            answers += self.model.batch_chat(
-                self.processor,
-                [query.images for query in batch],
-                [query.question for query in batch],
-                max_new_tokens=self.recipe.max_new_tokens,
-                images_kwargs=ranges,
-                **sampling,
-            )
+            with self._precision():
+                answers += self.model.batch_chat(
+                    self.processor,
+                    [query.images for query in batch],
+                    [query.question for query in batch],
+                    max_new_tokens=self.recipe.max_new_tokens,
+                    images_kwargs=ranges,
+                    **sampling,
+                )
         return [answers[start : start + times] for start in range(0, len(answers), times)]
 
     def judge(self, query: Query, answers: Sequence[str]) -> list[Sample]:
         """Return answers with their rewards."""
-        is_right = REWARDS[self.recipe.reward]
-        return [Sample(text, is_right(text, query.right), self.process(text)) for text in answers]
+        if self.step_reward is None or not self.step_reward.head:
+            rewards = [self.process(text) for text in answers]
+        else:
+            with self._precision():
+                rewards = self.step_reward(query, answers)
+        return [Sample(text, self._is_right(query, text), reward) for text, reward in zip(answers, rewards)]
+
+    def _is_right(self, query: Query, answer: str) -> bool:
+        return REWARDS[self.recipe.reward](answer, query.right)
+
+    def learn_process(self, path: Path) -> dict[str, float | None]:
+        """Learn the process reward from answers of the first policy, or read it where `path` is; return how well it ranks."""
+        if path.exists():
+            self.step_reward.load(path)
+            return {}
+        # From the end of the sequence, which a run does not reach.
+        begin = max(0, self.questions.length - self.recipe.process_queries)
+        queries = self.questions.slice(begin, self.recipe.process_queries, self.recipe.seed)
+        with self._precision():
+            figures = self.step_reward.fit(queries, self.sample(queries, self.temperature, "process"))
+        self.step_reward.save(path)
+        return figures
 
     def sample(self, queries: Sequence[Query], temperature: float, purpose: str) -> list[list[Sample]]:
         """Sample and judge the recipe's number of answers to each question."""
@@ -165,7 +193,8 @@ class SelfTraining:
         batch.pop("redrawn")
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
         weights = (batch["labels"] != IGNORED).float()
-        loss, _ = weighted_loss(self.model, batch | {"use_cache": False}, weights, total.to(self.model.device))
+        with self._precision():
+            loss, _ = weighted_loss(self.model, batch | {"use_cache": False}, weights, total.to(self.model.device))
         return loss
 
     # --- rounds ------------------------------------------------------------------------------------------------------
@@ -197,7 +226,7 @@ class SelfTraining:
     def monitor(self) -> dict:
         """Return accuracy, Pass@K and Reward-Pass@2 on the validation questions."""
         queries = [self.validation[index] for index in range(len(self.validation))]
-        greedy = [self.judge(query, texts)[0].is_right for query, texts in zip(queries, self.ask(queries))]
+        greedy = [self._is_right(query, text) for query, (text,) in zip(queries, self.ask(queries))]
         sampled = self.sample(queries, self.temperature, "monitor")
         accuracy = sum(greedy) / len(greedy)
         passed = pass_at_k(sampled)
@@ -213,9 +242,13 @@ class SelfTraining:
         queries = [self.test[index] for index in range(len(self.test))]
         lines = []
         for query, (text,) in zip(queries, self.ask(queries)):
-            (judged,) = self.judge(query, [text])
             asked = {"id": query.id, "question": query.question, "answers": [query.right]}
-            given = {"answer": final_answer(text), "text": text, "metric": "same_text", "score": float(judged.is_right)}
+            given = {
+                "answer": final_answer(text),
+                "text": text,
+                "metric": "same_text",
+                "score": float(self._is_right(query, text)),
+            }
             lines.append(asked | given)
         right = sum(line["score"] for line in lines)
         low, high = wilson_interval(round(right), len(lines))
@@ -254,7 +287,7 @@ class SelfTraining:
         changed = [
             name
             for name, value in now.items()
-            if name not in ("output_dir", "rounds") and state["recipe"][name] != value
+            if name not in ("output_dir", "rounds") and state["recipe"].get(name, value) != value
         ]
         if changed:
             raise ValueError(f"The run in {folder} had another {', '.join(changed)}; take another output_dir.")
