@@ -216,6 +216,9 @@ def test_the_command_trains_resumes_and_compares(tmp_path, capsys, monkeypatch):
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert (tmp_path / "whole" / "monitors.png").exists()
+    for number, monitor in enumerate(metrics[0]["rounds"], 1):
+        kept = [(tmp_path / name / f"pairs-{number:03}.jsonl").read_text() for name in ("whole", "broken")]
+        assert kept[0] == kept[1] and kept[0].count("\n") == monitor["pairs"]
     from minimonkey.scripts import evaluate
 
     assert evaluate.main(["compare", *(str(tmp_path / "whole" / f"{name}.jsonl") for name in ("before", "after"))]) == 0

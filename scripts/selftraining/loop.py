@@ -68,6 +68,7 @@ class SelfTraining:
         self.optimizer = self._new_optimizer()
         self.temperature, self.round, self.learned = recipe.temperature, 0, []
         self.monitors: list[dict] = []
+        self.pairs: list[Pair] = []  # of the last round
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         # The rate is constant, so that the optimizer's state is all of the schedule.
@@ -209,6 +210,7 @@ class SelfTraining:
             figures["reward_pass_at_2_by_temperature"] = {str(t): v for t, v in self.choose_temperature().items()}
         queries = self.questions.slice(self.round * recipe.queries, recipe.queries, recipe.seed)
         pairs, more = self.gather(queries)
+        self.pairs = pairs
         if recipe.mode == "restart":
             self.learned += [(query.id, text) for query, text in pairs]
             self.model.load_state_dict(self.first)
@@ -257,7 +259,10 @@ class SelfTraining:
     # --- files -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write the state after a round; it is there whole or not at all, and that of the round before goes."""
+        """Write the state after a round; it is there whole or not at all, and that of the round before goes.
+
+        What each round learned from stays, in pairs-NNN.jsonl.
+        """
         target = folder / f"round-{self.round:03}"
         begun = target.with_suffix(".partial")
         shutil.rmtree(begun, ignore_errors=True)
@@ -270,6 +275,9 @@ class SelfTraining:
         }
         (begun / "state.json").write_text(json.dumps(state | {"recipe": asdict(self.recipe)}))
         torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, begun / "state.pt")
+        lines = [{"id": query.id, "question": query.question, "answer": text} for query, text in self.pairs]
+        written = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"pairs-{self.round:03}.jsonl").write_text(written, encoding="utf-8")
         begun.rename(target)
         shutil.rmtree(folder / f"round-{self.round - 1:03}", ignore_errors=True)
 
