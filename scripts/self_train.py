@@ -6,7 +6,8 @@
     python scripts/self_train.py RECIPE.yaml --resume
 
 Writes to the recipe's output_dir: model/, metrics.json with the monitors of each round and the accuracy on the test questions
-before and after, monitors.png, and predictions before.jsonl and after.jsonl, which `evaluate compare` compares item by item.
+before and after, monitors.png, pairs-NNN.jsonl with what each round learned from, and predictions before.jsonl and after.jsonl,
+which `evaluate compare` compares item by item.
 Options of a recipe are in selftraining/recipe.py.
 """
 
@@ -43,6 +44,10 @@ def start(recipe: SelfRecipe, resume: bool) -> SelfTraining:
         print(f"Going on after round {training.round}.")
     elif not (output / "before.json").exists():
         write_test(training, output, "before")
+    if recipe.process == "learned":
+        learned = training.learn_process(output / "process.pt")
+        if learned:
+            print(f"Process reward: {json.dumps(learned)}", flush=True)
     return training
 
 

@@ -7,21 +7,25 @@ import subprocess
 import sys
 from itertools import combinations
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
+from minimonkey.grounding import denormalise, parse_boxes
 from minimonkey.scripts.synthetic.documents import KINDS, document
 from minimonkey.scripts.synthetic.layouts import HOW_MANY, boxes
 from minimonkey.scripts.synthetic.materials import font_files, is_held_out, load_font, words
 from minimonkey.scripts.synthetic.prose import ACCENTED, SIGNS, accented_words, prose, shown, used_words, wrapped
 from minimonkey.scripts.synthetic.seams import DEFAULT_RANGES, Seams, seam
+from minimonkey.scripts.synthetic.skills import CAMERAS, PAINTS
 from minimonkey.scripts.synthetic.text_images import CHARACTERS, character_boxes
 from minimonkey.scripts.synthetic.vocabulary import LABELS
 from minimonkey.tiling import msac_grids
 
 
 SPLITS = ("training", "held_out")
+SKILLS = ("find", "count", "shape", "views")  # their answers are not written in the image
 
 
 def shown_text(item) -> str:
@@ -56,7 +60,7 @@ def test_documents_are_answerable_and_whole(kind, split):
         for question in item.questions:
             assert kind == "layout" or (question.text.isascii() and question.answer.isascii())
             assert question.answer == question.answer.strip()
-            if question.text in HOW_MANY:
+            if question.text in HOW_MANY or kind in SKILLS:
                 continue
             # Of a bill lines are read one by one, and what follows "=" is reckoned.
             lines = [line for line in question.answer.splitlines() if "=" not in line]
@@ -242,3 +246,34 @@ def test_a_sheet_is_written_by_the_command(tmp_path):
     result = subprocess.run([*map(str, command), "--split", "held_out"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "sheet.png").size[0] > 300
+
+
+def test_a_found_word_stands_in_its_box():
+    for index in range(20):
+        item = document("find", index, 3, "training", index / 19)
+        for question in item.questions:
+            word = question.text.rstrip("?.").replace("Where does ", "").replace(" stand", "").split()[-1]
+            left, top, right, bottom = denormalise(parse_boxes(question.answer)[0].box, item.image.size)
+            inside = [
+                character.character
+                for character in item.characters
+                if left < (character.box[0] + character.box[2]) / 2 < right
+                and top < (character.box[1] + character.box[3]) / 2 < bottom
+            ]
+            assert "".join(inside) == word
+
+
+def test_a_camera_that_shows_a_vehicle_is_where_it_is():
+    for index in range(20):
+        item = document("views", index, 3, "training", 0.0)
+        assert item.image.size == (336, 224)
+        (place,) = (question for question in item.questions if question.answer.startswith("CAM_"))
+        column, row = CAMERAS.index(place.answer) % 3, CAMERAS.index(place.answer) // 3
+        paint = PAINTS[next(name for name in PAINTS if name in place.text)]
+        cell = item.image.crop((112 * column, 112 * row, 112 * column + 112, 112 * row + 112))
+        assert (np.asarray(cell) == paint).all(axis=2).sum() > 100
+
+
+def test_shapes_are_counted():
+    counts = [int(document("count", index, 3).questions[0].answer) for index in range(60)]
+    assert set(counts) == {1, 2, 3, 4, 5, 6}

@@ -20,6 +20,7 @@ from minimonkey.scripts.evaluation.intervals import (
     wilson_interval,
 )
 from minimonkey.scripts.evaluation.metrics import (
+    METRICS,
     anls,
     edit_distance,
     exact_match,
@@ -108,6 +109,22 @@ def test_anls(answer, references, expected):
 )
 def test_relaxed_accuracy(answer, reference, expected):
     assert relaxed_accuracy(answer, [reference]) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("<box>[[0, 0, 100, 100]]</box>", 1),
+        ("<box>[[0, 0, 100, 51]]</box>", 1),
+        ("<box>[[0, 0, 100, 50]]</box>", 0),  # half is not more than half
+        ("<box>[[200, 0, 300, 100]]</box>", 0),
+        ("[0, 0, 100, 90]", 1),
+        ("<box>[[0, 0, 100", 0),
+        ("here", 0),
+    ],
+)
+def test_a_box_counts_that_overlaps_by_more_than_half(answer, expected):
+    assert METRICS["box"](answer, ["<box>[[0, 0, 100, 100]]</box>"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from uuid import uuid4
 
 import pytest
 from conftest import ROOT
@@ -21,6 +22,7 @@ from reading_helpers import write_pages
 from minimonkey.repetition import RepetitionGuard
 from minimonkey.scripts.reading.engines import Question, VllmEngine, Weights, count_page_tokens
 from minimonkey.scripts.reading.reader import Reader
+from minimonkey.scripts.reading.workers import LOOPBACK
 
 
 EXAMPLE = ROOT / "assets" / "example.png"
@@ -213,7 +215,8 @@ def cluster(tmp_path):
     """The environment of a program that joins a cluster of Ray on this machine, started as docs/reading.md says.
 
     Where other programs run too, its node daemon gives up after 15 s on helpers that choose a port themselves, and its
-    workers, which are nicer than others by 15, hardly come to their turn.
+    workers, which are nicer than others by 15, hardly come to their turn. All of it listens on 127.0.0.1 alone,
+    and has a token of its own: `ray start` asks for one where the user has one, and programs that join do not look for it.
     """
     pytest.importorskip("ray")
     with ExitStack() as sockets:
@@ -221,10 +224,13 @@ def cluster(tmp_path):
         port, *ports = [one.getsockname()[1] for one in held]
     command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=4"]
     command += ["--include-dashboard=false", *(f"--{name}-port={own}" for name, own in zip(AGENT_PORTS, ports))]
-    environment = {**os.environ, "RAY_worker_niceness": "0", "READING_TEST": str(tmp_path)}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex}
+    environment = {**os.environ, **LOOPBACK, **token, "RAY_worker_niceness": "0", "READING_TEST": str(tmp_path)}
     with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) as ray:
         try:
             assert any("Ray runtime started" in line for line in ray.stdout)
+            with pytest.raises(OSError):  # a listener for all addresses would answer at this one too
+                socket.create_connection(("127.0.0.2", port), timeout=5).close()
             yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
         finally:
             ray.terminate()

@@ -12,6 +12,7 @@ from minimonkey.scripts import self_train
 from minimonkey.scripts.repository import load_model, load_processor
 from minimonkey.scripts.selftraining import rewards
 from minimonkey.scripts.selftraining.loop import SelfTraining
+from minimonkey.scripts.selftraining.process import ranked_right, step_labels
 from minimonkey.scripts.selftraining.questions import Queries
 from minimonkey.scripts.selftraining.recipe import GRID, SelfRecipe, read_self_recipe
 from minimonkey.scripts.selftraining.rewards import (
@@ -215,6 +216,9 @@ def test_the_command_trains_resumes_and_compares(tmp_path, capsys, monkeypatch):
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert (tmp_path / "whole" / "monitors.png").exists()
+    for number, monitor in enumerate(metrics[0]["rounds"], 1):
+        kept = [(tmp_path / name / f"pairs-{number:03}.jsonl").read_text() for name in ("whole", "broken")]
+        assert kept[0] == kept[1] and kept[0].count("\n") == monitor["pairs"]
     from minimonkey.scripts import evaluate
 
     assert evaluate.main(["compare", *(str(tmp_path / "whole" / f"{name}.jsonl") for name in ("before", "after"))]) == 0
@@ -235,6 +239,8 @@ def test_supervised_learns_worked_answers(tmp_path):
         ({"samples": 0}, "samples must be a whole number"),
         ({"no_such": 1}, "unknown no_such"),
         ({"temperatures": []}, "temperatures are above 0"),
+        ({"process": "other"}, "process is rule or learned"),
+        ({"bf16": "yes"}, "bf16 is true or false"),
         ({"tile_ranges": [[1, 1, 1, 1], [1, 2, 1, 1]]}, "tile_ranges is one"),
         ({"model": None}, "model must be text"),
     ],
@@ -250,3 +256,50 @@ def test_wrong_recipes(tmp_path, options, message):
 def test_wrong_questions(source):
     with pytest.raises(ValueError, match="none.jsonl|known are|synthetic, length"):
         Queries(source)
+
+
+# --- learned process reward ------------------------------------------------------------------------------------------
+
+
+def test_labels_of_steps_by_hand():
+    """A step's label is the share of right answers among those that begin with the same steps."""
+    asked = samples("r1 a 3\nb 5\n8", "w1 a 3\nb 6\n9", "w1 a 3\nb 5\n9")
+    third = pytest.approx(1 / 3)
+    assert step_labels(asked) == [[third, 0.5, 1], [third, 0, 0], [third, 0.5, 0]]
+    assert ranked_right([samples("r0.9 a", "w0.1 b", "w0.9 c"), samples("r1 a")]) == 0.75
+    assert ranked_right([samples("r1 a")]) is None
+
+
+def test_a_learned_reward_tells_steps_that_lead_to_right_results(tmp_path):
+    """Answers that are wrong from their second step on have less reward than right ones, on questions not learned from."""
+    run = training(tmp_path, process="learned", questions={**BILLS, "length": 40})
+    queries = [run.questions[index] for index in range(40)]
+    sampled = [samples(f"r1 {query.worked}", f"w1 {wrong(query.worked)}") for query in queries]
+    figures = run.step_reward.fit(queries, sampled)
+    assert figures["ranked_right"] > 0.8 and figures["ranked_right_by_rule"] == 0.5
+    rewards = run.step_reward(queries[0], ["", queries[0].worked])
+    assert rewards[0] == 0 and 0 < rewards[1] <= 1
+    run.step_reward.save(tmp_path / "process.pt")
+    other = training(tmp_path, process="learned")
+    assert other.learn_process(tmp_path / "process.pt") == {}
+    assert other.judge(queries[0], [queries[0].worked])[0].process == pytest.approx(rewards[1], abs=1e-5)
+    with pytest.raises(ValueError, match="all of one kind"):
+        run.step_reward.fit(queries[:2], [samples("r1 a"), samples("r1 b")])
+
+
+def wrong(worked: str) -> str:
+    """The answer with "no" in place of what its second line says."""
+    first, _, *rest = worked.splitlines()
+    return "\n".join([first, "no", *rest])
+
+
+def test_the_command_learns_the_process_reward_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "value", lambda answer, right: len(answer) % 2 == 0)
+    options = {"process": "learned", "bf16": True, "process_queries": 5, "samples": 6, "rounds": 1, "retune_every": 0}
+    recipe = write(tmp_path, "learned", **options)
+    assert self_train.main([str(recipe)]) == 0
+    assert '"ranked_right"' in capsys.readouterr().out
+    assert (tmp_path / "learned" / "process.pt").exists()
+    (tmp_path / "learned" / "model").rename(tmp_path / "first")
+    assert self_train.main([str(recipe), "--resume", "--set", "rounds=2"]) == 0
+    assert '"ranked_right"' not in capsys.readouterr().out

@@ -6,6 +6,8 @@ Each takes an answer and the right answers, and returns a number from 0 to 1.
 import re
 from collections.abc import Callable, Sequence
 
+from minimonkey.grounding import Box, parse_boxes
+
 
 Metric = Callable[[str, Sequence[str]], float]
 
@@ -196,6 +198,25 @@ def last_number(answer: str, references: Sequence[str]) -> float:
     return 0.0
 
 
+def box(answer: str, references: Sequence[str]) -> float:
+    """Return 1 if the first box of the answer and that of a right one overlap by more than half (IoU, Acc@0.5)."""
+    try:
+        given = parse_boxes(answer)
+    except ValueError:
+        return 0.0
+    rights = [parse_boxes(reference)[0].box for reference in references]
+    return float(bool(given) and any(_overlap(given[0].box, right) > 0.5 for right in rights))
+
+
+def _overlap(first: Box, second: Box) -> float:
+    """Return intersection over union of two boxes (left, top, right, bottom)."""
+    across = min(first[2], second[2]) - max(first[0], second[0])
+    down = min(first[3], second[3]) - max(first[1], second[1])
+    shared = max(0.0, across) * max(0.0, down)
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in (first, second)]
+    return shared / (sum(areas) - shared) if sum(areas) > shared else 0.0
+
+
 METRICS: dict[str, Metric] = {
     "same_text": same_text,
     "choice": choice,
@@ -208,4 +229,5 @@ METRICS: dict[str, Metric] = {
     "ocrbench": ocrbench,
     "ocrbench_formula": ocrbench_formula,
     "vqa_accuracy": vqa_accuracy,
+    "box": box,
 }

@@ -15,6 +15,7 @@ TITLES = {
     "ocrbench": "OCRBench containment",
     "ocrbench_formula": "OCRBench containment (formulas)",
     "vqa_accuracy": "VQA accuracy",
+    "box": "of the boxes found (IoU above 0.5)",
 }
 
 

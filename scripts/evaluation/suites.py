@@ -62,6 +62,10 @@ SYNTHETIC = {
     "seam": ("exact_match", 128),
     "bill": ("exact_match", 96),
     "layout": ("anls", 1200),
+    "find": ("box", 48),
+    "count": ("exact_match", 8),
+    "shape": ("exact_match", 16),
+    "views": ("exact_match", 24),
 }
 
 

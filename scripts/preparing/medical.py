@@ -1,6 +1,6 @@
 """Medical images: captions (PMC-OA, Quilt-1M) and questions (SLAKE, VQA-RAD, PMC-VQA).
 
-    PMC-OA      pmc_oa.jsonl, caption_T060_filtered_top4_sep_v0_subfigures/
+    PMC-OA      pmc_oa.jsonl, caption_T060_filtered_top4_sep_v0_subfigures/ (or in images/)
     Quilt-1M    quilt_1M_lookup.csv, images/
     SLAKE       {train,validate,test}.json, imgs/
     VQA-RAD     VQA_RAD Dataset Public.json, VQA_RAD Image Folder/
@@ -27,7 +27,7 @@ LETTER = "Answer with the option's letter from the given choices directly."
 def pmc_oa(root: Path, split: str, out: Path) -> Iterator[Record | Refusal]:
     """Yield the captions of PMC-OA."""
     folder = "caption_T060_filtered_top4_sep_v0_subfigures"
-    found = require(root, "PMC-OA", {"captions": "pmc_oa.jsonl", "images": folder})
+    found = require(root, "PMC-OA", {"captions": "pmc_oa.jsonl", "images": (folder, f"images/{folder}")})
     return _captions(found["captions"], found["images"], "image", "caption")
 
 

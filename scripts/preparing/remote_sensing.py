@@ -43,6 +43,10 @@ def _rsvqa(root: Path, what: str, prefix: str, images: str) -> Iterator[Record |
     for entry in read_json(found["questions"])["questions"]:
         if not entry.get("active", True):
             continue  # a row of the file for a question of another split
+        lacking = [name for name in ("question", "answers_ids", "img_id") if name not in entry]
+        if lacking:
+            yield Refusal(str(entry["id"]), f"it lacks {', '.join(lacking)}")
+            continue
         right = [answers[number]["answer"] for number in entry["answers_ids"] if number in answers]
         if not right:
             yield Refusal(str(entry["id"]), "it has no answer")

@@ -24,6 +24,9 @@ from minimonkey.scripts.reading.reader import Reader
 
 MOST_BLOCKS = 10_000
 LEAST_CPUS = 4  # with 2, Ray Data waits for ever
+# For a cluster that no other machine joins: without it Ray listens on all addresses. On other systems
+# than Linux this is Ray's default; --node-ip-address 127.0.0.1 does not do it. Ray looks as it is imported.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def check_ray() -> None:
@@ -49,25 +52,29 @@ def spread(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the lines of batches as workers finish them, in any order.
 
-    Joins the cluster that the environment names (RAY_ADDRESS), or starts one on this machine. Each worker has a GPU where the
-    cluster has some.
+    Joins the cluster that the environment names (RAY_ADDRESS), or starts one on this machine, which listens on 127.0.0.1 alone.
+    Each worker has a GPU where the cluster has some.
 
     Args:
         load: Makes what a worker reads with; it is pickled.
     """
-    import ray
-    import ray.data
-
     rows = [{"batch": json.dumps([asdict(page) for page in batch])} for batch in batches]
     if not rows:
         return
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ |= LOOPBACK
+    import ray
+    import ray.data
+
     is_own = not ray.is_initialized()
     if is_own:
         scripts = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])
         options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
         if not os.environ.get("RAY_ADDRESS"):
-            options |= {"num_cpus": max(LEAST_CPUS, workers + 2, os.cpu_count() or 1), "include_dashboard": False}
+            # "local", since Ray would join the last cluster that was started here, though it may have ended.
+            cpus = max(LEAST_CPUS, workers + 2, os.cpu_count() or 1)
+            options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         ray.init(**options)
     try:
         context = ray.data.DataContext.get_current()

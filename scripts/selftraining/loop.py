@@ -18,6 +18,7 @@ import torch
 
 from minimonkey.conversation import IMAGE_PLACEHOLDER
 from minimonkey.scripts.evaluation.intervals import wilson_interval
+from minimonkey.scripts.selftraining.process import StepReward
 from minimonkey.scripts.selftraining.questions import Queries, Query
 from minimonkey.scripts.selftraining.recipe import SelfRecipe
 from minimonkey.scripts.selftraining.rewards import (
@@ -60,16 +61,23 @@ class SelfTraining:
             model.config.tile_size,
             always_with_tile=False,
         )
+        self.step_reward = None
+        if recipe.process == "learned":
+            self.step_reward = StepReward(model, self._encoded, self.collate, processor.tokenizer.decode)
         self.first = copy.deepcopy(model.state_dict()) if recipe.mode == "restart" else None
         self.optimizer = self._new_optimizer()
         self.temperature, self.round, self.learned = recipe.temperature, 0, []
         self.monitors: list[dict] = []
+        self.pairs: list[Pair] = []  # of the last round
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         # The rate is constant, so that the optimizer's state is all of the schedule.
         return torch.optim.AdamW(
             self.model.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
         )
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.bf16)
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -90,20 +98,41 @@ class SelfTraining:
         answers: list[str] = []
         for start in range(0, len(asked), self.recipe.ask_at_once):
             batch = asked[start : start + self.recipe.ask_at_once]
-            answers += self.model.batch_chat(
-                self.processor,
-                [query.images for query in batch],
-                [query.question for query in batch],
-                max_new_tokens=self.recipe.max_new_tokens,
-                images_kwargs=ranges,
-                **sampling,
-            )
+            with self._precision():
+                answers += self.model.batch_chat(
+                    self.processor,
+                    [query.images for query in batch],
+                    [query.question for query in batch],
+                    max_new_tokens=self.recipe.max_new_tokens,
+                    images_kwargs=ranges,
+                    **sampling,
+                )
         return [answers[start : start + times] for start in range(0, len(answers), times)]
 
     def judge(self, query: Query, answers: Sequence[str]) -> list[Sample]:
         """Return answers with their rewards."""
-        is_right = REWARDS[self.recipe.reward]
-        return [Sample(text, is_right(text, query.right), self.process(text)) for text in answers]
+        if self.step_reward is None or not self.step_reward.head:
+            rewards = [self.process(text) for text in answers]
+        else:
+            with self._precision():
+                rewards = self.step_reward(query, answers)
+        return [Sample(text, self._is_right(query, text), reward) for text, reward in zip(answers, rewards)]
+
+    def _is_right(self, query: Query, answer: str) -> bool:
+        return REWARDS[self.recipe.reward](answer, query.right)
+
+    def learn_process(self, path: Path) -> dict[str, float | None]:
+        """Learn the process reward from answers of the first policy, or read it where `path` is; return how well it ranks."""
+        if path.exists():
+            self.step_reward.load(path)
+            return {}
+        # From the end of the sequence, which a run does not reach.
+        begin = max(0, self.questions.length - self.recipe.process_queries)
+        queries = self.questions.slice(begin, self.recipe.process_queries, self.recipe.seed)
+        with self._precision():
+            figures = self.step_reward.fit(queries, self.sample(queries, self.temperature, "process"))
+        self.step_reward.save(path)
+        return figures
 
     def sample(self, queries: Sequence[Query], temperature: float, purpose: str) -> list[list[Sample]]:
         """Sample and judge the recipe's number of answers to each question."""
@@ -165,7 +194,8 @@ class SelfTraining:
         batch.pop("redrawn")
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
         weights = (batch["labels"] != IGNORED).float()
-        loss, _ = weighted_loss(self.model, batch | {"use_cache": False}, weights, total.to(self.model.device))
+        with self._precision():
+            loss, _ = weighted_loss(self.model, batch | {"use_cache": False}, weights, total.to(self.model.device))
         return loss
 
     # --- rounds ------------------------------------------------------------------------------------------------------
@@ -180,6 +210,7 @@ class SelfTraining:
             figures["reward_pass_at_2_by_temperature"] = {str(t): v for t, v in self.choose_temperature().items()}
         queries = self.questions.slice(self.round * recipe.queries, recipe.queries, recipe.seed)
         pairs, more = self.gather(queries)
+        self.pairs = pairs
         if recipe.mode == "restart":
             self.learned += [(query.id, text) for query, text in pairs]
             self.model.load_state_dict(self.first)
@@ -197,7 +228,7 @@ class SelfTraining:
     def monitor(self) -> dict:
         """Return accuracy, Pass@K and Reward-Pass@2 on the validation questions."""
         queries = [self.validation[index] for index in range(len(self.validation))]
-        greedy = [self.judge(query, texts)[0].is_right for query, texts in zip(queries, self.ask(queries))]
+        greedy = [self._is_right(query, text) for query, (text,) in zip(queries, self.ask(queries))]
         sampled = self.sample(queries, self.temperature, "monitor")
         accuracy = sum(greedy) / len(greedy)
         passed = pass_at_k(sampled)
@@ -213,9 +244,13 @@ class SelfTraining:
         queries = [self.test[index] for index in range(len(self.test))]
         lines = []
         for query, (text,) in zip(queries, self.ask(queries)):
-            (judged,) = self.judge(query, [text])
             asked = {"id": query.id, "question": query.question, "answers": [query.right]}
-            given = {"answer": final_answer(text), "text": text, "metric": "same_text", "score": float(judged.is_right)}
+            given = {
+                "answer": final_answer(text),
+                "text": text,
+                "metric": "same_text",
+                "score": float(self._is_right(query, text)),
+            }
             lines.append(asked | given)
         right = sum(line["score"] for line in lines)
         low, high = wilson_interval(round(right), len(lines))
@@ -224,7 +259,10 @@ class SelfTraining:
     # --- files -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write the state after a round; it is there whole or not at all, and that of the round before goes."""
+        """Write the state after a round; it is there whole or not at all, and that of the round before goes.
+
+        What each round learned from stays, in pairs-NNN.jsonl.
+        """
         target = folder / f"round-{self.round:03}"
         begun = target.with_suffix(".partial")
         shutil.rmtree(begun, ignore_errors=True)
@@ -237,6 +275,9 @@ class SelfTraining:
         }
         (begun / "state.json").write_text(json.dumps(state | {"recipe": asdict(self.recipe)}))
         torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, begun / "state.pt")
+        lines = [{"id": query.id, "question": query.question, "answer": text} for query, text in self.pairs]
+        written = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"pairs-{self.round:03}.jsonl").write_text(written, encoding="utf-8")
         begun.rename(target)
         shutil.rmtree(folder / f"round-{self.round - 1:03}", ignore_errors=True)
 
@@ -254,7 +295,7 @@ class SelfTraining:
         changed = [
             name
             for name, value in now.items()
-            if name not in ("output_dir", "rounds") and state["recipe"][name] != value
+            if name not in ("output_dir", "rounds") and state["recipe"].get(name, value) != value
         ]
         if changed:
             raise ValueError(f"The run in {folder} had another {', '.join(changed)}; take another output_dir.")

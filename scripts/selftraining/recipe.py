@@ -9,6 +9,7 @@ from minimonkey.scripts.training.recipe import check_ranges, read_options, read_
 
 
 MODES = ("continuous", "restart", "supervised")
+PROCESS = ("rule", "learned")
 GRID = [round(0.3 + 0.1 * step, 1) for step in range(14)]  # 0.3 to 1.6, as published
 
 
@@ -27,7 +28,10 @@ class SelfRecipe:
         temperature, retune_every, temperatures: Of sampling; every so many rounds (0: never) the one of these with the best
             Reward-Pass@2 on the validation questions is taken, on a tie the nearest to the present one (ours).
         reward: What right means, see rewards.py.
+        process: What ranks right answers: "rule", see rewards.py, or "learned", a head trained before the first round on the
+            answers sampled to `process_queries` questions, see process.py.
         batch_size, micro_batch: Answers of a step, and of them at once.
+        dtype, bf16: Type of the weights; whether to compute in bfloat16 whatever they are, as Trainer's `bf16` does.
     """
 
     model: str
@@ -45,6 +49,8 @@ class SelfRecipe:
     retune_every: int = 2
     temperatures: list[float] = field(default_factory=lambda: list(GRID))
     reward: str = "value"
+    process: str = "rule"
+    process_queries: int = 3000
     max_new_tokens: int = 256
     tile_ranges: list[list[int]] = field(default_factory=lambda: [[1, 12, 1, 1]])
     learning_rate: float = 1e-6
@@ -55,6 +61,7 @@ class SelfRecipe:
     seed: int = 1
     device: str = "auto"
     dtype: str = "float32"
+    bf16: bool = False
 
     def __post_init__(self):
         for name in (
@@ -66,6 +73,7 @@ class SelfRecipe:
             "batch_size",
             "micro_batch",
             "ask_at_once",
+            "process_queries",
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -73,6 +81,8 @@ class SelfRecipe:
         for name in ("model", "output_dir"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}.")
+        if not isinstance(self.bf16, bool):
+            raise ValueError(f"bf16 is true or false, got {self.bf16!r}.")
         for name in ("temperature", "learning_rate"):
             if not isinstance(getattr(self, name), (int, float)) or getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}.")
@@ -80,6 +90,8 @@ class SelfRecipe:
             raise ValueError(
                 f"mode is {', '.join(MODES)}, reward {', '.join(REWARDS)}; got {self.mode!r}, {self.reward!r}."
             )
+        if self.process not in PROCESS:
+            raise ValueError(f"process is {' or '.join(PROCESS)}, got {self.process!r}.")
         if self.retune_every < 0 or not self.temperatures or min(self.temperatures) <= 0:
             raise ValueError(
                 f"retune_every is at least 0, temperatures are above 0: {self.retune_every}, {self.temperatures}."

@@ -4,8 +4,9 @@
     process_reward("3 + 5 = 8\\n20 - 8 = 11")         # 0.0
 
 Source: M-STaR (arXiv 2412.17451), section 3. Its process reward is a trained model; a rule that any reader can check stands
-here, and another function of an answer may take its place. Ours, since the paper leaves them open: the form of the final
-answer, what equal means, that equal answers count once, and ties, which go to the shorter answer and then to the earlier.
+here, a head that is trained in process.py, and another function of an answer may take its place. Ours, since the paper leaves
+them open: the form of the final answer, what equal means, that equal answers count once, and ties, which go to the shorter
+answer and then to the earlier.
 """
 
 import json

@@ -28,6 +28,7 @@ from minimonkey.scripts.synthetic.receipts import receipt
 from minimonkey.scripts.synthetic.scenes import scene
 from minimonkey.scripts.synthetic.seams import seam
 from minimonkey.scripts.synthetic.sheet import sheet
+from minimonkey.scripts.synthetic.skills import count, find, shape, views
 from minimonkey.scripts.synthetic.tables import table
 
 
@@ -46,6 +47,10 @@ KINDS: dict[str, Callable[[random.Random, str, float], Document]] = {
     "seam": seam,
     "bill": bill,
     "layout": layout,
+    "find": find,
+    "count": count,
+    "shape": shape,
+    "views": views,
 }
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoProcessor  # noqa: E402
 
 NEW_TOKENS = 16
 SHAPES = [(100, 800), (800, 100), (320, 240), (240, 320), (112, 112), (60, 720), (500, 300)]
+SHAPES += [(720, 60), (30, 20), (900, 640)]
 
 
 # Of small language models: heads of 32, the least that vLLM's attention for CPUs has.
@@ -43,16 +44,29 @@ def user(text: str, *images) -> dict:
 
 
 def nano_prompts() -> list[list[dict]]:
-    """One and several images, shapes from 1:12 to 12:1, text alone, other languages, a second turn, a system message."""
+    """Twenty: one and several images, shapes from 1:12 to 12:1, text alone, other languages, later turns, a system message."""
     example, receipt = (Image.open(ROOT / "assets" / f"{name}.png").convert("RGB") for name in ("example", "receipt"))
     shapes = [synthetic_picture(*size, seed) for seed, size in enumerate(SHAPES)]
     return [
         *([user("Read the text.", image)] for image in (example, receipt, *shapes)),
         [user("Read Image-2.", receipt, example)],
         [user("What is the total? 多少钱?", shapes[0], receipt, shapes[1])],
+        [user("Which word is in both?", shapes[2], shapes[2], example, shapes[4])],
         [user("Hello, who are you?")],
+        [
+            user("Write the numbers from one to ten."),
+            {"role": "assistant", "content": "1 2 3"},
+            user("Go on: 你好 é ß"),
+        ],
         [{"role": "system", "content": "Say little."}, user("Read the text.", example)],
         [user("Read the text.", example), {"role": "assistant", "content": "Mini Monkey"}, user("And this?", receipt)],
+        [
+            user("What is the total?", receipt),
+            {"role": "assistant", "content": "$2.38"},
+            user("And the date?"),
+            {"role": "assistant", "content": "none"},
+            user("Compare it with this.", shapes[5]),
+        ],
     ]
 
 
