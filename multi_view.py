@@ -24,6 +24,9 @@ from .image_decoding import resize_image, to_rgb
 SCALE = 1000
 """The right and lower edge of an image in the coordinates of questions and answers."""
 
+CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+"""Those of nuScenes, in the order in which DriveLM stitches them."""
+
 CAPTION_COLOUR = (255, 0, 255)
 CAPTION_SIZE = 50 / 448  # of the height of a view
 
@@ -115,7 +118,7 @@ def stitch_views(
 
     Args:
         views: Images by camera name, in the order in which they are put, row by row; they become upright RGB.
-            nuScenes' order is CAM_FRONT_LEFT, CAM_FRONT, CAM_FRONT_RIGHT, CAM_BACK_LEFT, CAM_BACK, CAM_BACK_RIGHT.
+            nuScenes' order is `CAMERAS`.
         columns: Cameras side by side; no more than there are.
         view_size: (width, height) of each in pixels; whole tiles (448) keep cameras apart.
         captions: Write each camera's name in its upper left corner.

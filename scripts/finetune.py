@@ -37,8 +37,8 @@ from minimonkey.scripts.training.collator import Collator
 from minimonkey.scripts.training.data import SyntheticSource, read_sources
 from minimonkey.scripts.training.encode import Encoder
 from minimonkey.scripts.training.estimate import Cards, Estimate
-from minimonkey.scripts.training.grafting import graft_processor, grafted_config
-from minimonkey.scripts.training.models import config_of_depth, load_model, model_folder, run_config, save
+from minimonkey.scripts.training.grafting import graft_processor
+from minimonkey.scripts.training.models import load_model, model_folder, run_config, save, trained_config
 from minimonkey.scripts.training.own_data import count_examples, own_data
 from minimonkey.scripts.training.own_options import LEARNING_RATES, own_options
 from minimonkey.scripts.training.recipe import Recipe, changed_options, make_recipe, read_options, read_overrides
@@ -182,8 +182,7 @@ def dry_run(recipe: Recipe, args: argparse.Namespace) -> int:
         with readable(recipe.model):
             config = run_config(recipe.model, recipe)
     else:
-        config = published_config(recipe.model)
-        config = grafted_config(config if recipe.depth is None else config_of_depth(config, recipe.depth), recipe)
+        config = trained_config(published_config(recipe.model), recipe)
         print(f"{recipe.model} is not here; estimated for a model of the published size.")
     estimate = Estimate.of(config, recipe, cards)
     print(estimate.describe())

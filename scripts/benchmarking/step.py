@@ -54,10 +54,8 @@ def rows(args: argparse.Namespace) -> list[dict]:
         for depth in args.depths:
             path = Path(name, f"{depth}.yaml")
             path.write_text(json.dumps(options | steps(Path(name), depth, options.get("max_seq_length", 4096))))
-            found.append(
-                measured(path) | {"dry run GiB": estimated(config, depth, make_recipe(read_options(path), ""))}
-            )
-        recipe = make_recipe(read_options(path), "")
+            recipe = make_recipe(read_options(path), "")
+            found.append(measured(path) | {"dry run GiB": estimated(config, depth, recipe)})
     each = {key: (found[1][key] - found[0][key]) / (more - few) for key in found[0]}
     whole = {key: found[1][key] + each[key] * (layers - more) for key in each}
     whole["dry run GiB"] = estimated(config, layers, recipe)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from minimonkey.scripts.evaluation.captions import caption_scores, words
 from minimonkey.scripts.evaluation.intervals import wilson_interval
-from minimonkey.scripts.evaluation.metrics import chosen_yes_or_no, same_text
+from minimonkey.scripts.evaluation.metrics import box_overlap, chosen_yes_or_no, same_text
 
 
 Rows = Sequence[dict]
@@ -121,11 +121,7 @@ def _overlap(row: dict) -> float:
 
 def intersection_over_union(first: Sequence[float], second: Sequence[float]) -> float:
     """Return the IoU of two boxes (left, top, right, bottom) of pixels, with both edges in it: one pixel has area 1."""
-    left, top = (max(first[i], second[i]) for i in (0, 1))
-    right, bottom = (min(first[i], second[i]) for i in (2, 3))
-    inner = max(0.0, right - left + 1) * max(0.0, bottom - top + 1)
-    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (first, second)]
-    return inner / (sum(areas) - inner)
+    return box_overlap(first, second, edge=1)
 
 
 # --- medical ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Each takes an answer and the right answers, and returns a number from 0 to 1.
 import re
 from collections.abc import Callable, Sequence
 
-from minimonkey.grounding import Box, parse_boxes
+from minimonkey.grounding import parse_boxes
 
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -205,15 +205,15 @@ def box(answer: str, references: Sequence[str]) -> float:
     except ValueError:
         return 0.0
     rights = [parse_boxes(reference)[0].box for reference in references]
-    return float(bool(given) and any(_overlap(given[0].box, right) > 0.5 for right in rights))
+    return float(bool(given) and any(box_overlap(given[0].box, right) > 0.5 for right in rights))
 
 
-def _overlap(first: Box, second: Box) -> float:
-    """Return intersection over union of two boxes (left, top, right, bottom)."""
-    across = min(first[2], second[2]) - max(first[0], second[0])
-    down = min(first[3], second[3]) - max(first[1], second[1])
+def box_overlap(first: Sequence[float], second: Sequence[float], edge: float = 0.0) -> float:
+    """Return the IoU of two boxes (left, top, right, bottom); `edge` is 1 for pixels with both edges in the box."""
+    across = min(first[2], second[2]) - max(first[0], second[0]) + edge
+    down = min(first[3], second[3]) - max(first[1], second[1]) + edge
     shared = max(0.0, across) * max(0.0, down)
-    areas = [(right - left) * (bottom - top) for left, top, right, bottom in (first, second)]
+    areas = [(right - left + edge) * (bottom - top + edge) for left, top, right, bottom in (first, second)]
     return shared / (sum(areas) - shared) if sum(areas) > shared else 0.0
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from PIL import Image
 
 from minimonkey.grounding import Grounding, draw_boxes
-from minimonkey.multi_view import StitchedViews, stitch_views
+from minimonkey.multi_view import CAMERAS, StitchedViews, stitch_views
 from minimonkey.scripts.preparing.layouts import read_json, require
 from minimonkey.scripts.preparing.records import Record, Refusal, with_image
 
 
-CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 COLUMNS, VIEW_SIZE = 3, (896, 448)
 SUBJECTS = ("perception", "prediction", "planning", "behavior")
 TAG = re.compile(r"<(c\d+),(CAM_\w+),(-?\d+(?:\.\d+)?),(-?\d+(?:\.\d+)?)>")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from PIL import Image, ImageDraw
 
 from minimonkey.grounding import format_box, normalise
-from minimonkey.multi_view import stitch_views
+from minimonkey.multi_view import CAMERAS, stitch_views
 from minimonkey.scripts.synthetic.canvas import LEFT, TILE_SIZE, Canvas, Colour, Document
 from minimonkey.scripts.synthetic.damage import finish
 from minimonkey.scripts.synthetic.text_images import degrade
@@ -131,7 +131,6 @@ def shape(rng: random.Random, split: str, difficulty: float) -> Document:
 
 # --- cameras ---------------------------------------------------------------------------------------------------------
 
-CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 PAINTS: dict[str, Colour] = {
     "red": (200, 30, 30),
     "blue": (30, 60, 200),

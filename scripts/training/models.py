@@ -86,7 +86,11 @@ def load_model(folder: str, recipe: Recipe) -> nn.Module:
 
 def run_config(folder: str, recipe: Recipe) -> MiniMonkeyConfig:
     """Return the configuration of the model that is trained: the folder's, as deep and with what the recipe says."""
-    config = MiniMonkeyConfig.from_pretrained(folder)
+    return trained_config(MiniMonkeyConfig.from_pretrained(folder), recipe)
+
+
+def trained_config(config: MiniMonkeyConfig, recipe: Recipe) -> MiniMonkeyConfig:
+    """Return a configuration as deep and with what the recipe says."""
     return grafted_config(config if recipe.depth is None else config_of_depth(config, recipe.depth), recipe)
 
 
@@ -262,7 +266,8 @@ def _whole_model(trained: Path, recipe: Recipe, base: str) -> nn.Module:
     model_class = MiniMonkeyForConditionalGeneration
     if recipe.lora_r is None:
         return model_class.from_pretrained(trained, dtype=getattr(torch, recipe.save_dtype))
-    config = MiniMonkeyConfig.from_pretrained(base)
-    options = {} if recipe.depth is None else {"config": config_of_depth(config, recipe.depth)}
+    options = {}
+    if recipe.depth is not None:
+        options["config"] = config_of_depth(MiniMonkeyConfig.from_pretrained(base), recipe.depth)
     model = model_class.from_pretrained(base, dtype=torch.float32, **options)
     return PeftModel.from_pretrained(model, trained).merge_and_unload()
