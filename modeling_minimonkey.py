@@ -25,6 +25,7 @@ from .checkpoint import weight_conversions
 from .configuration_minimonkey import MiniMonkeyConfig, head_scaling
 from .generation_minimonkey import GenerateMixin
 from .image_inputs import ImageInputs, image_layouts
+from .packed_weights import is_packed, pack_weights
 from .projectors import PatchMining, Resampler, ZeroLinear
 from .published_names import PublishedNamesMixin
 from .quantized_weights import METHOD, QuantizedWeightsConfig, QuantizedWeightsQuantizer
@@ -296,15 +297,49 @@ class MiniMonkeyForConditionalGeneration(
             The bytes of these weights.
 
         Raises:
-            ValueError: It was done already, or the model is spread over several devices.
+            ValueError: It was done already, or after `pack_weights`, or the model is spread over several devices.
         """
         if self._offloaded_vision is not None or hasattr(self, "hf_device_map"):
             raise ValueError("offload_vision is for a model on one device, and done once.")
+        if is_packed(self):
+            raise ValueError("Packed weights stay where they are: call offload_vision() before pack_weights().")
         language = self.model.language_model
         parts = [part for part in self.model.children() if part is not language]  # a resampler or patch mining too
         self._offloaded_vision = OffloadedModules(parts, self.device)
         self._vision_present = self._offloaded_vision.present
         return self._offloaded_vision.nbytes()
+
+    def pack_weights(self) -> int:
+        """Sort the weights of linear layers for the processor (see packed_weights.py): new tokens on a CPU come sooner.
+
+        For the life of the model, which stays on its device and is not trained; its parameters require no gradients from now
+        on. A vision tower that is out of the way (`offload_vision`) stays as it is.
+
+        Returns:
+            The bytes of these weights.
+
+        Raises:
+            ValueError: The machine cannot pack weights of this type or device, it was done already, or the model has adapters,
+                which want to be merged first.
+        """
+        if any(name.endswith(".base_layer") for name, _ in self.named_modules()):  # of peft
+            raise ValueError("Packed weights cannot be changed: merge the adapters first, or leave out pack_weights().")
+        tower = (
+            ()
+            if self._offloaded_vision is None
+            else ("model.vision_tower.", "model.multi_modal_projector.", "model.mining.")
+        )
+        packed = pack_weights(self, self.config.tie_word_embeddings, tower)
+        self.requires_grad_(False)
+        return packed
+
+    def _apply(self, fn, recurse=True):
+        here = torch.empty(0, dtype=self.dtype)
+        if is_packed(self) and ((there := fn(here)).device, there.dtype) != (here.device, here.dtype):
+            raise ValueError(
+                f"Packed weights stay on the CPU in {here.dtype}; load the model anew for {there.device}, {there.dtype}."
+            )
+        return super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:

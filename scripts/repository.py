@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
+from minimonkey.packed_weights import can_pack, has_plain_layers
 from minimonkey.processing_minimonkey import MiniMonkeyProcessor
 from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, read_json
 from minimonkey.tiling import RANGE_NAMES
@@ -63,6 +64,13 @@ def load_model(source: str | Path, **options):
     model_config(source, options.get("subfolder", ""))
     with readable(source):
         return MiniMonkeyForConditionalGeneration.from_pretrained(source, **options).eval()
+
+
+def packed(model):
+    """Return a model for answers alone, its weights packed where its device and their type allow it (see packed_weights.py)."""
+    if model.device.type == "cpu" and can_pack(model.dtype) and has_plain_layers(model):
+        model.pack_weights()
+    return model
 
 
 def model_config(source: str | Path, subfolder: str = "") -> MiniMonkeyConfig:

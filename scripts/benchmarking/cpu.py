@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
+from minimonkey.packed_weights import PackedLinear, pack_weights
 from minimonkey.quantized_weights import PRESETS, QuantizedWeightsConfig, StoredLinear, store_weights
 from minimonkey.scripts.benchmarking.compression import tile_counts
 from minimonkey.scripts.benchmarking.measure import megabytes, report
@@ -26,21 +27,23 @@ from minimonkey.scripts.repository import whole_number
 from minimonkey.transformers_bridge import CACHE_NAME
 
 
+PACKED = "packed"
 WAYS = (
     "bfloat16",
     "float32",
+    f"bfloat16, {PACKED}",
+    f"float32, {PACKED}",
     *(f"float32, {preset}" for preset in PRESETS),
     *(f"bfloat16, {preset}" for preset in PRESETS),
 )
+HEAD_TOO = {"bfloat16": lambda linear: StoredLinear.of(linear, "bfloat16"), PACKED: PackedLinear}
 TEXT_TOKENS = 70
 SQUARE, COPIED_BYTES = 1024, 2**29
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", nargs="+", default=["2B"], choices=(*SIZES, "Nano", "Mono"), help="dimensions")
-    parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=["bfloat16", "float32", "float32, bfloat16", "float32, int8"]
-    )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS[:4], "float32, bfloat16", "float32, int8"])
     parser.add_argument("--tiles", type=tile_counts, default="12+6+1", metavar="D+A+T")
     parser.add_argument("--encoded", type=whole_number(1), default=1, help="tiles that are really encoded, at a time")
     parser.add_argument(
@@ -126,11 +129,11 @@ def make_way(size: str, name: str, args: argparse.Namespace, heads: dict[tuple, 
     dtype_name, _, preset = name.partition(", ")
     dtype, config = getattr(torch, dtype_name), published_config(size)
     model = random_model(shallow(config, args), torch.device("cpu"), dtype)
-    kind = (size, name if preset == "bfloat16" else dtype_name)
+    kind = (size, name if preset in HEAD_TOO else dtype_name)
     if kind not in heads:
         linear = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False, dtype=dtype)
-        heads[kind] = StoredLinear.of(linear, "bfloat16") if preset == "bfloat16" else linear
-    if preset:
+        heads[kind] = HEAD_TOO[preset](linear) if preset in HEAD_TOO else linear
+    if preset and preset != PACKED:
         store_weights(model, QuantizedWeightsConfig(preset))
     tiles, language_model = random_tiles(args.encoded, model), model.model.language_model
     length = sum(map(int, args.tiles.split("+"))) * config.image_seq_length + TEXT_TOKENS
@@ -163,7 +166,9 @@ def make_way(size: str, name: str, args: argparse.Namespace, heads: dict[tuple, 
         cache.crop(-args.tokens)
 
     blocks = sum(parameter.nbytes for name, parameter in layers.named_parameters() if "visual_mlp" not in name)
-    stored = blocks * Shares.of(config, args).decode + sum(parameter.nbytes for parameter in heads[kind].parameters())
+    stored = blocks * Shares.of(config, args).decode + heads[kind].weight.nbytes
+    if preset == PACKED:
+        pack_weights(model)
     parts = {"vision": lambda: model.encode_tiles(tiles), "prefill": prefill, "decode": decode}
     return Way({**parts, "head": lambda: heads[kind](prompt[:, :1])}, dtype, round(stored))
 

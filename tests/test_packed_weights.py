@@ -1,0 +1,172 @@
+"""Weights sorted for the processor: the same answers, files and refusals."""
+
+import pytest
+import torch
+from chat_helpers import CHAT, QUESTION, tiny
+from compression_helpers import GREEDY
+from conftest import ROOT
+from model_helpers import GENERATION_MODES, prompt, tiny_model, tiny_mono
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoProcessor
+
+from minimonkey.packed_weights import PackedLinear, can_pack
+from minimonkey.quantized_weights import QuantizedWeightsConfig, store_weights
+from minimonkey.scripts import chat
+from minimonkey.scripts.repository import load_model, packed
+
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="packs on an x86 CPU")
+IMAGE = str(ROOT / "assets/example.png")
+
+
+def linears(model) -> set[type]:
+    return {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("size", [(96, 40), (32, 7), (1088, 300)])
+def test_the_product_is_that_of_the_plain_layer(size, has_bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(*size, bias=has_bias)
+    layer = PackedLinear(linear)
+    for shape in [(0,), (1,), (2, 3), (1, 200)]:
+        inputs = torch.randn(*shape, size[0])
+        with torch.no_grad():
+            assert torch.allclose(layer(inputs), linear(inputs), atol=1e-4)
+    strided = torch.randn(size[0], 3).t()
+    with torch.no_grad():
+        assert torch.allclose(layer(strided), linear(strided), atol=1e-4)
+    assert torch.equal(layer.weight, linear.weight)
+
+
+@pytest.mark.parametrize("mode", [{}, *GENERATION_MODES, {"prefill_chunk_size": 5}, {"use_scm": True}], ids=str)
+def test_the_same_tokens_in_every_mode(mode):
+    model, inputs, options = tiny_model(), prompt(2, 1), {**GREEDY, "pad_token_id": 0, **mode}
+    if mode.get("use_scm"):
+        options["use_scm"], inputs = False, prompt(1)
+    expected = model.generate(**inputs, **options)
+    plain = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
+    assert model.pack_weights() == plain
+    assert linears(model) == {PackedLinear}
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_visual_experts():
+    model, inputs = tiny_mono(), prompt(1)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.pack_weights()
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-4)
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="the processor has no units for bfloat16")
+def test_nano_in_bfloat16():
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    model = load_model(ROOT, dtype=torch.bfloat16)
+    receipt, options = ROOT / "assets/receipt.png", {"use_scm": True, "max_new_tokens": 60}
+    expected = [model.chat(processor, receipt, "Read the text.", max_new_tokens=60)]
+    expected += [model.chat(processor, receipt, "What is the total?", **options)]
+    model.pack_weights()
+    assert expected[0] == model.chat(processor, receipt, "Read the text.", max_new_tokens=60)
+    assert expected[1] == model.chat(processor, receipt, "What is the total?", **options)
+
+
+def test_a_conversation_that_began_before():
+    processor, model = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True), tiny()
+    _, history = model.chat(processor, IMAGE, QUESTION, return_history=True, **CHAT)
+    expected = model.chat(processor, IMAGE, "And?", history=list(history), **CHAT)
+    model.pack_weights()
+    assert model.chat(processor, IMAGE, "And?", history=history, **CHAT) == expected
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_is_saved_is_plain(tmp_path, is_tied):
+    model = tiny_model()
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = is_tied
+    model.tie_weights()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    model.pack_weights()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    assert linears(loaded) == {nn.Linear}
+    assert loaded.config.tie_word_embeddings is is_tied
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in expected.items())
+
+
+def test_with_the_vision_tower_out_of_the_way():
+    processor, model = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True), tiny()
+    expected = model.chat(processor, IMAGE, QUESTION, **CHAT)
+    model.offload_vision()
+    model.pack_weights()
+    assert linears(model.model.vision_tower) == {nn.Linear}
+    assert linears(model.model.language_model) == {PackedLinear}
+    assert model.chat(processor, IMAGE, QUESTION, **CHAT) == expected
+
+
+def test_a_quantised_model_has_its_head_packed():
+    model, inputs = tiny_model(), prompt(1)
+    store_weights(model, QuantizedWeightsConfig("int8"))
+    expected = model.generate(**inputs, **GREEDY, pad_token_id=0)
+    assert type(packed(model).lm_head) is PackedLinear
+    assert torch.equal(model.generate(**inputs, **GREEDY, pad_token_id=0), expected)
+    store_weights(whole := tiny_model(), QuantizedWeightsConfig("bfloat16"))
+    assert PackedLinear not in linears(packed(whole))
+    with pytest.raises(ValueError, match="no plain linear layer"):
+        whole.pack_weights()
+
+
+def test_compiled_layers():
+    model, inputs = tiny_model(), prompt(1)
+    model.pack_weights()
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+        model.model.language_model.layers[0].compile(backend="eager")
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-5)
+
+
+def test_what_cannot_be_packed():
+    model = tiny_model()
+    model.pack_weights()
+    with pytest.raises(ValueError, match="done once"):
+        model.pack_weights()
+    with pytest.raises(ValueError, match=r"call offload_vision\(\) before"):
+        model.offload_vision()
+    with pytest.raises(ValueError, match=r"stay on the CPU in torch.float32; .* torch.float64"):
+        model.double()
+    with pytest.raises(ValueError, match="meta"):
+        model.to("meta")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # nothing was moved
+    assert model.to("cpu", torch.float32) is model
+    with pytest.raises(ValueError, match="torch.float64"):
+        tiny_model().double().pack_weights()
+    with pytest.raises(ValueError, match="on meta"):
+        tiny_model().to("meta").pack_weights()
+    adapted = tiny_model()
+    get_peft_model(adapted, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merge the adapters"):
+        adapted.pack_weights()
+
+
+def test_gradients_are_refused():
+    model, inputs = tiny_model(), prompt(1)
+    model.pack_weights()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model(**inputs).logits.requires_grad is False
+    with pytest.raises(ValueError, match="no gradients"):
+        PackedLinear(nn.Linear(8, 8))(torch.ones(1, 8, requires_grad=True))
+
+
+def test_a_machine_that_cannot(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    model = tiny_model()
+    assert packed(model) is model
+    assert linears(model) == {nn.Linear}
+    with pytest.raises(ValueError, match="x86 CPU"):
+        model.pack_weights()
+
+
+def test_scripts_pack(capsys):
+    args = chat.parse_arguments([IMAGE, "Read.", "--device", "cpu", "--dtype", "float32"])
+    _, model = chat.load(args)
+    assert linears(model) == {PackedLinear}
