@@ -11,6 +11,12 @@ import torch
 from torch import nn
 
 
+@torch.compiler.disable  # which takes a packed weight as a constant of its own alone
+def multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return inputs (..., I) times a weight (O, I), packed or not, plus the bias, computed by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
 class PackedLinear(nn.Linear):
     """A linear layer whose weight is packed: for answers, not for training. Its bias is an ordinary parameter.
 
@@ -42,11 +48,7 @@ class PackedLinear(nn.Linear):
         """
         if torch.is_grad_enabled() and inputs.requires_grad:
             raise ValueError("Packed weights give no gradients; to train, load the model and leave out pack_weights().")
-        return self._multiply(inputs)
-
-    @torch.compiler.disable  # torch.compile takes a packed weight as a constant of its own alone
-    def _multiply(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
+        return multiply(inputs, self._packed, self.bias)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
