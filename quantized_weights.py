@@ -178,7 +178,7 @@ class StoredLinear(nn.Linear):
         return inputs.view(*gradient.shape[:-1], self.in_features)
 
     def _times(self, flat: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Return what multiplies with a block: for many rows of float32 oneDNN, which MKL keeps up with on Intel's CPUs alone."""
+        """Return what multiplies with a block: oneDNN for many rows of float32, where MKL is slow on AMD's processors."""
         is_plain = flat.dtype != torch.float32 or flat.device.type != "cpu" or len(flat) < MANY_ROWS
         if is_plain or torch.compiler.is_compiling() or not can_pack(flat.dtype):
             return nn.functional.linear
