@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 from minimonkey.packed_weights import PackedLinear, can_pack
 from minimonkey.quantized_weights import QuantizedWeightsConfig, store_weights
 from minimonkey.scripts import chat
+from minimonkey.scripts.distill_vision import make_student
 from minimonkey.scripts.repository import load_model, packed
 
 
@@ -52,8 +53,14 @@ def test_the_same_tokens_in_every_mode(mode):
     assert torch.equal(model.generate(**inputs, **options), expected)
 
 
-def test_visual_experts():
-    model, inputs = tiny_mono(), prompt(1)
+def shared_layers():
+    model = tiny_model()
+    return make_student(model, None, 2, "heads+conv")
+
+
+@pytest.mark.parametrize("make", [tiny_mono, shared_layers])
+def test_other_layers(make):
+    model, inputs = make(), prompt(1)
     with torch.no_grad():
         expected = model(**inputs).logits
         model.pack_weights()

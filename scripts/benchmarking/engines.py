@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
+from minimonkey.packed_weights import can_pack
 from minimonkey.scripts.benchmarking.decode import COPIED_BYTES, bytes_read
 from minimonkey.scripts.benchmarking.measure import report
 from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
 from minimonkey.scripts.engines.model import LanguageEngine
 from minimonkey.scripts.exporting.gguf_file import TYPES
 from minimonkey.scripts.precision import add_dtype_argument
-from minimonkey.scripts.repository import ROOT, load_processor, whole_number
+from minimonkey.scripts.repository import ROOT, load_model, load_processor, whole_number
 from minimonkey.transformers_bridge import CACHE_NAME
 
 
@@ -75,6 +76,10 @@ def rows(args: argparse.Namespace) -> list[dict]:
         ways: dict[str, tuple[Callable, float]] = {
             f"torch, {args.dtype}": (lambda: in_torch(model, ids, args.tokens), bytes_read(model))
         }
+        if can_pack(model.dtype):
+            other = load_model(f"{folder}/model", dtype=model.dtype)
+            other.pack_weights()
+            ways[f"torch, {args.dtype}, packed"] = (lambda: in_torch(other, ids, args.tokens), bytes_read(model))
         for name, engine, size in engines(args, Path(folder)):
             ways[name] = (lambda engine=engine: in_engine(engine, ids, args.tokens), size)
         return measure(ways, args)
