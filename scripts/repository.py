@@ -26,6 +26,7 @@ from minimonkey.tiling import RANGE_NAMES
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKED_FROM = 10**8  # parameters; small products take longer packed where other processes want the processor too
 MOST_ERROR_CHARACTERS = 2000
 PROCESSOR_FILES = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -67,8 +68,9 @@ def load_model(source: str | Path, **options):
 
 
 def packed(model):
-    """Return a model for answers alone, its weights packed where its device and their type allow it (see packed_weights.py)."""
-    if model.device.type == "cpu" and can_pack(model.dtype) and has_plain_layers(model):
+    """Return a model for answers alone, its weights packed where that pays and the machine can (see packed_weights.py)."""
+    is_large = sum(parameter.numel() for parameter in model.parameters()) >= PACKED_FROM
+    if is_large and model.device.type == "cpu" and can_pack(model.dtype) and has_plain_layers(model):
         model.pack_weights()
     return model
 

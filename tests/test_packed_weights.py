@@ -12,13 +12,18 @@ from transformers import AutoProcessor
 
 from minimonkey.packed_weights import PackedLinear, can_pack
 from minimonkey.quantized_weights import QuantizedWeightsConfig, store_weights
-from minimonkey.scripts import chat
+from minimonkey.scripts import chat, repository
 from minimonkey.scripts.distill_vision import make_student
 from minimonkey.scripts.repository import load_model, packed
 
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="packs on an x86 CPU")
 IMAGE = str(ROOT / "assets/example.png")
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    monkeypatch.setattr(repository, "PACKED_FROM", 0)
 
 
 def linears(model) -> set[type]:
@@ -111,7 +116,7 @@ def test_with_the_vision_tower_out_of_the_way():
     assert model.chat(processor, IMAGE, QUESTION, **CHAT) == expected
 
 
-def test_a_quantised_model_has_its_head_packed():
+def test_a_quantised_model_has_its_head_packed(any_size):
     model, inputs = tiny_model(), prompt(1)
     store_weights(model, QuantizedWeightsConfig("int8"))
     expected = model.generate(**inputs, **GREEDY, pad_token_id=0)
@@ -164,7 +169,7 @@ def test_gradients_are_refused():
         PackedLinear(nn.Linear(8, 8))(torch.ones(1, 8, requires_grad=True))
 
 
-def test_a_machine_that_cannot(monkeypatch):
+def test_a_machine_that_cannot(any_size, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model = tiny_model()
     assert packed(model) is model
@@ -173,7 +178,8 @@ def test_a_machine_that_cannot(monkeypatch):
         model.pack_weights()
 
 
-def test_scripts_pack(capsys):
+def test_scripts_pack_large_models(monkeypatch):
     args = chat.parse_arguments([IMAGE, "Read.", "--device", "cpu", "--dtype", "float32"])
-    _, model = chat.load(args)
-    assert linears(model) == {PackedLinear}
+    assert linears(chat.load(args)[1]) == {nn.Linear}
+    monkeypatch.setattr(repository, "PACKED_FROM", 10**6)
+    assert linears(chat.load(args)[1]) == {PackedLinear}
