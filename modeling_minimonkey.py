@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 from .chat_minimonkey import ChatMixin
 from .checkpoint import weight_conversions
 from .configuration_minimonkey import MiniMonkeyConfig, head_scaling
+from .cpu_attention import CPU_ATTENTION
 from .generation_minimonkey import GenerateMixin
 from .image_inputs import ImageInputs, image_layouts
 from .packed_weights import is_packed, pack_weights
@@ -297,41 +298,43 @@ class MiniMonkeyForConditionalGeneration(
             The bytes of these weights.
 
         Raises:
-            ValueError: It was done already, or after `pack_weights`, or the model is spread over several devices.
+            ValueError: It was done already, or after `prepare_for_cpu`, or the model is spread over several devices.
         """
         if self._offloaded_vision is not None or hasattr(self, "hf_device_map"):
             raise ValueError("offload_vision is for a model on one device, and done once.")
         if is_packed(self):
-            raise ValueError("Packed weights stay where they are: call offload_vision() before pack_weights().")
+            raise ValueError("Packed weights stay where they are: call offload_vision() before prepare_for_cpu().")
         language = self.model.language_model
         parts = [part for part in self.model.children() if part is not language]  # a resampler or patch mining too
         self._offloaded_vision = OffloadedModules(parts, self.device)
         self._vision_present = self._offloaded_vision.present
         return self._offloaded_vision.nbytes()
 
-    def pack_weights(self) -> int:
-        """Sort the weights of linear layers for the processor (see packed_weights.py): new tokens on a CPU come sooner.
+    def prepare_for_cpu(self, pack: bool = True) -> None:
+        """Answer sooner on a CPU, for the life of the model: take an attention made for it and pack the weights.
 
-        For the life of the model, which stays on its device and is not trained; its parameters require no gradients from now
-        on. A vision tower that is out of the way (`offload_vision`) stays as it is.
+        Attention is replaced where it is "sdpa" (see cpu_attention.py). Packed weights (see packed_weights.py) stay on their
+        device in their type and are not trained: parameters require no gradients from then on. A vision tower that is out of
+        the way (`offload_vision`) is not packed.
 
-        Returns:
-            The bytes of these weights.
+        Args:
+            pack: Also pack weights; small models gain nothing by it.
 
         Raises:
-            ValueError: The machine cannot pack weights of this type or device, it was done already, or the model has adapters,
-                which want to be merged first.
+            ValueError: The machine cannot pack weights of this type or device, they are packed already, or the model has
+                adapters, which want to be merged first.
         """
-        if any(name.endswith(".base_layer") for name, _ in self.named_modules()):  # of peft
-            raise ValueError("Packed weights cannot be changed: merge the adapters first, or leave out pack_weights().")
-        tower = (
-            ()
-            if self._offloaded_vision is None
-            else ("model.vision_tower.", "model.multi_modal_projector.", "model.mining.")
+        if pack:
+            if any(name.endswith(".base_layer") for name, _ in self.named_modules()):  # of peft
+                raise ValueError("Packed weights cannot be changed: merge the adapters first, or take pack=False.")
+            away = self._offloaded_vision is not None
+            tower = ("model.vision_tower.", "model.multi_modal_projector.", "model.mining.") if away else ()
+            pack_weights(self, self.config.tie_word_embeddings, tower)
+            self.requires_grad_(False)
+        parts = {name: getattr(self.config, name) for name in self.config.sub_configs}
+        self.set_attn_implementation(
+            {name: CPU_ATTENTION for name, part in parts.items() if part._attn_implementation == "sdpa"}
         )
-        packed = pack_weights(self, self.config.tie_word_embeddings, tower)
-        self.requires_grad_(False)
-        return packed
 
     def _apply(self, fn, recurse=True):
         here = torch.empty(0, dtype=self.dtype)

@@ -1,6 +1,6 @@
 """Weights in the order in which the processor reads them fastest: sorted once, where torch sorts them anew for every product.
 
-    model.pack_weights()            after loading, on an x86 CPU; chat, generate and forward as before
+    model.prepare_for_cpu()         after loading, on an x86 CPU; chat, generate and forward as before
 
 oneDNN, which comes with torch, chooses the order for the processor at hand. Numbers and type stay the same.
 """
@@ -47,7 +47,9 @@ class PackedLinear(nn.Linear):
             ValueError: The inputs want gradients, which cannot be had through packed weights.
         """
         if torch.is_grad_enabled() and inputs.requires_grad:
-            raise ValueError("Packed weights give no gradients; to train, load the model and leave out pack_weights().")
+            raise ValueError(
+                "Packed weights give no gradients; to train, load the model and leave out prepare_for_cpu()."
+            )
         return multiply(inputs, self._packed, self.bias)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -109,7 +111,7 @@ def check_packable(weight: torch.Tensor) -> None:
     if weight.device.type != "cpu" or not can_pack(weight.dtype):
         raise ValueError(
             f"Weights are packed on an x86 CPU whose torch has oneDNN, in float32, or in 16 bits where the processor has units "
-            f"for them; these are on {weight.device} in {weight.dtype}. Leave out pack_weights(), or take dtype=torch.float32."
+            f"for them; these are on {weight.device} in {weight.dtype}. Take pack=False, or dtype=torch.float32."
         )
 
 

@@ -42,7 +42,7 @@ from minimonkey.scripts.repository import (
     add_model_arguments,
     load_model,
     load_processor,
-    packed,
+    prepared,
     reports_errors,
 )
 from minimonkey.scripts.synthetic.materials import materials
@@ -150,7 +150,7 @@ class Reader:
     def __init__(self, args: argparse.Namespace):
         self.batch_size, self.layer = args.batch_size, args.scm_layer
         self.processor = load_processor(args.model)
-        self.model = packed(load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device))
+        self.model = prepared(load_model(args.model, subfolder=args.subfolder, dtype=args.dtype).to(args.device))
 
     def __call__(self, reading: Reading) -> dict[Way, list[dict]]:
         """Return the predictions of every way, including those of an earlier run."""

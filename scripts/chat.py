@@ -28,7 +28,7 @@ from minimonkey.scripts.repository import (
     load_model,
     load_processor,
     number_within,
-    packed,
+    prepared,
     reports_errors,
     tile_options,
     whole_number,
@@ -110,7 +110,7 @@ def load(args: argparse.Namespace):
     model = model.to(args.device)
     if args.offload_vision:
         model.offload_vision()
-    return processor, packed(model)
+    return processor, prepared(model)
 
 
 def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:

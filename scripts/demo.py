@@ -19,7 +19,7 @@ from minimonkey.scripts.repository import (
     add_model_arguments,
     load_model,
     load_processor,
-    packed,
+    prepared,
     reports_errors,
     whole_number,
 )
@@ -61,7 +61,7 @@ def make_page(args: argparse.Namespace):
     dtype = choose_dtype(args.dtype, args.device)
     model = load_model(args.model, subfolder=args.subfolder, dtype=dtype).to(args.device)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 10**6
-    answerer = Answerer(load_processor(args.model), packed(model), args.conversations, args.memory * 2**30)
+    answerer = Answerer(load_processor(args.model), prepared(model), args.conversations, args.memory * 2**30)
     name = Path(args.subfolder or args.model).name
     subject = f"{name}, {parameters:,.1f} million parameters, on {args.device}. Small models invent text: check it."
     return build(answerer, args.preset, subject, args.at_once), LAUNCH

@@ -44,7 +44,7 @@ from minimonkey.scripts.repository import (
     add_tile_arguments,
     load_model,
     load_processor,
-    packed,
+    prepared,
     reports_errors,
     tile_options,
 )
@@ -152,9 +152,9 @@ def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     if args.engine != "torch":
         model = load_engine(args, getattr(torch, args.dtype))
     elif args.quantize is None:
-        model = packed(load_model(args.model, **options).to(args.device))
+        model = prepared(load_model(args.model, **options).to(args.device))
     else:
-        model = packed(load_quantized(args.model, weights_config(args.quantize), **options).to(args.device))
+        model = prepared(load_quantized(args.model, weights_config(args.quantize), **options).to(args.device))
     keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
     compression = (keep_ratio, args.drop, args.scm_layer)
     return Answering(model, processor, max_new_tokens, tiles, *compression, stop_repetition=args.stop_repetition)

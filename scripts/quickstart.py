@@ -18,7 +18,7 @@ from minimonkey.scripts.repository import (
     add_model_arguments,
     load_model,
     load_processor,
-    packed,
+    prepared,
     reports_errors,
 )
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     processor = load_processor(args.model)
     dtype = choose_dtype(args.dtype, args.device)
-    model = packed(load_model(args.model, subfolder=args.subfolder, dtype=dtype).to(args.device))
+    model = prepared(load_model(args.model, subfolder=args.subfolder, dtype=dtype).to(args.device))
     for name, question in QUESTIONS:
         answer = model.chat(processor, ROOT / "assets" / name, question, max_new_tokens=MOST_NEW_TOKENS)
         print(f"assets/{name}  {question}", *(f"    {line}" for line in answer.splitlines()), sep="\n")

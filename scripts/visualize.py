@@ -23,7 +23,7 @@ from minimonkey.scripts.repository import (
     add_tile_arguments,
     load_model,
     load_processor,
-    packed,
+    prepared,
     reports_errors,
     tile_options,
 )
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
             "This picture gives no detailed tiles, so there is nothing to compress; raise --max-tiles or change --preset."
         )
     dtype = choose_dtype(args.dtype, args.device)
-    model = packed(load_model(args.model, subfolder=args.subfolder, dtype=dtype).to(args.device))
+    model = prepared(load_model(args.model, subfolder=args.subfolder, dtype=dtype).to(args.device))
     inputs = inputs.to(args.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     (kept,) = model.kept_positions(

@@ -14,7 +14,7 @@ from minimonkey.packed_weights import PackedLinear, can_pack
 from minimonkey.quantized_weights import QuantizedWeightsConfig, store_weights
 from minimonkey.scripts import chat, repository
 from minimonkey.scripts.distill_vision import make_student
-from minimonkey.scripts.repository import load_model, packed
+from minimonkey.scripts.repository import load_model, prepared
 
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="packs on an x86 CPU")
@@ -52,8 +52,7 @@ def test_the_same_tokens_in_every_mode(mode):
     if mode.get("use_scm"):
         options["use_scm"], inputs = False, prompt(1)
     expected = model.generate(**inputs, **options)
-    plain = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
-    assert model.pack_weights() == plain
+    model.prepare_for_cpu()
     assert linears(model) == {PackedLinear}
     assert torch.equal(model.generate(**inputs, **options), expected)
 
@@ -68,7 +67,7 @@ def test_other_layers(make):
     model, inputs = make(), prompt(1)
     with torch.no_grad():
         expected = model(**inputs).logits
-        model.pack_weights()
+        model.prepare_for_cpu()
         assert torch.allclose(model(**inputs).logits, expected, atol=1e-4)
 
 
@@ -79,7 +78,7 @@ def test_nano_in_bfloat16():
     receipt, options = ROOT / "assets/receipt.png", {"use_scm": True, "max_new_tokens": 60}
     expected = [model.chat(processor, receipt, "Read the text.", max_new_tokens=60)]
     expected += [model.chat(processor, receipt, "What is the total?", **options)]
-    model.pack_weights()
+    model.prepare_for_cpu()
     assert expected[0] == model.chat(processor, receipt, "Read the text.", max_new_tokens=60)
     assert expected[1] == model.chat(processor, receipt, "What is the total?", **options)
 
@@ -88,7 +87,7 @@ def test_a_conversation_that_began_before():
     processor, model = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True), tiny()
     _, history = model.chat(processor, IMAGE, QUESTION, return_history=True, **CHAT)
     expected = model.chat(processor, IMAGE, "And?", history=list(history), **CHAT)
-    model.pack_weights()
+    model.prepare_for_cpu()
     assert model.chat(processor, IMAGE, "And?", history=history, **CHAT) == expected
 
 
@@ -98,7 +97,7 @@ def test_what_is_saved_is_plain(tmp_path, is_tied):
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = is_tied
     model.tie_weights()
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    model.pack_weights()
+    model.prepare_for_cpu()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32)
     assert linears(loaded) == {nn.Linear}
@@ -110,38 +109,38 @@ def test_with_the_vision_tower_out_of_the_way():
     processor, model = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True), tiny()
     expected = model.chat(processor, IMAGE, QUESTION, **CHAT)
     model.offload_vision()
-    model.pack_weights()
+    model.prepare_for_cpu()
     assert linears(model.model.vision_tower) == {nn.Linear}
     assert linears(model.model.language_model) == {PackedLinear}
     assert model.chat(processor, IMAGE, QUESTION, **CHAT) == expected
 
 
-def test_a_quantised_model_has_its_head_packed(any_size):
+def test_a_quantised_model_has_its_head_prepared(any_size):
     model, inputs = tiny_model(), prompt(1)
     store_weights(model, QuantizedWeightsConfig("int8"))
     expected = model.generate(**inputs, **GREEDY, pad_token_id=0)
-    assert type(packed(model).lm_head) is PackedLinear
+    assert type(prepared(model).lm_head) is PackedLinear
     assert torch.equal(model.generate(**inputs, **GREEDY, pad_token_id=0), expected)
     store_weights(whole := tiny_model(), QuantizedWeightsConfig("bfloat16"))
-    assert PackedLinear not in linears(packed(whole))
+    assert PackedLinear not in linears(prepared(whole))
     with pytest.raises(ValueError, match="no plain linear layer"):
-        whole.pack_weights()
+        whole.prepare_for_cpu()
 
 
 def test_compiled_layers():
     model, inputs = tiny_model(), prompt(1)
-    model.pack_weights()
+    model.prepare_for_cpu()
     with torch.inference_mode():
         expected = model(**inputs).logits
         model.model.language_model.layers[0].compile(backend="eager")
         assert torch.allclose(model(**inputs).logits, expected, atol=1e-5)
 
 
-def test_what_cannot_be_packed():
+def test_what_cannot_be_prepared():
     model = tiny_model()
-    model.pack_weights()
+    model.prepare_for_cpu()
     with pytest.raises(ValueError, match="done once"):
-        model.pack_weights()
+        model.prepare_for_cpu()
     with pytest.raises(ValueError, match=r"call offload_vision\(\) before"):
         model.offload_vision()
     with pytest.raises(ValueError, match=r"stay on the CPU in torch.float32; .* torch.float64"):
@@ -151,18 +150,18 @@ def test_what_cannot_be_packed():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # nothing was moved
     assert model.to("cpu", torch.float32) is model
     with pytest.raises(ValueError, match="torch.float64"):
-        tiny_model().double().pack_weights()
+        tiny_model().double().prepare_for_cpu()
     with pytest.raises(ValueError, match="on meta"):
-        tiny_model().to("meta").pack_weights()
+        tiny_model().to("meta").prepare_for_cpu()
     adapted = tiny_model()
     get_peft_model(adapted, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge the adapters"):
-        adapted.pack_weights()
+        adapted.prepare_for_cpu()
 
 
 def test_gradients_are_refused():
     model, inputs = tiny_model(), prompt(1)
-    model.pack_weights()
+    model.prepare_for_cpu()
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model(**inputs).logits.requires_grad is False
     with pytest.raises(ValueError, match="no gradients"):
@@ -172,10 +171,10 @@ def test_gradients_are_refused():
 def test_a_machine_that_cannot(any_size, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model = tiny_model()
-    assert packed(model) is model
+    assert prepared(model) is model
     assert linears(model) == {nn.Linear}
     with pytest.raises(ValueError, match="x86 CPU"):
-        model.pack_weights()
+        model.prepare_for_cpu()
 
 
 def test_scripts_pack_large_models(monkeypatch):

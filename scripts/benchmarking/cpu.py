@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from minimonkey.packed_weights import PackedLinear, pack_weights
+from minimonkey.packed_weights import PackedLinear
 from minimonkey.quantized_weights import PRESETS, QuantizedWeightsConfig, StoredLinear, store_weights
 from minimonkey.scripts.benchmarking.compression import tile_counts
 from minimonkey.scripts.benchmarking.measure import megabytes, report
@@ -27,16 +27,16 @@ from minimonkey.scripts.repository import whole_number
 from minimonkey.transformers_bridge import CACHE_NAME
 
 
-PACKED = "packed"
+PREPARED = "prepared"
 WAYS = (
     "bfloat16",
     "float32",
-    f"bfloat16, {PACKED}",
-    f"float32, {PACKED}",
+    f"bfloat16, {PREPARED}",
+    f"float32, {PREPARED}",
     *(f"float32, {preset}" for preset in PRESETS),
     *(f"bfloat16, {preset}" for preset in PRESETS),
 )
-HEAD_TOO = {"bfloat16": lambda linear: StoredLinear.of(linear, "bfloat16"), PACKED: PackedLinear}
+HEAD_TOO = {"bfloat16": lambda linear: StoredLinear.of(linear, "bfloat16"), PREPARED: PackedLinear}
 TEXT_TOKENS = 70
 SQUARE, COPIED_BYTES = 1024, 2**29
 
@@ -133,7 +133,7 @@ def make_way(size: str, name: str, args: argparse.Namespace, heads: dict[tuple, 
     if kind not in heads:
         linear = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False, dtype=dtype)
         heads[kind] = HEAD_TOO[preset](linear) if preset in HEAD_TOO else linear
-    if preset and preset != PACKED:
+    if preset and preset != PREPARED:
         store_weights(model, QuantizedWeightsConfig(preset))
     tiles, language_model = random_tiles(args.encoded, model), model.model.language_model
     length = sum(map(int, args.tiles.split("+"))) * config.image_seq_length + TEXT_TOKENS
@@ -167,8 +167,8 @@ def make_way(size: str, name: str, args: argparse.Namespace, heads: dict[tuple, 
 
     blocks = sum(parameter.nbytes for name, parameter in layers.named_parameters() if "visual_mlp" not in name)
     stored = blocks * Shares.of(config, args).decode + heads[kind].weight.nbytes
-    if preset == PACKED:
-        pack_weights(model)
+    if preset == PREPARED:
+        model.prepare_for_cpu()
     parts = {"vision": lambda: model.encode_tiles(tiles), "prefill": prefill, "decode": decode}
     return Way({**parts, "head": lambda: heads[kind](prompt[:, :1])}, dtype, round(stored))
 

@@ -78,8 +78,8 @@ def rows(args: argparse.Namespace) -> list[dict]:
         }
         if can_pack(model.dtype):
             other = load_model(f"{folder}/model", dtype=model.dtype)
-            other.pack_weights()
-            ways[f"torch, {args.dtype}, packed"] = (lambda: in_torch(other, ids, args.tokens), bytes_read(model))
+            other.prepare_for_cpu()
+            ways[f"torch, {args.dtype}, prepared"] = (lambda: in_torch(other, ids, args.tokens), bytes_read(model))
         for name, engine, size in engines(args, Path(folder)):
             ways[name] = (lambda engine=engine: in_engine(engine, ids, args.tokens), size)
         return measure(ways, args)

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk", type=whole_number(1), default=None, help="tokens read at a time (default: all)"
     )
     parser.add_argument("--offload-vision", action="store_true", help="free the vision tower before decoding")
-    parser.add_argument("--pack-weights", action="store_true", help="sort weights for the processor")
+    parser.add_argument("--prepare", action="store_true", help="call prepare_for_cpu()")
     parser.add_argument("--folder", type=Path, default=None, help="where the weights are written (default: temporary)")
     add_dtype_argument(parser)
     parser.set_defaults(device="cpu")
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
 def arguments(args: argparse.Namespace, folder: str) -> dict:
     """Return what the child process is to do."""
-    names = ("tiles", "tokens", "vision_chunk", "prefill_chunk", "offload_vision", "pack_weights", "dtype")
+    names = ("tiles", "tokens", "vision_chunk", "prefill_chunk", "offload_vision", "prepare", "dtype")
     return {"folder": folder, **{name: getattr(args, name) for name in names}}
 
 
@@ -105,8 +105,8 @@ def child(options: dict) -> None:
     model.vision_chunk_tiles = options["vision_chunk"]
     if options["offload_vision"]:
         model.offload_vision()
-    if options["pack_weights"]:
-        model.pack_weights()
+    if options["prepare"]:
+        model.prepare_for_cpu()
     load = time.perf_counter() - start
     count = sum(map(int, options["tiles"].split("+")))
     ids = torch.full((1, TEXT_BEFORE + count * model.config.image_seq_length + TEXT_AFTER), 5)

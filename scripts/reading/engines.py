@@ -20,7 +20,7 @@ from minimonkey.conversation import get_template
 from minimonkey.repetition import DEFAULTS, RepetitionGuard
 from minimonkey.scripts.precision import choose_dtype
 from minimonkey.scripts.reading.fields import Schema
-from minimonkey.scripts.repository import load_model, load_processor, packed
+from minimonkey.scripts.repository import load_model, load_processor, prepared
 from minimonkey.scripts.serving.vllm_plugin import ARCHITECTURE
 
 
@@ -95,7 +95,7 @@ class TransformersEngine:
         device = weights.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.processor = load_processor(weights.model)
         dtype = choose_dtype(weights.dtype, device)
-        self.model = packed(load_model(weights.model, subfolder=weights.subfolder, dtype=dtype).to(device))
+        self.model = prepared(load_model(weights.model, subfolder=weights.subfolder, dtype=dtype).to(device))
         self.tokenizer = self.processor.tokenizer
         self._schema: Schema | None = None
 
