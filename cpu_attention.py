@@ -1,14 +1,17 @@
 """Attention for CPUs, as a back end of transformers: attn_implementation="minimonkey_cpu".
 
-torch's kernel multiplies in float32 where a processor has units for bfloat16 but no AMX, and one new token of a language model
-with fewer key heads than query heads takes it many times what the products take. Here the products are torch's own, a few
-hundred rows of queries at a time so that their scores stay in the processor's cache. What neither concerns goes to "sdpa".
+torch's kernel multiplies in float32 where a processor has units for bfloat16 but no AMX, in float32 with a library that is
+slow on AMD's, and one new token of a language model with fewer key heads than query heads takes it many times what the products
+take. Here products are by themselves, a few hundred rows of queries at a time so that their scores stay in the processor's
+cache. What this does not concern goes to "sdpa".
 """
 
 import itertools
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from .packed_weights import can_pack, multiply
 
 
 CPU_ATTENTION = "minimonkey_cpu"
@@ -48,7 +51,7 @@ def _pays(query: torch.Tensor, rows: int) -> bool:
         return False
     if query.dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() and (rows == 1 or not torch.cpu._is_amx_tile_supported())
-    return query.dtype == torch.float32 and rows == 1
+    return query.dtype == torch.float32 and (rows == 1 or can_pack(query.dtype))
 
 
 def _is_plain(mask, query, key, value, options) -> bool:
@@ -75,13 +78,14 @@ def _attend(query, key, value, mask, scaling: float, causal: bool) -> torch.Tens
     key_heads, group = key.shape[1], heads // key.shape[1]
     attended = query.new_empty(batch, rows, heads, width)
     step = max(1, ROWS // group)
-    together = min(key_heads, torch.get_num_threads())  # a product of several heads has work for as many threads
+    # A product of several heads has work for as many threads; oneDNN's in float32 is of one.
+    together = 1 if query.dtype == torch.float32 else min(key_heads, torch.get_num_threads())
     for number, first, start in _parts((batch, 1), (key_heads, together), (rows, step)):
         count, end = min(together, key_heads - first), min(start + step, rows)
         seen = end if causal else key.shape[2]
         own = slice(first * group, (first + count) * group)
         queries = query[number, own, start:end].reshape(count, -1, width)
-        scores = queries @ key[number, first : first + count, :seen].transpose(1, 2)
+        scores = _product(queries, key[number, first : first + count, :seen])
         scores = scores.mul_(scaling).view(count, group, end - start, seen)
         if causal:
             future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
@@ -89,9 +93,17 @@ def _attend(query, key, value, mask, scaling: float, causal: bool) -> torch.Tens
         elif mask is not None:
             _apply(mask[number % len(mask), :, start:end], scores)
         weights = scores.view(count, -1, seen).softmax(-1)
-        values = (weights @ value[number, first : first + count, :seen]).view(count * group, end - start, width)
+        values = _product(weights, value[number, first : first + count, :seen].transpose(1, 2))
+        values = values.view(count * group, end - start, -1)
         attended[number, start:end, own] = values.transpose(0, 1)
     return attended
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return (K, M, I) times (K, O, I) transposed: (K, M, O)."""
+    if left.dtype == torch.float32:
+        return multiply(left[0], right[0])[None]
+    return left @ right.transpose(1, 2)
 
 
 def _parts(*sizes_and_steps: tuple[int, int]):
