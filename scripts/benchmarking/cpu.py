@@ -4,8 +4,9 @@ Random weights. With --depth so many layers of tower and language model are meas
 language model for new tokens (more than the processor's cache holds), and the rest is taken to be like them; of the tiles
 --encoded are encoded and the others taken to be like them. The first way is the baseline of the ratios; floors are the
 operations at the speed of a square product, and the bytes of the weights, as stored and as computed with, at that of a copy.
-Ratios are of the processor's seconds, which other processes of the machine hardly change. To see a processor without bfloat16
-units, on one that has them: ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
+"bfloat16" and "float32" alone are the model as a program loads it, all others go through `prepare_for_cpu`. Ratios are of the
+processor's seconds, which other processes of the machine hardly change. To see a processor without bfloat16 units, on one that
+has them: ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from minimonkey.packed_weights import PackedLinear
+from minimonkey.packed_weights import PackedLinear, can_pack, multiply
 from minimonkey.quantized_weights import PRESETS, QuantizedWeightsConfig, StoredLinear, store_weights
 from minimonkey.scripts.benchmarking.compression import tile_counts
 from minimonkey.scripts.benchmarking.measure import megabytes, report
@@ -167,8 +168,8 @@ def make_way(size: str, name: str, args: argparse.Namespace, heads: dict[tuple, 
 
     blocks = sum(parameter.nbytes for name, parameter in layers.named_parameters() if "visual_mlp" not in name)
     stored = blocks * Shares.of(config, args).decode + heads[kind].weight.nbytes
-    if preset == PREPARED:
-        model.prepare_for_cpu()
+    if preset:
+        model.prepare_for_cpu(pack=preset == PREPARED)
     parts = {"vision": lambda: model.encode_tiles(tiles), "prefill": prefill, "decode": decode}
     return Way({**parts, "head": lambda: heads[kind](prompt[:, :1])}, dtype, round(stored))
 
@@ -203,7 +204,8 @@ def rows(args: argparse.Namespace) -> list[dict]:
     squares = {dtype: torch.ones(SQUARE, SQUARE, dtype=dtype) for dtype in {way.dtype for way in ways.values()}}
     source = torch.ones(COPIED_BYTES // 4)
     target = torch.ones_like(source)
-    products = {str(dtype): lambda dtype=dtype: squares[dtype] @ squares[dtype] for dtype in squares}
+    product = multiply if can_pack(torch.float32) else torch.mm  # oneDNN's is never slower
+    products = {str(dtype): lambda dtype=dtype: product(squares[dtype], squares[dtype]) for dtype in squares}
     machine = Way({**products, "copy": lambda: target.copy_(source)}, torch.float32)
     for way in (machine, *ways.values()):
         way.measure()

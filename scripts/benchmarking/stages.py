@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="default", help="tile ranges")
     add_dtype_argument(parser)
     parser.add_argument("--layers", type=whole_number(1), default=None, help="fewer layers of the language model")
+    parser.add_argument("--prepare", action="store_true", help="call prepare_for_cpu()")
     parser.add_argument("--repeats", type=whole_number(1), default=1)
     parser.add_argument("--picture", type=Path, default=None, help="PNG to write the bars to")
     add_device_argument(parser)
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def rows(args: argparse.Namespace, device: torch.device) -> list[dict]:
     model = random_model(random_config(args.size, args.layers), device, getattr(torch, args.dtype))
+    if args.prepare:
+        model.prepare_for_cpu()
     size = model.config.tile_size
     processor = MiniMonkeyImageProcessor(size={"height": size, "width": size})
     with tempfile.TemporaryDirectory() as folder:
