@@ -77,6 +77,7 @@ def _attend(query, key, value, mask, scaling: float, causal: bool) -> torch.Tens
     batch, heads, rows, width = query.shape
     key_heads, group = key.shape[1], heads // key.shape[1]
     attended = query.new_empty(batch, rows, heads, width)
+    key, value = key.contiguous(), value.contiguous()  # oneDNN is slow with rows that are far apart
     step = max(1, ROWS // group)
     # A product of several heads has work for as many threads; oneDNN's in float32 is of one.
     together = 1 if query.dtype == torch.float32 else min(key_heads, torch.get_num_threads())
@@ -84,7 +85,7 @@ def _attend(query, key, value, mask, scaling: float, causal: bool) -> torch.Tens
         count, end = min(together, key_heads - first), min(start + step, rows)
         seen = end if causal else key.shape[2]
         own = slice(first * group, (first + count) * group)
-        queries = query[number, own, start:end].reshape(count, -1, width)
+        queries = query[number, own, start:end].reshape(count, -1, width).contiguous()
         scores = _product(queries, key[number, first : first + count, :seen])
         scores = scores.mul_(scaling).view(count, group, end - start, seen)
         if causal:

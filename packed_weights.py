@@ -14,7 +14,7 @@ from torch import nn
 @torch.compiler.disable  # which takes a packed weight as a constant of its own alone
 def multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return inputs (..., I) times a weight (O, I), packed or not, plus the bias, computed by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(inputs.contiguous(), weight, bias, "none", [], "")
 
 
 class PackedLinear(nn.Linear):
