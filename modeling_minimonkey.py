@@ -26,7 +26,7 @@ from .configuration_minimonkey import MiniMonkeyConfig, head_scaling
 from .cpu_attention import CPU_ATTENTION
 from .generation_minimonkey import GenerateMixin
 from .image_inputs import ImageInputs, image_layouts
-from .packed_weights import is_packed, pack_weights
+from .packed_weights import check_stays, is_packed, pack_weights
 from .projectors import PatchMining, Resampler, ZeroLinear
 from .published_names import PublishedNamesMixin
 from .quantized_weights import METHOD, QuantizedWeightsConfig, QuantizedWeightsQuantizer
@@ -313,16 +313,16 @@ class MiniMonkeyForConditionalGeneration(
     def prepare_for_cpu(self, pack: bool = True) -> None:
         """Answer sooner on a CPU, for the life of the model: take an attention made for it and pack the weights.
 
-        Attention is replaced where it is "sdpa" (see cpu_attention.py). Packed weights (see packed_weights.py) stay on their
-        device in their type and are not trained: parameters require no gradients from then on. A vision tower that is out of
-        the way (`offload_vision`) is not packed.
+        Attention is replaced where it is "sdpa" (see cpu_attention.py). Packed weights (see packed_weights.py) stay on the CPU
+        in their type and are neither trained nor counted among the parameters, which require no gradients from then on. A vision
+        tower that is out of the way (`offload_vision`) is not packed, nor are quantised weights. A second call does nothing.
 
         Args:
             pack: Also pack weights; small models gain nothing by it.
 
         Raises:
-            ValueError: The machine cannot pack weights of this type or device, they are packed already, or the model has
-                adapters, which want to be merged first.
+            ValueError: The machine cannot pack weights of this type or device, or the model has adapters, which want to be
+                merged first.
         """
         if pack:
             if any(name.endswith(".base_layer") for name, _ in self.named_modules()):  # of peft
@@ -330,18 +330,17 @@ class MiniMonkeyForConditionalGeneration(
             away = self._offloaded_vision is not None
             tower = ("model.vision_tower.", "model.multi_modal_projector.", "model.mining.") if away else ()
             pack_weights(self, self.config.tie_word_embeddings, tower)
-            self.requires_grad_(False)
-        parts = {name: getattr(self.config, name) for name in self.config.sub_configs}
-        self.set_attn_implementation(
-            {name: CPU_ATTENTION for name, part in parts.items() if part._attn_implementation == "sdpa"}
-        )
+            if is_packed(self):
+                self.requires_grad_(False)
+        parts = [(name, getattr(self.config, name)) for name in self.config.sub_configs]
+        # Some language models choose the keys of each query by themselves, and tell torch's back end by its name.
+        dense = [name for name, part in parts if getattr(part, "index_topk", None) is None]
+        plain = [name for name, part in parts if part._attn_implementation == "sdpa"]
+        self.set_attn_implementation({name: CPU_ATTENTION for name in plain if name in dense})
 
     def _apply(self, fn, recurse=True):
-        here = torch.empty(0, dtype=self.dtype)
-        if is_packed(self) and ((there := fn(here)).device, there.dtype) != (here.device, here.dtype):
-            raise ValueError(
-                f"Packed weights stay on the CPU in {here.dtype}; load the model anew for {there.device}, {there.dtype}."
-            )
+        if is_packed(self):
+            check_stays(fn, self.dtype)  # before anything is moved
         return super()._apply(fn, recurse)
 
     @property

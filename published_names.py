@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .packed_weights import PackedLinear
+
 
 class PublishedNamesMixin:
     """`extract_feature`, `num_image_token`, `img_context_token_id`, `vision_model`, `language_model` and `mlp1`."""
@@ -61,7 +63,10 @@ class PublishedNamesMixin:
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(self.config.text_config)
         setattr(whole, whole.base_model_prefix, self.model.language_model)
-        whole.get_output_embeddings().weight = self.lm_head.weight
+        if isinstance(self.lm_head, PackedLinear):
+            whole.set_output_embeddings(self.lm_head)
+        else:
+            whole.get_output_embeddings().weight = self.lm_head.weight
         whole.generation_config = self.generation_config
         return whole.train(self.training)
 

@@ -110,7 +110,10 @@ def load(args: argparse.Namespace):
     model = model.to(args.device)
     if args.offload_vision:
         model.offload_vision()
-    return processor, prepared(model)
+    model = prepared(model)
+    if args.attn_implementation:  # "sdpa" too, which looks like the default
+        model.set_attn_implementation(args.attn_implementation)
+    return processor, model
 
 
 def ask(processor, model, args: argparse.Namespace, question: str, history: list | None) -> list:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from minimonkey.configuration_minimonkey import MiniMonkeyConfig
 from minimonkey.image_processing_minimonkey import MiniMonkeyImageProcessor
 from minimonkey.modeling_minimonkey import MiniMonkeyForConditionalGeneration
-from minimonkey.packed_weights import can_pack, has_plain_layers
+from minimonkey.packed_weights import can_pack
 from minimonkey.processing_minimonkey import MiniMonkeyProcessor
 from minimonkey.scripts.importing.config import WRONG_VALUES, check_config, one_line, read_json
 from minimonkey.tiling import RANGE_NAMES
@@ -71,7 +71,7 @@ def prepared(model):
     """Return a model for answers alone, on a CPU with what makes it faster there (`prepare_for_cpu`)."""
     if model.device.type == "cpu":
         is_large = sum(parameter.numel() for parameter in model.parameters()) >= PACKED_FROM
-        model.prepare_for_cpu(pack=is_large and can_pack(model.dtype) and has_plain_layers(model))
+        model.prepare_for_cpu(pack=is_large and can_pack(model.dtype))
     return model
 
 

@@ -12,7 +12,7 @@ from minimonkey import cpu_attention as cpu
 from minimonkey.packed_weights import can_pack
 
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.03}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.06}
 DTYPES = [
     pytest.param(dtype, marks=pytest.mark.skipif(not can, reason="the processor has no units for it"))
     for dtype, can in {
@@ -26,12 +26,13 @@ DTYPES = [
 def everywhere(monkeypatch):
     """Let the attention compute even where torch's own is faster."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(cpu, "FEW_SCORES", 0)
 
 
-def states(heads, key_heads, rows, columns, dtype, batch=1, width=16):
+def states(heads, key_heads, rows, columns, dtype, batch=1, width=16, value_width=16):
     torch.manual_seed(0)
-    query = torch.randn(batch, rows, heads, width, dtype=dtype).transpose(1, 2)
-    return query, *(torch.randn(batch, key_heads, columns, width, dtype=dtype) for _ in range(2))
+    shapes = [(rows, heads, width), (columns, key_heads, width), (columns, key_heads, value_width)]
+    return [torch.randn(batch, *shape, dtype=dtype).transpose(1, 2) for shape in shapes]
 
 
 def both(tensors, mask=None, **options):
@@ -65,6 +66,18 @@ def test_heads_and_rows(everywhere, dtype, threads, heads, key_heads, rows, colu
     assert attended.shape == expected.shape
     assert attended.is_contiguous()
     assert torch.allclose(attended, expected, atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_values_of_another_width(everywhere, rows):
+    expected, attended = both(states(4, 2, rows, 300, torch.float32, width=24, value_width=16))
+    assert torch.allclose(attended, expected, atol=1e-5)
+
+
+def test_a_mask_for_all_rows(everywhere):
+    mask = torch.rand(1, 1, 1, 300) < 0.5
+    expected, attended = both(states(4, 2, 300, 300, torch.float32, batch=2), mask)
+    assert torch.allclose(attended, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,7 +117,7 @@ def test_rows_that_see_nothing_stay_finite(everywhere, dtype, kind):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_it_leaves_to_torch(monkeypatch, change):
+def test_what_it_leaves_to_torch(everywhere, monkeypatch, change):
     monkeypatch.setattr(cpu, "_attend", refused)
     change = {"mask": None, "dtype": torch.float32, "columns": 5, "requires_grad": False, **change}
     tensors = states(4, 2, 5, change.pop("columns"), change.pop("dtype"))
@@ -115,8 +128,34 @@ def test_what_it_leaves_to_torch(monkeypatch, change):
         assert torch.equal(attended, expected)
 
 
+def test_few_scores_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(cpu, "_attend", refused)
+    both(states(4, 2, 30, 30, torch.float32))
+
+
+def test_keys_that_the_model_chooses():
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        both(states(4, 2, 1, 30, torch.float32), indices=torch.zeros(1, 1, 8, dtype=torch.long))
+    model = tiny_model()
+    model.config.text_config.index_topk = 8
+    model.prepare_for_cpu(pack=False)
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == cpu.CPU_ATTENTION
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_autocast(everywhere, pack):
+    model, inputs = tiny_model(), prompt(1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs).logits
+        model.prepare_for_cpu(pack)
+        logits = model(**inputs).logits
+    assert logits.dtype == expected.dtype
+    assert torch.allclose(logits, expected, atol=0.1 * float(expected.std()))
+
+
 @pytest.mark.parametrize("mode", [{}, *GENERATION_MODES, {"prefill_chunk_size": 5}], ids=str)
-def test_the_same_tokens_in_every_mode(mode):
+def test_the_same_tokens_in_every_mode(everywhere, mode):
     model, inputs, options = tiny_model(), prompt(2, 1), {**GREEDY, "pad_token_id": 0, **mode}
     expected = model.generate(**inputs, **options)
     model.prepare_for_cpu(pack=False)
@@ -124,7 +163,7 @@ def test_the_same_tokens_in_every_mode(mode):
     assert torch.equal(model.generate(**inputs, **options), expected)
 
 
-def test_compressed_prompts_keep_the_same_tokens():
+def test_compressed_prompts_keep_the_same_tokens(everywhere):
     model, rows = tiny_model(), batch((3, (4, 2, 1), 9), (5, (4, 0, 1), 2), side="left")
     options = {**GREEDY, "pad_token_id": 0, "use_scm": True}
     expected = model.generate(**rows, **options)
@@ -139,7 +178,7 @@ def test_an_attention_that_was_chosen_stays():
     assert model.config.text_config._attn_implementation == "eager"
 
 
-def test_training_goes_on_as_before():
+def test_training_goes_on_as_before(everywhere):
     model, inputs = tiny_model().train(), prompt(1)
     expected = model(**inputs, labels=inputs["input_ids"]).loss
     model.prepare_for_cpu(pack=False)

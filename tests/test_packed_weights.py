@@ -1,5 +1,7 @@
 """Weights sorted for the processor: the same answers, files and refusals."""
 
+import copy
+
 import pytest
 import torch
 from chat_helpers import CHAT, QUESTION, tiny
@@ -27,7 +29,7 @@ def any_size(monkeypatch):
 
 
 def linears(model) -> set[type]:
-    return {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    return {type(module) for module in model.modules() if isinstance(module, (nn.Linear, PackedLinear))}
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -43,7 +45,7 @@ def test_the_product_is_that_of_the_plain_layer(size, has_bias):
     strided = torch.randn(size[0], 3).t()
     with torch.no_grad():
         assert torch.allclose(layer(strided), linear(strided), atol=1e-4)
-    assert torch.equal(layer.weight, linear.weight)
+    assert torch.equal(layer.unpacked(), linear.weight)
 
 
 @pytest.mark.parametrize("mode", [{}, *GENERATION_MODES, {"prefill_chunk_size": 5}, {"use_scm": True}], ids=str)
@@ -123,8 +125,6 @@ def test_a_quantised_model_has_its_head_prepared(any_size):
     assert torch.equal(model.generate(**inputs, **GREEDY, pad_token_id=0), expected)
     store_weights(whole := tiny_model(), QuantizedWeightsConfig("bfloat16"))
     assert PackedLinear not in linears(prepared(whole))
-    with pytest.raises(ValueError, match="no plain linear layer"):
-        whole.prepare_for_cpu()
 
 
 def test_compiled_layers():
@@ -139,8 +139,7 @@ def test_compiled_layers():
 def test_what_cannot_be_prepared():
     model = tiny_model()
     model.prepare_for_cpu()
-    with pytest.raises(ValueError, match="done once"):
-        model.prepare_for_cpu()
+    model.prepare_for_cpu()  # again, which does nothing
     with pytest.raises(ValueError, match=r"call offload_vision\(\) before"):
         model.offload_vision()
     with pytest.raises(ValueError, match=r"stay on the CPU in torch.float32; .* torch.float64"):
@@ -153,10 +152,41 @@ def test_what_cannot_be_prepared():
         tiny_model().double().prepare_for_cpu()
     with pytest.raises(ValueError, match="on meta"):
         tiny_model().to("meta").prepare_for_cpu()
+    with pytest.raises(ValueError, match=r"load a state dict before prepare_for_cpu\(\)"):
+        model.load_state_dict(tiny_model().state_dict())
+    with pytest.raises(AttributeError, match=r"unpacked\(\) copies one"):
+        _ = model.lm_head.weight
+    with pytest.raises(ValueError, match="PackedLinear"):  # peft's own
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="stay on the CPU"):
+        model.model.language_model.half()
     adapted = tiny_model()
     get_peft_model(adapted, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge the adapters"):
         adapted.prepare_for_cpu()
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_copies_and_files_of_the_whole_model(tmp_path, is_tied):
+    model, inputs = tiny_model(), prompt(1)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = is_tied
+    model.tie_weights()
+    model.prepare_for_cpu()
+    model.tie_weights()
+    torch.save(model, tmp_path / "model.pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            assert linears(other) == {PackedLinear}
+            assert torch.equal(other(**inputs).logits, expected)
+
+
+def test_the_published_name_of_the_language_model():
+    model, ids = tiny_model(), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model.language_model(input_ids=ids).logits
+        model.prepare_for_cpu()
+        assert torch.allclose(model.language_model(input_ids=ids).logits, expected, atol=1e-4)
 
 
 def test_gradients_are_refused():

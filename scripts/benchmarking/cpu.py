@@ -167,7 +167,9 @@ def make_way(size: str, name: str, args: argparse.Namespace, heads: dict[tuple, 
         cache.crop(-args.tokens)
 
     blocks = sum(parameter.nbytes for name, parameter in layers.named_parameters() if "visual_mlp" not in name)
-    stored = blocks * Shares.of(config, args).decode + heads[kind].weight.nbytes
+    head = config.text_config.hidden_size * config.text_config.vocab_size
+    head *= 2 if preset == "bfloat16" else dtype.itemsize
+    stored = blocks * Shares.of(config, args).decode + head
     if preset:
         model.prepare_for_cpu(pack=preset == PREPARED)
     parts = {"vision": lambda: model.encode_tiles(tiles), "prefill": prefill, "decode": decode}
