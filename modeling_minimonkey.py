@@ -314,7 +314,7 @@ class MiniMonkeyForConditionalGeneration(
         """Answer sooner on a CPU, for the life of the model: take an attention made for it and pack the weights.
 
         Attention is replaced where it is "sdpa" (see cpu_attention.py). Packed weights (see packed_weights.py) stay on the CPU
-        in their type and are neither trained nor counted among the parameters, which require no gradients from then on. A vision
+        in their type and are neither trained nor counted among the parameters, which want no gradients from then on. A vision
         tower that is out of the way (`offload_vision`) is not packed, nor are quantised weights. A second call does nothing.
 
         Args:
