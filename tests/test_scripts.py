@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from minimonkey.packed_weights import can_pack
 from minimonkey.scripts import visualize
 
 
@@ -135,6 +136,7 @@ def test_benchmark_of_compression():
             "--ways",
             "float32",
             "float32, int8",
+            *(["float32, prepared"] if can_pack(torch.float32) else []),
         ],
         ["process", "--size", "Nano", "--preset", "bluelm", "--tiles", "2+2+1", "--tokens", 2, "--offload-vision"],
         ["drift", "--size", "Nano", "--depth", 1],

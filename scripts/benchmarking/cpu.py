@@ -44,7 +44,9 @@ SQUARE, COPIED_BYTES = 1024, 2**29
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", nargs="+", default=["2B"], choices=(*SIZES, "Nano", "Mono"), help="dimensions")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS[:4], "float32, bfloat16", "float32, int8"])
+    usual = (*WAYS[:4], "float32, bfloat16", "float32, int8")
+    here = [way for way in usual if PREPARED not in way or can_pack(getattr(torch, way.partition(",")[0]))]
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=here)
     parser.add_argument("--tiles", type=tile_counts, default="12+6+1", metavar="D+A+T")
     parser.add_argument("--encoded", type=whole_number(1), default=1, help="tiles that are really encoded, at a time")
     parser.add_argument(
