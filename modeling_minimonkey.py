@@ -29,7 +29,7 @@ from .image_inputs import ImageInputs, image_layouts
 from .packed_weights import check_stays, is_packed, pack_weights
 from .projectors import PatchMining, Resampler, ZeroLinear
 from .published_names import PublishedNamesMixin
-from .quantized_weights import METHOD, QuantizedWeightsConfig, QuantizedWeightsQuantizer
+from .quantized_weights import METHOD, QuantizedWeightsConfig, QuantizedWeightsQuantizer, pack_stored
 from .shared_vision_layers import SharedVisionModel
 from .transformers_bridge import (
     IS_CACHE_RENAMED,
@@ -315,7 +315,8 @@ class MiniMonkeyForConditionalGeneration(
 
         Attention is replaced where it is "sdpa" (see cpu_attention.py). Packed weights (see packed_weights.py) stay on the CPU
         in their type and are neither trained nor counted among the parameters, which want no gradients from then on. A vision
-        tower that is out of the way (`offload_vision`) is not packed, nor are quantised weights. A second call does nothing.
+        tower that is out of the way (`offload_vision`) is not packed. Of quantised weights those of 4 bits are held a second time,
+        for new tokens in bfloat16. A second call does nothing.
 
         Args:
             pack: Also pack weights; small models gain nothing by it.
@@ -332,6 +333,8 @@ class MiniMonkeyForConditionalGeneration(
             pack_weights(self, self.config.tie_word_embeddings, tower)
             if is_packed(self):
                 self.requires_grad_(False)
+            if self.dtype == torch.bfloat16:
+                pack_stored(self.model.language_model, self.lm_head)  # the vision tower never has few rows
         parts = [(name, getattr(self.config, name)) for name in self.config.sub_configs]
         # Some language models choose the keys of each query by themselves, and tell torch's back end by its name.
         dense = [name for name, part in parts if getattr(part, "index_topk", None) is None]

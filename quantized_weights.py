@@ -38,6 +38,9 @@ head stay as they are. "bluelm" is BlueLM-V-3B's (arXiv 2411.10640); keys and va
 GROUP = 32  # columns of a 4-bit weight that share a scale
 SCRATCH_NUMBERS = 2**18  # that are turned into floating point at a time on a CPU, for few rows of activations
 MANY_ROWS = 64  # from which on larger products pay
+FEW_ROWS = 16  # up to which torch's kernels for weights of few bits pay, in bfloat16
+KERNEL_COLUMNS = 64  # that divide a row which these kernels can read
+KERNEL_ROWS = 16  # of a 4-bit weight that they read together
 
 
 def _as_bits(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -122,6 +125,8 @@ class StoredLinear(nn.Linear):
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         bias = torch.empty(out_features, device=device, dtype=dtype) if has_bias else None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.register_buffer("_packed", None, persistent=False)
+        self.register_buffer("_packed_scales", None, persistent=False)
 
     @classmethod
     @torch.no_grad()
@@ -156,9 +161,41 @@ class StoredLinear(nn.Linear):
         outputs = _Product.apply(inputs, self) if is_trained else self.multiply(inputs)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Hold a 4-bit weight a second time, as torch's kernel for few rows of bfloat16 reads it; nothing for other weights."""
+        groups = self.in_features // group_size(self.in_features) if self.format == "int4" else 0
+        if groups * GROUP != self.in_features or self.out_features % KERNEL_ROWS or not self._has_kernel_size():
+            return
+        numbers = torch.cat([self.weight & 15, self.weight >> 4], dim=1)
+        scale, least = (part.view(torch.float16).float() for part in (self.scale, self.least))
+        # The kernel takes 8 off each number first.
+        scales = torch.stack([scale, least + 8 * scale], dim=2).transpose(0, 1)
+        self._packed = torch._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
+        self._packed_scales = scales.to(torch.bfloat16).contiguous()
+
+    def _has_kernel_size(self) -> bool:
+        return self.in_features % KERNEL_COLUMNS == 0
+
+    def _has_kernel(self, flat: torch.Tensor) -> bool:
+        """Tell whether torch has a kernel that multiplies with the stored weight itself."""
+        if flat.dtype != torch.bfloat16 or flat.device.type != "cpu" or not 0 < len(flat) <= FEW_ROWS:
+            return False
+        if torch.compiler.is_compiling() or not self._has_kernel_size():
+            return False
+        return self.format == "int8" or self._packed is not None
+
+    def _multiply_few(self, flat: torch.Tensor) -> torch.Tensor:
+        if self.format == "int8":
+            scale = self.scale.view(torch.float16).flatten().to(flat.dtype)
+            return torch._weight_int8pack_mm(flat.contiguous(), self.weight, scale)
+        return torch._weight_int4pack_mm_for_cpu(flat.contiguous(), self._packed, GROUP, self._packed_scales)
+
     def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return inputs (..., in_features) times the weight, without the bias."""
         flat = inputs.reshape(-1, self.in_features)
+        if self._has_kernel(flat):
+            return self._multiply_few(flat).view(*inputs.shape[:-1], self.out_features)
         outputs = flat.new_empty(len(flat), self.out_features)
         times = self._times(flat)
         for start, rows in self._blocks(flat):
@@ -216,6 +253,14 @@ class StoredLinear(nn.Linear):
                 for part in (self.scale, self.least)
             )
             groups.mul_(scale).add_(least)
+
+
+def pack_stored(*modules: nn.Module) -> None:
+    """Pack the `StoredLinear` layers of some modules, see `StoredLinear.pack`."""
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, StoredLinear):
+                layer.pack()
 
 
 class QuantizedWeightsConfig(QuantizationConfigMixin):

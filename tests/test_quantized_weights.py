@@ -47,6 +47,52 @@ def test_weights_are_as_near_as_their_format_allows(kind, size):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("size", [(64, 80), (192, 48), (192, 10), (96, 16), (32, 16), (1088, 304)])
+def test_few_rows_in_bfloat16(kind, size):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(*size)
+    layer = StoredLinear.of(linear, kind)
+    weight, names = layer.dequantized(), set(layer.state_dict())
+    layer.pack()
+    assert set(layer.state_dict()) == names
+    for shape in [(1,), (2, 1), (2, 8), (17,), (0,)]:
+        inputs = torch.randn(*shape, size[0], dtype=torch.bfloat16)
+        expected = torch.nn.functional.linear(inputs.float(), weight, linear.bias)
+        with torch.no_grad():
+            assert torch.allclose(layer(inputs).float(), expected, atol=0.03)
+            assert torch.allclose(layer(inputs.float()), expected, atol=1e-4)
+
+
+def test_torch_kernels_are_used_where_they_can_read(monkeypatch):
+    layer, odd = (StoredLinear.of(torch.nn.Linear(width, 32), "int8") for width in (128, 96))
+    calls = []
+    kernel = torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(len(args[0])) or kernel(*args))
+    with torch.no_grad():
+        for rows in (1, 16, 17):
+            layer(torch.ones(rows, 128, dtype=torch.bfloat16))
+            odd(torch.ones(rows, 96, dtype=torch.bfloat16))
+        layer(torch.ones(1, 128))
+    assert calls == [1, 16]
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4", "bluelm"])
+def test_prepared_for_a_cpu_in_bfloat16(preset):
+    model, inputs = stored(preset, tiny_model(hidden_size=64, intermediate_size=128)).bfloat16(), prompt(2, 1)
+    copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.prepare_for_cpu()
+        assert (model.model.language_model.layers[0].mlp.down_proj._packed is None) == (preset == "int8")
+        assert torch.allclose(model(**inputs).logits, expected, atol=0.1 * float(expected.std()))
+        token = model(input_ids=inputs["input_ids"][:1, -1:]).logits
+        plain = stored(preset, tiny_model(hidden_size=64, intermediate_size=128))(
+            input_ids=inputs["input_ids"][:1, -1:]
+        ).logits
+        assert torch.allclose(token.float(), plain, atol=0.1 * float(plain.std()))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_weights_that_are_all_alike_or_zero(kind):
     linear = torch.nn.Linear(32, 4, bias=False)
     with torch.no_grad():
