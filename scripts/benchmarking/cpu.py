@@ -173,7 +173,7 @@ def make_way(size: str, name: str, args: argparse.Namespace, heads: dict[tuple, 
     head *= 2 if preset == "bfloat16" else dtype.itemsize
     stored = blocks * Shares.of(config, args).decode + head
     if preset:
-        model.prepare_for_cpu(pack=preset == PREPARED)
+        model.prepare_for_cpu(pack=can_pack(dtype))
     parts = {"vision": lambda: model.encode_tiles(tiles), "prefill": prefill, "decode": decode}
     return Way({**parts, "head": lambda: heads[kind](prompt[:, :1])}, dtype, round(stored))
 
