@@ -315,8 +315,8 @@ class MiniMonkeyForConditionalGeneration(
 
         Attention is replaced where it is "sdpa" (see cpu_attention.py). Packed weights (see packed_weights.py) stay on the CPU
         in their type and are neither trained nor counted among the parameters, which want no gradients from then on. A vision
-        tower that is out of the way (`offload_vision`) is not packed. Quantised weights of 4 bits are held a second time, for new
-        tokens in bfloat16. A second call does nothing.
+        tower that is out of the way (`offload_vision`) is not packed. Quantised weights of 4 bits are held a second time, for
+        new tokens in bfloat16. A second call does nothing.
 
         Args:
             pack: Also pack weights; small models gain nothing by it.
