@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from minimonkey.packed_weights import can_pack
+from minimonkey.quantized_weights import PRESETS, QuantizedWeightsConfig
 from minimonkey.scripts.benchmarking.decode import COPIED_BYTES, bytes_read
 from minimonkey.scripts.benchmarking.measure import report
 from minimonkey.scripts.benchmarking.models import SIZES, random_config, random_model
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="1B", choices=(*SIZES, "Nano"), help="dimensions")
     parser.add_argument("--layers", type=whole_number(2), default=None, help="fewer layers of the language model")
     parser.add_argument("--types", nargs="*", choices=TYPES, default=["F16", "Q8_0"], help="of GGUF files")
+    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=[], help="of weights in torch")
     parser.add_argument("--onnx", action="store_true", help="also onnxruntime, in float32")
     parser.add_argument("--prompt", type=whole_number(1), default=256, help="tokens before")
     parser.add_argument("--tokens", type=whole_number(1), default=16, help="new tokens")
@@ -76,10 +78,12 @@ def rows(args: argparse.Namespace) -> list[dict]:
         ways: dict[str, tuple[Callable, float]] = {
             f"torch, {args.dtype}": (lambda: in_torch(model, ids, args.tokens), bytes_read(model))
         }
-        if can_pack(model.dtype):
-            other = load_model(f"{folder}/model", dtype=model.dtype)
+        for preset in ["prepared", *args.presets] if can_pack(model.dtype) else []:
+            options = {} if preset == "prepared" else {"quantization_config": QuantizedWeightsConfig(preset)}
+            other = load_model(f"{folder}/model", dtype=model.dtype, **options)
+            size = bytes_read(other)
             other.prepare_for_cpu()
-            ways[f"torch, {args.dtype}, prepared"] = (lambda: in_torch(other, ids, args.tokens), bytes_read(model))
+            ways[f"torch, {args.dtype}, {preset}"] = (lambda other=other: in_torch(other, ids, args.tokens), size)
         for name, engine, size in engines(args, Path(folder)):
             ways[name] = (lambda engine=engine: in_engine(engine, ids, args.tokens), size)
         return measure(ways, args)
