@@ -37,7 +37,6 @@ WAYS = (
     *(f"float32, {preset}" for preset in PRESETS),
     *(f"bfloat16, {preset}" for preset in PRESETS),
 )
-HEAD_TOO = {"bfloat16": lambda linear: StoredLinear.of(linear, "bfloat16"), PREPARED: PackedLinear}
 TEXT_TOKENS = 70
 SQUARE, COPIED_BYTES = 1024, 2**29
 
@@ -132,10 +131,13 @@ def make_way(size: str, name: str, args: argparse.Namespace, heads: dict[tuple, 
     dtype_name, _, preset = name.partition(", ")
     dtype, config = getattr(torch, dtype_name), published_config(size)
     model = random_model(shallow(config, args), torch.device("cpu"), dtype)
-    kind = (size, name if preset in HEAD_TOO else dtype_name)
+    head_way = preset if preset in ("", "bfloat16") else PREPARED
+    kind = (size, dtype_name, head_way)
     if kind not in heads:
         linear = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False, dtype=dtype)
-        heads[kind] = HEAD_TOO[preset](linear) if preset in HEAD_TOO else linear
+        if head_way == "bfloat16":
+            linear = StoredLinear.of(linear, "bfloat16")
+        heads[kind] = PackedLinear(linear) if head_way == PREPARED and can_pack(dtype) else linear
     if preset and preset != PREPARED:
         store_weights(model, QuantizedWeightsConfig(preset))
     tiles, language_model = random_tiles(args.encoded, model), model.model.language_model
