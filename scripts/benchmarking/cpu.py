@@ -210,8 +210,9 @@ def rows(args: argparse.Namespace) -> list[dict]:
     squares = {dtype: torch.ones(SQUARE, SQUARE, dtype=dtype) for dtype in {way.dtype for way in ways.values()}}
     source = torch.ones(COPIED_BYTES // 4)
     target = torch.ones_like(source)
-    product = multiply if can_pack(torch.float32) else torch.mm  # oneDNN's is never slower
-    products = {str(dtype): lambda dtype=dtype: product(squares[dtype], squares[dtype]) for dtype in squares}
+    products = {str(dtype): lambda square=square: square @ square for dtype, square in squares.items()}
+    if torch.float32 in squares and can_pack(torch.float32):  # never slower
+        products[str(torch.float32)] = lambda: multiply(squares[torch.float32], squares[torch.float32])
     machine = Way({**products, "copy": lambda: target.copy_(source)}, torch.float32)
     for way in (machine, *ways.values()):
         way.measure()
