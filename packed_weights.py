@@ -6,7 +6,7 @@ oneDNN, which comes with torch, chooses the order for the processor at hand. Num
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -109,9 +109,15 @@ def pack_weights(model: nn.Module, is_head_tied: bool = False, skipped: tuple[st
         module = model.get_submodule(name)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, PackedLinear(module, is_head_tied and name == "lm_head"))
-    left = [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith(skipped)]
-    if names and all(parameter.is_floating_point() for _, parameter in left):  # else there are quantised weights
-        for _, parameter in left:
+    left = [parameter for name, parameter in model.named_parameters() if not name.startswith(skipped)]
+    if names and all(parameter.is_floating_point() for parameter in left):  # else there are quantised weights
+        copy_from_file(left)
+
+
+def copy_from_file(parameters: Iterable[nn.Parameter]) -> None:
+    """Copy parameters into memory of their own: each keeps the whole file mapped that it was loaded from."""
+    for parameter in parameters:
+        if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .packed_weights import can_pack, multiply
+from .packed_weights import can_pack, copy_from_file, multiply
 from .transformers_bridge import HfQuantizer, QuantizationConfigMixin
 
 
@@ -347,3 +347,4 @@ def store_weights(model: nn.Module, config: QuantizedWeightsConfig, skipped: lis
         raise ValueError(f"No linear layer has a name that fits {', '.join(config.formats)}.")
     for parent, child, linear, kind in layers:
         setattr(parent, child, StoredLinear.of(linear, kind))
+    copy_from_file(parameter for parameter in model.parameters() if parameter.is_floating_point())
