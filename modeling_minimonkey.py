@@ -304,11 +304,14 @@ class MiniMonkeyForConditionalGeneration(
             raise ValueError("offload_vision is for a model on one device, and done once.")
         if is_packed(self):
             raise ValueError("Packed weights stay where they are: call offload_vision() before prepare_for_cpu().")
-        language = self.model.language_model
-        parts = [part for part in self.model.children() if part is not language]  # a resampler or patch mining too
-        self._offloaded_vision = OffloadedModules(parts, self.device)
+        self._offloaded_vision = OffloadedModules(list(self._vision_parts().values()), self.device)
         self._vision_present = self._offloaded_vision.present
         return self._offloaded_vision.nbytes()
+
+    def _vision_parts(self) -> dict[str, nn.Module]:
+        """Return all but the language model by their names: a resampler or patch mining too."""
+        language = self.model.language_model
+        return {f"model.{name}": part for name, part in self.model.named_children() if part is not language}
 
     def prepare_for_cpu(self, pack: bool = True) -> None:
         """Answer sooner on a CPU, for the life of the model: take an attention made for it and pack the weights.
@@ -328,18 +331,19 @@ class MiniMonkeyForConditionalGeneration(
         if pack:
             if any(name.endswith(".base_layer") for name, _ in self.named_modules()):  # of peft
                 raise ValueError("Packed weights cannot be changed: merge the adapters first, or take pack=False.")
-            away = self._offloaded_vision is not None
-            tower = ("model.vision_tower.", "model.multi_modal_projector.", "model.mining.") if away else ()
-            pack_weights(self, self.config.tie_word_embeddings, tower)
+            away = () if self._offloaded_vision is None else tuple(f"{name}." for name in self._vision_parts())
+            pack_weights(self, self.config.tie_word_embeddings, away)
             if is_packed(self):
                 self.requires_grad_(False)
             if self.dtype == torch.bfloat16:
                 pack_stored(self.model.language_model, self.lm_head)  # the vision tower never has few rows
-        parts = [(name, getattr(self.config, name)) for name in self.config.sub_configs]
-        # Some language models choose the keys of each query by themselves, and tell torch's back end by its name.
-        dense = [name for name, part in parts if getattr(part, "index_topk", None) is None]
-        plain = [name for name, part in parts if part._attn_implementation == "sdpa"]
-        self.set_attn_implementation({name: CPU_ATTENTION for name in plain if name in dense})
+        replaced = {}
+        for name in self.config.sub_configs:
+            part = getattr(self.config, name)
+            # Some language models choose the keys of each query by themselves, and tell torch's back end by its name.
+            if part._attn_implementation == "sdpa" and getattr(part, "index_topk", None) is None:
+                replaced[name] = CPU_ATTENTION
+        self.set_attn_implementation(replaced)
 
     def _apply(self, fn, recurse=True):
         if is_packed(self):

@@ -87,6 +87,11 @@ def group_size(columns: int) -> int:
     return size
 
 
+def _is_run_on_cpu(flat: torch.Tensor) -> bool:
+    """Tell whether a CPU computes with these rows now, and no compiler reads along."""
+    return flat.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class _Product(torch.autograd.Function):
     """The product with a stored weight; keeps nothing but the stored form for the way back."""
 
@@ -164,6 +169,8 @@ class StoredLinear(nn.Linear):
     @torch.no_grad()
     def pack(self) -> None:
         """Hold a 4-bit weight a second time, as torch's kernel for few rows of bfloat16 reads it; nothing for other weights."""
+        if self._packed is not None:
+            return
         groups = self.in_features // group_size(self.in_features) if self.format == "int4" else 0
         if groups * GROUP != self.in_features or self.out_features % KERNEL_ROWS or not self._has_kernel_size():
             return
@@ -179,11 +186,9 @@ class StoredLinear(nn.Linear):
 
     def _has_kernel(self, flat: torch.Tensor) -> bool:
         """Tell whether torch has a kernel that multiplies with the stored weight itself."""
-        if flat.dtype != torch.bfloat16 or flat.device.type != "cpu" or not 0 < len(flat) <= FEW_ROWS:
+        if flat.dtype != torch.bfloat16 or not 0 < len(flat) <= FEW_ROWS or not _is_run_on_cpu(flat):
             return False
-        if torch.compiler.is_compiling() or not self._has_kernel_size():
-            return False
-        return self.format == "int8" or self._packed is not None
+        return self._has_kernel_size() and (self.format == "int8" or self._packed is not None)
 
     def _multiply_few(self, flat: torch.Tensor) -> torch.Tensor:
         if self.format == "int8":
@@ -216,10 +221,8 @@ class StoredLinear(nn.Linear):
 
     def _times(self, flat: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Return what multiplies with a block: oneDNN for many rows of float32, where MKL is slow on AMD's processors."""
-        is_plain = flat.dtype != torch.float32 or flat.device.type != "cpu" or len(flat) < MANY_ROWS
-        if is_plain or torch.compiler.is_compiling() or not can_pack(flat.dtype):
-            return nn.functional.linear
-        return multiply
+        has_many = flat.dtype == torch.float32 and len(flat) >= MANY_ROWS
+        return multiply if has_many and _is_run_on_cpu(flat) and can_pack(flat.dtype) else nn.functional.linear
 
     def _blocks(self, flat: torch.Tensor):
         """Give the first row and the values of one block of rows after the other, int8 without its scale.
@@ -227,7 +230,7 @@ class StoredLinear(nn.Linear):
         All have the same storage, since fresh memory costs a CPU more than the product.
         """
         count = self.out_features
-        if flat.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _is_run_on_cpu(flat):
             scratch_numbers = SCRATCH_NUMBERS * (1 if len(flat) < MANY_ROWS else 8)
             count = min(count, max(1, scratch_numbers // self.in_features))
         scratch = torch.empty(count, self.in_features, dtype=flat.dtype, device=flat.device)

@@ -60,7 +60,7 @@ def make_page(args: argparse.Namespace):
     transformers.logging.disable_progress_bar()
     dtype = choose_dtype(args.dtype, args.device)
     model = load_model(args.model, subfolder=args.subfolder, dtype=dtype).to(args.device)
-    parameters = sum(parameter.numel() for parameter in model.parameters()) / 10**6
+    parameters = model.num_parameters() / 10**6
     answerer = Answerer(load_processor(args.model), prepared(model), args.conversations, args.memory * 2**30)
     name = Path(args.subfolder or args.model).name
     subject = f"{name}, {parameters:,.1f} million parameters, on {args.device}. Small models invent text: check it."

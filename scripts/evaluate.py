@@ -151,10 +151,10 @@ def load(args: argparse.Namespace, max_new_tokens: int) -> Answering:
     options = {"subfolder": args.subfolder, "dtype": args.dtype}
     if args.engine != "torch":
         model = load_engine(args, getattr(torch, args.dtype))
-    elif args.quantize is None:
-        model = prepared(load_model(args.model, **options).to(args.device))
     else:
-        model = prepared(load_quantized(args.model, weights_config(args.quantize), **options).to(args.device))
+        quantised = args.quantize and weights_config(args.quantize)
+        model = load_quantized(args.model, quantised, **options) if quantised else load_model(args.model, **options)
+        model = prepared(model.to(args.device))
     keep_ratio = (args.scm_keep_ratio or model.config.scm_keep_ratio) if args.use_scm else None
     compression = (keep_ratio, args.drop, args.scm_layer)
     return Answering(model, processor, max_new_tokens, tiles, *compression, stop_repetition=args.stop_repetition)

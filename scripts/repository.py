@@ -70,8 +70,7 @@ def load_model(source: str | Path, **options):
 def prepared(model):
     """Return a model for answers alone, on a CPU with what makes it faster there (`prepare_for_cpu`)."""
     if model.device.type == "cpu":
-        is_large = sum(parameter.numel() for parameter in model.parameters()) >= PACKED_FROM
-        model.prepare_for_cpu(pack=is_large and can_pack(model.dtype))
+        model.prepare_for_cpu(pack=model.num_parameters() >= PACKED_FROM and can_pack(model.dtype))
     return model
 
 

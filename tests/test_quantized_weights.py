@@ -79,7 +79,6 @@ def test_torch_kernels_are_used_where_they_can_read(monkeypatch):
 @pytest.mark.parametrize("preset", ["int8", "int4", "bluelm"])
 def test_prepared_for_a_cpu_in_bfloat16(preset):
     model, inputs = stored(preset, tiny_model(hidden_size=64, intermediate_size=128)).bfloat16(), prompt(2, 1)
-    copy.deepcopy(model)
     with torch.no_grad():
         expected = model(**inputs).logits
         model.prepare_for_cpu()
